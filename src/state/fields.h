@@ -1,0 +1,91 @@
+/*
+ * State as lists of fields.
+ *
+ * Each struct that holds guest-visible state (a device, a CPU) has a table that names every member: the
+ * fields that are state, and those that belong to the host (locks, pointers, caches). The table drives
+ * save, load, compare and dump at once. A member named in neither list is found by state_desc_check:
+ * the listed members must cover the struct but for alignment padding.
+ *
+ *     static const struct state_field fields[] = {
+ *         STATE_FIELD(struct pit, latch),         integers, bools, enums and arrays of them
+ *         STATE_BYTES(struct cpu, vec),           opaque bytes, any type, stored as they are
+ *         STATE_STRUCTS(struct pit, ch, &desc),   a struct or array of structs with a table of its own
+ *         STATE_HOST(struct pit, lock),           not state
+ *     };
+ *     const struct state_desc pit_state = STATE_DESC("pit", 1, struct pit, fields);
+ *
+ * Encoded form of a field: its bytes, little-endian, in table order. The stream (later) adds sections,
+ * lengths and checksums.
+ */
+#ifndef DOPPEL_STATE_FIELDS_H
+#define DOPPEL_STATE_FIELDS_H
+
+#include "host/error.h"
+#include "host/types.h"
+
+enum state_kind { STATE_KIND_INT, STATE_KIND_BYTES, STATE_KIND_STRUCT, STATE_KIND_HOST };
+
+struct state_desc;
+
+struct state_field {
+    const char *name;
+    enum state_kind kind;
+    u32 offset;
+    u32 size;  /* of one element */
+    u32 count; /* elements */
+    const struct state_desc *desc; /* STATE_KIND_STRUCT */
+};
+
+struct state_desc {
+    const char *name;
+    u32 version;
+    u32 struct_size;
+    const struct state_field *fields;
+    u32 nfields;
+    /* After a load into `obj`: recompute what is derived. 0, or -EINVAL with err set to refuse it. */
+    int (*loaded)(void *obj, struct error *err);
+};
+
+/* The size of a member's innermost element: integers, or one- and two-dimensional arrays of them. */
+#define STATE_ELEM_SIZE_(T, m)                                                                     \
+    _Generic(((T *)0)->m, u8 *: 1, u16 *: 2, u32 *: 4, u64 *: 8, s8 *: 1, s16 *: 2, s32 *: 4,      \
+             s64 *: 8, bool *: 1, default: sizeof(((T *)0)->m))
+#define STATE_FIELD(T, m)                                                                          \
+    {                                                                                              \
+        .name = #m, .kind = STATE_KIND_INT, .offset = offsetof(T, m),                              \
+        .size = STATE_ELEM_SIZE_(T, m), .count = sizeof(((T *)0)->m) / STATE_ELEM_SIZE_(T, m),     \
+    }
+#define STATE_BYTES(T, m)                                                                          \
+    {                                                                                              \
+        .name = #m, .kind = STATE_KIND_BYTES, .offset = offsetof(T, m), .size = 1,                 \
+        .count = sizeof(((T *)0)->m),                                                              \
+    }
+#define STATE_STRUCTS(T, m, d)                                                                     \
+    {                                                                                              \
+        .name = #m, .kind = STATE_KIND_STRUCT, .offset = offsetof(T, m), .size = (d)->struct_size, \
+        .count = sizeof(((T *)0)->m) / (d)->struct_size, .desc = (d),                              \
+    }
+#define STATE_HOST(T, m)                                                                           \
+    {                                                                                              \
+        .name = #m, .kind = STATE_KIND_HOST, .offset = offsetof(T, m), .size = 1,                  \
+        .count = sizeof(((T *)0)->m),                                                              \
+    }
+#define STATE_DESC(n, v, T, f)                                                                     \
+    {                                                                                              \
+        .name = (n), .version = (v), .struct_size = sizeof(T), .fields = (f),                      \
+        .nfields = ARRAY_SIZE(f),                                                                  \
+    }
+
+/* Bytes that state_save writes. */
+size_t state_size(const struct state_desc *d);
+/* Writes state_size(d) bytes to buf. The caller holds whatever lock obj needs. */
+void state_save(const struct state_desc *d, const void *obj, u8 *buf);
+/* Checks len == state_size(d), then loads and calls `loaded`. 0 or -EINVAL with err set. */
+int state_load(const struct state_desc *d, void *obj, const u8 *buf, size_t len, struct error *err);
+/* The name of the first state field that differs between a and b, as "desc.field[i]", or NULL. */
+const char *state_compare(const struct state_desc *d, const void *a, const void *b, char *buf,
+                          size_t buflen);
+/* 0, or -EINVAL with the first byte range of the struct that no field covers and padding can't explain. */
+int state_desc_check(const struct state_desc *d, struct error *err);
+
+#endif

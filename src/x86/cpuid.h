@@ -1,0 +1,63 @@
+/*
+ * The CPUID model: what a guest's processor says of itself, the same under every engine.
+ *
+ * A model is made once from a name (host, v2, v3), the host's own CPUID and the number of CPUs. The
+ * features that it offers are also what the software engine decodes: an instruction whose feature is
+ * not offered raises #UD. Feature names come from cpuid_features.def.
+ */
+#ifndef DOPPEL_X86_CPUID_H
+#define DOPPEL_X86_CPUID_H
+
+#include "host/error.h"
+#include "host/types.h"
+
+enum cpuid_feature {
+#define CPUID_FEATURE(name, leaf, subleaf, reg, bit) FEATURE_##name,
+#include "x86/cpuid_features.def"
+#undef CPUID_FEATURE
+    FEATURE_COUNT,
+};
+
+struct cpuid_regs {
+    u32 eax, ebx, ecx, edx;
+};
+
+struct cpuid_model;
+
+/* Which features an engine can offer at all: one bit a feature, indexed by enum cpuid_feature. */
+struct cpuid_support {
+    u64 bits[(FEATURE_COUNT + 63) / 64];
+};
+
+/*
+ * name: "host", "v2" or "v3". support: the engine's; features outside it are never offered. tsc_hz: the
+ * guest's TSC frequency. -EINVAL (err set) when the name is unknown or this host lacks what the model
+ * promises (v3 on a host without AVX2: SIMD runs on the host's units).
+ */
+struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_support *support,
+                                       unsigned ncpus, u64 tsc_hz, struct error *err);
+void cpuid_model_destroy(struct cpuid_model *m);
+
+bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f);
+/* XCR0 bits that may be set; the guest's physical and linear address widths; IA32_XSS bits. */
+u64 cpuid_model_xcr0(const struct cpuid_model *m);
+unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
+u64 cpuid_model_tsc_hz(const struct cpuid_model *m);
+
+/* What depends on the asking processor's state. */
+struct cpuid_dynamic {
+    unsigned index; /* its number: APIC ID */
+    u64 cr4, xcr0, xss;
+    bool apic_enabled;
+};
+/* The CPUID instruction (SDM vol. 2A): leaf in EAX, subleaf in ECX. */
+void cpuid_model_query(const struct cpuid_model *m, const struct cpuid_dynamic *d, u32 leaf,
+                       u32 subleaf, struct cpuid_regs *out);
+
+/* The host's own CPUID, and the size and offset of the components of XSAVE's standard format. */
+void cpuid_host(u32 leaf, u32 subleaf, struct cpuid_regs *out);
+
+/* The host's TSC frequency in Hz, from CPUID or measured against CLOCK_MONOTONIC once. */
+u64 host_tsc_hz(void);
+
+#endif
