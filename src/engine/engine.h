@@ -70,6 +70,8 @@ struct engine_ops {
 
     /* 0 when this host can run it; else an error whose text says why not. */
     int (*probe)(struct error *err);
+    /* The CPUID features that it can offer on this host. */
+    void (*cpuid_support)(struct cpuid_support *out);
     struct engine *(*create)(const struct engine_config *config, struct error *err);
     void (*destroy)(struct engine *e);
 
@@ -90,6 +92,8 @@ struct engine_ops {
     void (*deliver_msi)(struct engine *e, u64 address, u32 data);
     /* The 8259 pair's INTR output, wired to every LINT0. */
     void (*set_extint)(struct engine *e, bool level);
+    /* The A20 gate: off, address bit 20 reads as zero. NULL where the engine can't do that. */
+    void (*set_a20)(struct engine *e, bool on);
     /* NMI to one vCPU. */
     void (*inject_nmi)(struct vcpu *v);
 
