@@ -1,0 +1,204 @@
+/*
+ * The software processor's vCPU: the architecture (struct cpu) and what makes it run fast.
+ *
+ * Conventions that all of engine/soft keeps
+ *  1. RIP. While a block runs, cpu.gpr[GPR_RIP] is the (E)IP of the block's first byte, and the current
+ *     instruction is at gpr[GPR_RIP] + v->cur->offset. Between blocks gpr[GPR_RIP] is exact and v->cur is
+ *     &insn_none (offset 0, length 0). soft_ip and soft_next_ip hide the difference.
+ *  2. v->cur is set by whatever may fault: slow paths of memory accesses, and every handler that is
+ *     not a plain integer one (INSN handlers in tables wrapped by decode.c start with v->cur = i).
+ *  3. A guest fault is raised by soft_raise*, which does not return: it puts RIP on the faulting
+ *     instruction and unwinds (longjmp) to the run loop, which delivers it. So a handler changes no
+ *     architectural state before its last possible fault, and holds no lock across one.
+ *  4. Arithmetic flags live in v->aflags (see flags.h); cpu.rflags holds all the others. Use
+ *     soft_flags_get and soft_flags_set for the whole.
+ *  5. After a change of CR0, CR4, EFER, XCR0, PKRU's enabling, CS, SS, CPL or EFLAGS.VM/TF/AC call
+ *     soft_mode_changed: it recomputes what is derived (mode, effective bases, TLB in use). An
+ *     instruction that can change any of these must end its block (INSN_ENDS_BLOCK in its definition).
+ *  6. engine/soft reaches devices only through the buses of struct engine_config.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_VCPU_H
+#define DOPPEL_ENGINE_SOFT_VCPU_H
+
+#include "engine/engine.h"
+#include "engine/soft/insn.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+
+struct lapic;
+struct soft_engine;
+struct block_cache;
+
+/* Mode bits: they key decoded blocks, so code decoded in one mode never runs in another. */
+#define MODE_CODE16 0x00u
+#define MODE_CODE32 0x01u
+#define MODE_CODE64 0x02u
+#define MODE_CODE_MASK 0x03u
+#define MODE_STACK32 0x04u /* SS.B: PUSH, POP, CALL use ESP (64-bit mode always uses RSP) */
+#define MODE_USER 0x08u    /* CPL 3 */
+#define MODE_SINGLE 0x10u  /* one instruction a block: TF, code breakpoints, interrupt shadow */
+#define MODE_PROTECTED 0x20u /* CR0.PE and not EFLAGS.VM */
+
+/* Which translations an access uses. Tags of one never serve another. */
+enum tlb_kind {
+    TLB_KERNEL,       /* CPL 0 to 2, or implicit supervisor access, SMAP in force */
+    TLB_KERNEL_AC,    /* CPL 0 to 2 with EFLAGS.AC set, or no SMAP */
+    TLB_USER,         /* CPL 3 */
+    TLB_KINDS,
+};
+
+#define TLB_BITS 10
+#define TLB_SIZE (1u << TLB_BITS)
+#define TLB_NO_TAG 1ULL /* matches no access: tags are page-aligned */
+
+/* One page. An access at `lin` hits when (lin ^ tag) <= 4096 - size: same page, and not across it. */
+struct tlb_entry {
+    u64 read_tag;  /* linear address of the page, or TLB_NO_TAG */
+    u64 write_tag; /* also: D set, no decoded code in the page, no dirty logging due */
+    u64 addend;    /* host address = lin + addend */
+    u64 info;      /* guest-physical page address | TLB_INFO_* */
+};
+#define TLB_INFO_GLOBAL 0x1
+
+struct tlb {
+    struct tlb_entry entries[TLB_SIZE];
+};
+
+/* What an instruction of a class raises when it is not to be had now. */
+enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
+
+/* Reasons to look up from guest code (v->attention). Set by any thread, cleared by the vCPU. */
+#define ATTN_INTERRUPT 0x01u  /* the local APIC or ExtINT may have something */
+#define ATTN_NMI 0x02u
+#define ATTN_INIT 0x04u
+#define ATTN_SIPI 0x08u
+#define ATTN_KICK 0x10u
+#define ATTN_TIMER 0x20u      /* look at the local APIC's timer */
+#define ATTN_SHADOW 0x40u     /* own: shadow, TF, code breakpoints, pending #DB: careful path */
+#define ATTN_FLUSH 0x80u      /* others posted pages to drop (v->posts) */
+#define ATTN_RESCHED 0x100u
+
+struct soft_vcpu {
+    struct cpu cpu; /* first: handlers index it */
+
+    /* Hot: derived from the state by soft_mode_changed */
+    u32 aflags;               /* arithmetic flags, see flags.h */
+    u32 mode;                 /* MODE_* */
+    struct tlb *tlb;          /* the TLB for accesses at the current privilege (maybe tlb_none) */
+    enum tlb_kind tlb_kind;   /* how accesses at the current privilege translate */
+    u64 seg_base[SEG_COUNT];  /* effective: 0 for ES, CS, SS, DS in 64-bit mode */
+    const struct insn *cur;
+    _Atomic u32 attention;
+    u8 class_fault[FPU_CLASSES]; /* 0, or EXC_UD or EXC_NM */
+    u64 icount;
+
+    /* Translation */
+    struct tlb tlbs[TLB_KINDS];
+    struct tlb tlb_none;      /* never filled: #AC checks and data breakpoints see every access */
+    u64 map_generation;       /* changes whenever any translation may have */
+    struct block_cache *blocks;
+
+    /* Configuration and neighbours */
+    struct soft_engine *engine;
+    const struct cpuid_model *cpuid;
+    struct lapic *lapic;
+    unsigned index;
+    unsigned phys_bits;
+    gpa_t a20_mask;           /* all ones, or bit 20 clear */
+
+    /* Unwinding from a fault to the run loop */
+    jmp_buf unwind;
+    struct {
+        u8 vector;
+        bool has_error;
+        u32 error;
+    } raised;
+
+    /* x87 and SIMD on the host's units: host_exec.c */
+    struct host_exec *host_exec;
+
+    /* MONITOR/MWAIT */
+    gpa_t monitor_gpa;
+    bool monitor_armed;
+
+    struct vcpu_exit *exit;   /* where the run loop's exit goes */
+    bool leave;               /* vcpu_run must return with *exit */
+
+    struct engine_stats stats;
+
+    /* HLT sleeps here; whoever sets attention wakes. */
+    pthread_mutex_t wait_lock;
+    pthread_cond_t wait_cond;
+    bool waiting;
+    struct vm_timer apic_timer;
+};
+
+struct soft_engine {
+    struct engine_config config;
+    struct soft_vcpu *vcpus[64];
+    unsigned nvcpus;
+    struct lapic_bus *lapic_bus;
+    /* One word a page of each slot: which 64-byte lines hold decoded code. */
+    _Atomic u64 *code_lines[MEMORY_MAX_SLOTS];
+    _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* dirty bitmap, or NULL when not logging */
+    _Atomic bool extint;
+    pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */
+};
+
+extern const struct insn insn_none;
+
+/* --- mode.c --- */
+void soft_mode_changed(struct soft_vcpu *v);
+
+static inline bool soft_long_mode(const struct soft_vcpu *v)
+{
+    return v->cpu.msr.efer & EFER_LMA;
+}
+static inline bool soft_code64(const struct soft_vcpu *v)
+{
+    return (v->mode & MODE_CODE_MASK) == MODE_CODE64;
+}
+static inline bool soft_protected(const struct soft_vcpu *v)
+{
+    return v->mode & MODE_PROTECTED;
+}
+static inline bool soft_vm86(const struct soft_vcpu *v)
+{
+    return v->cpu.rflags & EFLAGS_VM;
+}
+/* 3 in virtual-8086 mode, 0 in real mode. */
+static inline unsigned soft_cpl(const struct soft_vcpu *v)
+{
+    return cpu_cpl(&v->cpu);
+}
+static inline bool soft_has(const struct soft_vcpu *v, enum cpuid_feature f)
+{
+    return cpuid_model_has(v->cpuid, f);
+}
+
+/* Cuts an instruction pointer to the code segment's size. */
+static inline u64 soft_ip_mask(const struct soft_vcpu *v, u64 ip)
+{
+    unsigned code = v->mode & MODE_CODE_MASK;
+
+    return code == MODE_CODE64 ? ip : code == MODE_CODE32 ? (u32)ip : (u16)ip;
+}
+/* The current instruction's address, and the next one's. */
+static inline u64 soft_ip(const struct soft_vcpu *v)
+{
+    return soft_ip_mask(v, v->cpu.gpr[GPR_RIP] + v->cur->offset);
+}
+static inline u64 soft_next_ip(const struct soft_vcpu *v)
+{
+    return soft_ip_mask(v, v->cpu.gpr[GPR_RIP] + v->cur->offset + v->cur->len);
+}
+/* Makes `ip` the exact instruction pointer: the last thing an instruction that ends its block does. */
+static inline void soft_set_ip(struct soft_vcpu *v, u64 ip)
+{
+    v->cpu.gpr[GPR_RIP] = ip;
+    v->cur = &insn_none;
+}
+
+#endif
