@@ -30,7 +30,7 @@ struct cpuid_support {
 };
 
 /*
- * name: "host", "v2" or "v3". support: the engine's; features outside it are never offered. tsc_hz: the
+ * name: "host", "v2", "v3", or "max" (all of the engine's support, for tests). support: the engine's; features outside it are never offered. tsc_hz: the
  * guest's TSC frequency. -EINVAL (err set) when the name is unknown or this host lacks what the model
  * promises (v3 on a host without AVX2: SIMD runs on the host's units).
  */
@@ -39,10 +39,13 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
 void cpuid_model_destroy(struct cpuid_model *m);
 
 bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f);
-/* XCR0 bits that may be set; the guest's physical and linear address widths; IA32_XSS bits. */
+/* XCR0 bits that may be set; the guest's physical address width; its TSC's frequency. No model has
+ * supervisor state in XSAVE: IA32_XSS stays 0. */
 u64 cpuid_model_xcr0(const struct cpuid_model *m);
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
 u64 cpuid_model_tsc_hz(const struct cpuid_model *m);
+/* Whether the vendor is AMD (or Hygon), where SYSCALL, SYSENTER and some MSRs differ from Intel's. */
+bool cpuid_model_is_amd(const struct cpuid_model *m);
 
 /* What depends on the asking processor's state. */
 struct cpuid_dynamic {

@@ -9,6 +9,9 @@
 
 #define LAPIC_DEFAULT_BASE 0xfee00000ULL
 
+/* The clock of the APIC timer, before its divider: what CPUID leaf 0x15 calls the crystal. KVM's own. */
+#define LAPIC_TIMER_HZ 1000000000ULL
+
 #define APIC_BASE_BSP BIT(8)
 #define APIC_BASE_X2APIC BIT(10)
 #define APIC_BASE_ENABLE BIT(11)
