@@ -1,0 +1,68 @@
+#include "cli/parse.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NAME_MAX_LENGTH 63
+
+int parse_number(const char *text, u64 min, u64 max, u64 *out, struct error *err)
+{
+    bool hex = text[0] == '0' && (text[1] == 'x' || text[1] == 'X');
+    const char *digits = hex ? text + 2 : text;
+    unsigned long long value;
+    char *end;
+
+    /* strtoull alone would take spaces, signs and, in base 0, octal. */
+    if (!(hex ? isxdigit((unsigned char)*digits) : isdigit((unsigned char)*digits)))
+        return error_input(err, "'%s' is not a number", text);
+    errno = 0;
+    value = strtoull(digits, &end, hex ? 16 : 10);
+    if (*end)
+        return error_input(err, "'%s' is not a number", text);
+    if (errno || value < min || value > max)
+        return error_input(err, "%s is out of range: give %llu to %llu", text,
+                           (unsigned long long)min, (unsigned long long)max);
+    *out = value;
+    return 0;
+}
+
+int parse_size(const char *text, u64 *out, struct error *err)
+{
+    static const char units[] = "KMGT";
+    unsigned long long value;
+    const char *unit;
+    unsigned shift;
+    char *end;
+
+    if (!isdigit((unsigned char)*text))
+        return error_input(err, "'%s' is not a size: give one such as 512M or 2G", text);
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    if (!*end)
+        return error_input(err, "'%s' has no unit: give one such as 512M or 2G", text);
+    unit = strchr(units, *end);
+    if (!unit || end[1])
+        return error_input(err, "'%s' is not a size: give one such as 512M or 2G", text);
+    shift = 10 * (unsigned)(unit - units + 1);
+    if (errno || value > UINT64_MAX >> shift)
+        return error_input(err, "%s is more than 64 bits can count", text);
+    *out = (u64)value << shift;
+    return 0;
+}
+
+int parse_name(const char *text, struct error *err)
+{
+    size_t len = strlen(text);
+
+    if (len < 1 || len > NAME_MAX_LENGTH)
+        return error_input(err, "a name has 1 to %d characters", NAME_MAX_LENGTH);
+    if (!isalnum((unsigned char)text[0]))
+        return error_input(err, "'%s' must begin with a letter or digit", text);
+    for (size_t i = 1; i < len; i++) {
+        if (!isalnum((unsigned char)text[i]) && !strchr("-_.", text[i]))
+            return error_input(err, "'%s' may hold letters, digits, '-', '_' and '.' only", text);
+    }
+    return 0;
+}

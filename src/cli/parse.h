@@ -1,0 +1,19 @@
+/*
+ * Strict readers of what a user types: the whole text must be meant, or it is refused with one line.
+ */
+#ifndef DOPPEL_CLI_PARSE_H
+#define DOPPEL_CLI_PARSE_H
+
+#include "host/error.h"
+#include "host/types.h"
+
+/* A number, decimal or with 0x, from min to max. 0 or -EINVAL. */
+int parse_number(const char *text, u64 min, u64 max, u64 *out, struct error *err);
+
+/* A size with its unit: digits and one of K, M, G, T (powers of 1024). 0 or -EINVAL. */
+int parse_size(const char *text, u64 *out, struct error *err);
+
+/* A name: 1 to 63 letters, digits, '-', '_' and '.', the first a letter or digit. 0 or -EINVAL. */
+int parse_name(const char *text, struct error *err);
+
+#endif

@@ -1,0 +1,213 @@
+#include "control/vm.h"
+
+#include "chardev/chardev.h"
+#include "control/stats.h"
+#include "engine/engine.h"
+#include "host/event_loop.h"
+#include "host/log.h"
+#include "machine/machine.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+struct vm {
+    const struct vm_config *config;
+    u64 begin_ns;
+    const struct engine_ops *engine;
+    bool verify;
+    struct event_loop *loop;
+    struct chardev *serial;
+    FILE *stats;
+    int signal_fd;
+    struct fd_watch signal_watch;
+    struct machine *machine; /* NULL until it is created */
+    bool quit;               /* the user asked for the end, maybe before there was a machine */
+};
+
+static void vm_quit(void *opaque)
+{
+    struct vm *vm = opaque;
+
+    vm->quit = true;
+    if (vm->machine)
+        machine_quit(vm->machine);
+}
+
+static void signal_ready(void *opaque, u32 events)
+{
+    struct vm *vm = opaque;
+    struct signalfd_siginfo info;
+
+    if (read(vm->signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
+        log_info("ending on signal %u (%s)", info.ssi_signo, strsignal((int)info.ssi_signo));
+        vm_quit(vm);
+    }
+}
+
+/*
+ * Signals that end the VM come through the loop. They are blocked in every thread made after this, so
+ * it runs before there is another.
+ */
+static int open_signals(struct vm *vm, struct error *err)
+{
+    sigset_t set;
+    int ret;
+
+    signal(SIGPIPE, SIG_IGN);
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    vm->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (vm->signal_fd < 0)
+        return error_host(err, errno, "cannot create a signalfd");
+    vm->signal_watch = (struct fd_watch){
+        .fd = vm->signal_fd, .events = EPOLLIN, .ready = signal_ready, .opaque = vm};
+    ret = event_loop_watch(vm->loop, &vm->signal_watch);
+    return ret ? error_host(err, -ret, "cannot watch a signalfd") : 0;
+}
+
+static int open_loop(struct vm *vm, struct error *err)
+{
+    vm->loop = event_loop_create(err);
+    return vm->loop ? 0 : -EIO;
+}
+
+static int choose_engine(struct vm *vm, struct error *err)
+{
+    vm->engine = engine_choose(vm->config->engine, &vm->verify, err);
+    if (vm->engine)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--engine");
+    return -EINVAL;
+}
+
+/* Before the VM runs: a path that can't be written is told now, not after an hour. */
+static int open_stats(struct vm *vm, struct error *err)
+{
+    const char *path = vm->config->stats;
+
+    if (!path)
+        return 0;
+    vm->stats = fopen(path, "we");
+    return vm->stats ? 0 : error_input(err, "--stats: %s: %s", path, strerror(errno));
+}
+
+static int open_serial(struct vm *vm, struct error *err)
+{
+    struct chardev_owner owner = {vm_quit, vm};
+
+    vm->serial = chardev_open(vm->config->serial, vm->loop, &owner, err);
+    if (vm->serial)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--serial");
+    return -EIO;
+}
+
+static int create_machine(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+    struct machine_config config = {
+        .engine = vm->engine,
+        .verify = vm->verify,
+        .cpu = c->cpu,
+        .memory = c->memory,
+        .cpus = c->cpus,
+        .kernel = c->kernel,
+        .initrd = c->initrd,
+        .cmdline = c->append,
+        .serial = vm->serial,
+        .debug_exit_port = c->debug_exit_port,
+        .no_reboot = c->no_reboot,
+    };
+
+    vm->machine = machine_create(&config, vm->loop, err);
+    if (!vm->machine)
+        return -EIO;
+    if (vm->quit)
+        machine_quit(vm->machine);
+    return 0;
+}
+
+static int status_of(const struct machine_end *end)
+{
+    switch (end->reason) {
+    case MACHINE_END_POWER_OFF:
+    case MACHINE_END_QUIT:
+        return VM_STATUS_POWER_OFF;
+    case MACHINE_END_RESET:
+    case MACHINE_END_TRIPLE_FAULT:
+        return VM_STATUS_GUEST_RESET;
+    case MACHINE_END_DEBUG_EXIT:
+        return (int)(end->value & 0xff);
+    case MACHINE_END_ERROR:
+    case MACHINE_END_NONE:
+        break;
+    }
+    return end->error.class == ERROR_INPUT ? VM_STATUS_BAD_INPUT : VM_STATUS_HOST_FAILURE;
+}
+
+static int write_stats(struct vm *vm, int status, struct error *err)
+{
+    struct vm_stats stats = {
+        .name = vm->config->name,
+        .engine = vm->engine->name,
+        .begin_ns = vm->begin_ns,
+        .end_ns = host_clock_ns(),
+        .status = status,
+    };
+
+    if (!vm->stats)
+        return 0;
+    machine_stats(vm->machine, &stats.machine);
+    return stats_write(&stats, vm->stats, vm->config->stats, err);
+}
+
+static void close_all(struct vm *vm)
+{
+    if (vm->machine)
+        machine_destroy(vm->machine);
+    chardev_close(vm->serial);
+    if (vm->stats)
+        fclose(vm->stats);
+    if (vm->signal_fd >= 0) {
+        event_loop_unwatch(vm->loop, &vm->signal_watch);
+        close(vm->signal_fd);
+    }
+    if (vm->loop)
+        event_loop_destroy(vm->loop);
+}
+
+int vm_run(const struct vm_config *config)
+{
+    static int (*const steps[])(struct vm *vm, struct error *err) = {
+        choose_engine, open_loop, open_signals, open_stats, open_serial, create_machine,
+    };
+    struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
+    struct machine_end end = {.reason = MACHINE_END_NONE};
+    int status;
+
+    for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
+        if (steps[i](&vm, &end.error))
+            goto out;
+    }
+    machine_run(vm.machine, &end);
+    if (end.reason == MACHINE_END_TRIPLE_FAULT)
+        log_info("the guest shut itself down by a triple fault");
+    if (write_stats(&vm, status_of(&end), &end.error))
+        end.reason = MACHINE_END_ERROR;
+out:
+    status = status_of(&end);
+    /* After the terminal is itself again. */
+    close_all(&vm);
+    if (end.error.class != ERROR_NONE)
+        log_error("%s", end.error.text);
+    return status;
+}

@@ -1,0 +1,37 @@
+/*
+ * One VM in this process, from its configuration to its exit status.
+ */
+#ifndef DOPPEL_CONTROL_VM_H
+#define DOPPEL_CONTROL_VM_H
+
+#include "host/error.h"
+#include "host/types.h"
+
+/* Exit statuses (docs/architecture.md). With --debug-exit the guest chooses others. */
+enum vm_status {
+    VM_STATUS_POWER_OFF = 0,
+    VM_STATUS_HOST_FAILURE = 1,
+    VM_STATUS_BAD_INPUT = 2,
+    VM_STATUS_GUEST_RESET = 3,
+};
+
+/* What the user asked for. Strings are borrowed. */
+struct vm_config {
+    const char *name;
+    const char *engine; /* as in --engine */
+    const char *cpu;    /* CPUID model: host, v2, v3 */
+    u64 memory;         /* bytes */
+    unsigned cpus;
+    const char *kernel; /* path */
+    const char *initrd; /* path, or NULL */
+    const char *append;
+    const char *serial; /* as chardev_open takes it */
+    int debug_exit_port; /* -1: none */
+    bool no_reboot;
+    const char *stats; /* path, or NULL */
+};
+
+/* Runs the VM to its end. Returns the exit status; failures have been told on stderr. */
+int vm_run(const struct vm_config *config);
+
+#endif

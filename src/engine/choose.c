@@ -1,0 +1,58 @@
+/*
+ * Which engines this build has, and which of them runs the machine.
+ */
+#include "engine/engine.h"
+
+#include "host/log.h"
+
+#include <string.h>
+
+const struct engine_ops *const engines[] = {&engine_interp, NULL};
+
+/* What --engine may name, here or in another build. */
+static const char *const known[] = {"auto", "kvm", "bt", "interp"};
+
+static bool is_known(const char *name, size_t len)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
+        if (strlen(known[i]) == len && !memcmp(known[i], name, len))
+            return true;
+    }
+    return false;
+}
+
+static const struct engine_ops *choose_auto(struct error *err)
+{
+    for (size_t i = 0; engines[i]; i++) {
+        if (!engines[i]->probe(err)) {
+            log_info("engine %s: %s", engines[i]->name,
+                     i ? "those before it can't run here" : "the best of this build");
+            return engines[i];
+        }
+        log_info("engine %s can't run here: %s", engines[i]->name, err->text);
+    }
+    return NULL;
+}
+
+const struct engine_ops *engine_choose(const char *name, bool *verify, struct error *err)
+{
+    size_t len = strcspn(name, ",");
+
+    *verify = false;
+    if (!is_known(name, len) || (name[len] && strcmp(name + len, ",verify"))) {
+        error_input(err, "no engine '%s': give auto, kvm, bt or interp", name);
+        return NULL;
+    }
+    if (name[len]) {
+        error_input(err, "%s: only the engine bt can verify itself, and this build has none", name);
+        return NULL;
+    }
+    if (!strcmp(name, "auto"))
+        return choose_auto(err);
+    for (size_t i = 0; engines[i]; i++) {
+        if (!strcmp(engines[i]->name, name))
+            return engines[i]->probe(err) ? NULL : engines[i];
+    }
+    error_input(err, "this build has no engine %s: give auto or interp", name);
+    return NULL;
+}

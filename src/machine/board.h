@@ -1,0 +1,39 @@
+/*
+ * The board: every device of the machine, created, wired and destroyed in one place.
+ */
+#ifndef DOPPEL_MACHINE_BOARD_H
+#define DOPPEL_MACHINE_BOARD_H
+
+#include "device/device.h"
+#include "engine/engine.h"
+
+struct board;
+struct chardev;
+struct e820_map;
+
+struct board_config {
+    struct device_env env;
+    const struct engine_ops *ops; /* the processors' side of the interrupt lines */
+    struct engine *engine;
+    struct power_sink power;
+    unsigned cpus;
+    const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
+    struct chardev *serial;      /* for COM1, or NULL */
+    int debug_exit_port;         /* -1: none */
+};
+
+/* All devices in their power-on state. What config points to must outlive the board. */
+struct board *board_create(const struct board_config *config, struct error *err);
+void board_destroy(struct board *board);
+
+/* The RESET line: every device to its power-on state. No vCPU may run. */
+void board_reset(struct board *board);
+
+/* Writes the firmware tables into guest memory; *rsdp is where their root is. */
+int board_write_tables(struct board *board, gpa_t *rsdp, struct error *err);
+
+/* For struct engine_machine_ops: INTA, and EOI broadcasts. Any thread. */
+int board_ack_extint(struct board *board);
+void board_eoi(struct board *board, u8 vector);
+
+#endif

@@ -1,0 +1,408 @@
+#include "machine/machine.h"
+
+#include "bus/clock.h"
+#include "bus/io.h"
+#include "bus/memory.h"
+#include "device/device.h"
+#include "host/log.h"
+#include "machine/board.h"
+#include "machine/loader.h"
+#include "machine/memory_map.h"
+#include "machine/vcpu_thread.h"
+#include "x86/cpuid.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define PORT_COUNT 0x10000
+
+struct machine {
+    struct machine_config config;
+    const struct engine_ops *ops; /* config.engine */
+    struct event_loop *loop;
+
+    struct vm_clock *clock;
+    struct cpuid_model *cpuid;
+    struct guest_memory memory;
+    struct e820_map e820;
+    struct io_bus *ports, *mmio;
+    struct engine *engine;
+    struct board *board;
+    struct vcpu_thread *cpus;
+    unsigned ncpus; /* created so far */
+    bool running;
+    u64 resets;
+
+    /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
+    pthread_mutex_t request_lock;
+    bool reset_requested;
+    struct machine_end end; /* the first reason wins */
+    int request_fd;         /* eventfd that wakes the loop */
+    struct fd_watch request_watch;
+};
+
+static void park_all(struct machine *m)
+{
+    for (unsigned i = 0; i < m->ncpus; i++)
+        vcpu_thread_park(&m->cpus[i]);
+}
+
+/* Wakes the loop for what was just noted. The guest must not run on past its request. */
+static void notify(struct machine *m)
+{
+    u64 one = 1;
+
+    park_all(m);
+    /* Fails only when the counter is full, and then the loop wakes anyway. */
+    if (write(m->request_fd, &one, sizeof(one)) < 0)
+        log_debug("machine: the request counter is full");
+}
+
+static void request_end(struct machine *m, const struct machine_end *end)
+{
+    pthread_mutex_lock(&m->request_lock);
+    if (m->end.reason == MACHINE_END_NONE)
+        m->end = *end;
+    pthread_mutex_unlock(&m->request_lock);
+    notify(m);
+}
+
+static void request_reset(struct machine *m)
+{
+    if (m->config.no_reboot) {
+        request_end(m, &(struct machine_end){.reason = MACHINE_END_RESET});
+        return;
+    }
+    pthread_mutex_lock(&m->request_lock);
+    m->reset_requested = true;
+    pthread_mutex_unlock(&m->request_lock);
+    notify(m);
+}
+
+/* struct power_sink: any thread, with device locks held. */
+static void power_request(void *opaque, enum power_request what, u32 value)
+{
+    struct machine *m = opaque;
+
+    switch (what) {
+    case POWER_OFF:
+        request_end(m, &(struct machine_end){.reason = MACHINE_END_POWER_OFF});
+        break;
+    case POWER_RESET:
+        request_reset(m);
+        break;
+    case POWER_DEBUG_EXIT:
+        request_end(m, &(struct machine_end){.reason = MACHINE_END_DEBUG_EXIT, .value = value});
+        break;
+    case POWER_PANICKED:
+        /* What follows (a reboot, a crash kernel, a halt) is the guest's own choice. */
+        log_once(LOG_WARN, "the guest tells that it panicked");
+        break;
+    }
+}
+
+/* On a vCPU's thread. */
+static void vcpu_stopped(void *opaque, const struct vcpu_exit *exit)
+{
+    struct machine_end end = {.reason = MACHINE_END_TRIPLE_FAULT};
+
+    if (exit->reason == VCPU_EXIT_ERROR) {
+        end.reason = MACHINE_END_ERROR;
+        end.error = exit->error;
+    }
+    request_end(opaque, &end);
+}
+
+static void requests_ready(void *opaque, u32 events)
+{
+    struct machine *m = opaque;
+    struct machine_end end = {.reason = MACHINE_END_ERROR};
+    bool ended, reset;
+    u64 count;
+
+    if (read(m->request_fd, &count, sizeof(count)) < 0)
+        return;
+    pthread_mutex_lock(&m->request_lock);
+    ended = m->end.reason != MACHINE_END_NONE;
+    reset = m->reset_requested;
+    m->reset_requested = false;
+    pthread_mutex_unlock(&m->request_lock);
+
+    if (ended)
+        event_loop_stop(m->loop);
+    else if (reset && machine_reset(m, &end.error))
+        request_end(m, &end);
+}
+
+static int engine_ack_extint(void *opaque)
+{
+    struct machine *m = opaque;
+
+    return board_ack_extint(m->board);
+}
+
+static void engine_eoi_broadcast(void *opaque, u8 vector)
+{
+    struct machine *m = opaque;
+
+    board_eoi(m->board, vector);
+}
+
+static void memory_written(void *opaque, gpa_t gpa, u64 len)
+{
+    struct machine *m = opaque;
+
+    m->ops->memory_written(m->engine, gpa, len);
+}
+
+static int create_processor_model(struct machine *m, struct error *err)
+{
+    struct cpuid_support support = {0};
+
+    m->ops->cpuid_support(&support);
+    m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
+    return m->cpuid ? 0 : -EINVAL;
+}
+
+static int create_buses(struct machine *m, struct error *err)
+{
+    int ret = memory_map_build(&m->memory, m->config.memory, err);
+
+    if (ret) {
+        if (err->class == ERROR_INPUT)
+            error_prefix(err, "--memory");
+        return ret;
+    }
+    memory_map_e820(&m->memory, &m->e820);
+    m->ports = io_bus_create("port", PORT_COUNT, err);
+    if (!m->ports)
+        return -ENOMEM;
+    m->mmio = io_bus_create("mmio", BIT(cpuid_model_phys_bits(m->cpuid)), err);
+    return m->mmio ? 0 : -ENOMEM;
+}
+
+static int create_engine(struct machine *m, struct error *err)
+{
+    struct engine_config config = {
+        .memory = &m->memory,
+        .ports = m->ports,
+        .mmio = m->mmio,
+        .clock = m->clock,
+        .machine = {engine_ack_extint, engine_eoi_broadcast, m},
+        .cpuid = m->cpuid,
+        .ncpus = m->config.cpus,
+        .verify = m->config.verify,
+    };
+
+    m->engine = m->ops->create(&config, err);
+    if (!m->engine)
+        return -EIO;
+    m->memory.listener = (struct memory_listener){memory_written, m};
+    return 0;
+}
+
+static int create_board(struct machine *m, struct error *err)
+{
+    struct board_config config = {
+        .env = {.ports = m->ports,
+                .mmio = m->mmio,
+                .memory = &m->memory,
+                .clock = m->clock,
+                .loop = m->loop},
+        .ops = m->ops,
+        .engine = m->engine,
+        .power = {power_request, m},
+        .cpus = m->config.cpus,
+        .e820 = &m->e820,
+        .serial = m->config.serial,
+        .debug_exit_port = m->config.debug_exit_port,
+    };
+
+    m->board = board_create(&config, err);
+    return m->board ? 0 : -EIO;
+}
+
+static int create_cpus(struct machine *m, struct error *err)
+{
+    m->cpus = calloc(m->config.cpus, sizeof(*m->cpus));
+    if (!m->cpus)
+        return error_host(err, ENOMEM, "cannot create %u processors", m->config.cpus);
+    while (m->ncpus < m->config.cpus) {
+        int ret = vcpu_thread_create(&m->cpus[m->ncpus], m->ops, m->engine, m->ncpus, vcpu_stopped,
+                                     m, err);
+
+        if (ret)
+            return ret;
+        m->ncpus++;
+    }
+    return 0;
+}
+
+/*
+ * The firmware's part in a direct boot: processors reset, tables and kernel in memory, the first
+ * processor at its entry.
+ */
+static int load(struct machine *m, struct error *err)
+{
+    struct vcpu *first = m->cpus[0].vcpu;
+    struct loader_request request = {
+        .kernel = m->config.kernel,
+        .initrd = m->config.initrd,
+        .cmdline = m->config.cmdline,
+        .e820 = &m->e820,
+        .memory = &m->memory,
+    };
+    struct lapic_state apic;
+    struct cpu cpu;
+    int ret;
+
+    for (unsigned i = 0; i < m->ncpus; i++)
+        m->ops->vcpu_reset(m->cpus[i].vcpu);
+    ret = board_write_tables(m->board, &request.rsdp, err);
+    if (ret)
+        return ret;
+    m->ops->vcpu_get_state(first, &cpu, &apic);
+    ret = loader_load(&request, &cpu, err);
+    if (ret)
+        return ret;
+    return m->ops->vcpu_set_state(first, &cpu, &apic, err);
+}
+
+static int create_requests(struct machine *m, struct error *err)
+{
+    int ret;
+
+    m->request_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (m->request_fd < 0)
+        return error_host(err, errno, "cannot create an eventfd");
+    m->request_watch = (struct fd_watch){
+        .fd = m->request_fd, .events = EPOLLIN, .ready = requests_ready, .opaque = m};
+    ret = event_loop_watch(m->loop, &m->request_watch);
+    return ret ? error_host(err, -ret, "cannot watch an eventfd") : 0;
+}
+
+struct machine *machine_create(const struct machine_config *config, struct event_loop *loop,
+                               struct error *err)
+{
+    static int (*const steps[])(struct machine *m, struct error *err) = {
+        create_requests, create_processor_model, create_buses, create_engine,
+        create_board,    create_cpus,            load,
+    };
+    struct machine *m = calloc(1, sizeof(*m));
+
+    if (!m) {
+        error_host(err, ENOMEM, "cannot create the machine");
+        return NULL;
+    }
+    m->config = *config;
+    m->ops = config->engine;
+    m->loop = loop;
+    m->request_fd = -1;
+    pthread_mutex_init(&m->request_lock, NULL);
+    m->clock = vm_clock_create(loop, err);
+    if (!m->clock)
+        goto fail;
+    for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
+        if (steps[i](m, err))
+            goto fail;
+    }
+    return m;
+fail:
+    machine_destroy(m);
+    return NULL;
+}
+
+void machine_destroy(struct machine *m)
+{
+    /* Those who act first, then those who are acted upon. */
+    while (m->ncpus)
+        vcpu_thread_destroy(&m->cpus[--m->ncpus]);
+    free(m->cpus);
+    if (m->board)
+        board_destroy(m->board);
+    m->memory.listener = (struct memory_listener){0};
+    if (m->engine)
+        m->ops->destroy(m->engine);
+    if (m->mmio)
+        io_bus_destroy(m->mmio);
+    if (m->ports)
+        io_bus_destroy(m->ports);
+    memory_destroy(&m->memory);
+    if (m->cpuid)
+        cpuid_model_destroy(m->cpuid);
+    if (m->clock)
+        vm_clock_destroy(m->clock);
+    if (m->request_fd >= 0) {
+        event_loop_unwatch(m->loop, &m->request_watch);
+        close(m->request_fd);
+    }
+    pthread_mutex_destroy(&m->request_lock);
+    free(m);
+}
+
+void machine_start(struct machine *m)
+{
+    if (m->running)
+        return;
+    m->running = true;
+    vm_clock_start(m->clock);
+    for (unsigned i = 0; i < m->ncpus; i++)
+        vcpu_thread_resume(&m->cpus[i]);
+}
+
+void machine_pause(struct machine *m)
+{
+    park_all(m);
+    for (unsigned i = 0; i < m->ncpus; i++)
+        vcpu_thread_wait_parked(&m->cpus[i]);
+    vm_clock_stop(m->clock);
+    m->running = false;
+}
+
+int machine_reset(struct machine *m, struct error *err)
+{
+    bool running = m->running;
+    int ret;
+
+    machine_pause(m);
+    board_reset(m->board);
+    ret = load(m, err);
+    if (ret)
+        return ret;
+    m->resets++;
+    if (running)
+        machine_start(m);
+    return 0;
+}
+
+void machine_quit(struct machine *m)
+{
+    request_end(m, &(struct machine_end){.reason = MACHINE_END_QUIT});
+}
+
+void machine_run(struct machine *m, struct machine_end *end)
+{
+    machine_start(m);
+    event_loop_run(m->loop);
+    machine_pause(m);
+    pthread_mutex_lock(&m->request_lock);
+    *end = m->end;
+    pthread_mutex_unlock(&m->request_lock);
+}
+
+void machine_stats(struct machine *m, struct machine_stats *out)
+{
+    *out = (struct machine_stats){.resets = m->resets};
+    for (unsigned i = 0; i < m->ncpus; i++) {
+        u64 started = atomic_load(&m->cpus[i].started_ns);
+
+        if (started && (!out->first_instruction_ns || started < out->first_instruction_ns))
+            out->first_instruction_ns = started;
+        for (unsigned r = 0; r < VCPU_EXIT_REASONS; r++)
+            out->exits[r] += m->cpus[i].exits[r];
+    }
+    m->ops->stats(m->engine, &out->engine);
+}

@@ -1,0 +1,78 @@
+/*
+ * The machine: memory, clock, buses, board, engine and vCPUs as one, and its life.
+ *
+ * Threads: one a vCPU, and the event loop's, which is the one that calls machine_run. All functions
+ * here are for that thread, but for machine_quit. What a guest asks of the machine (power off,
+ * reset) is noted on whatever thread it arrives, stops the vCPUs at once, and is done on the loop's.
+ */
+#ifndef DOPPEL_MACHINE_MACHINE_H
+#define DOPPEL_MACHINE_MACHINE_H
+
+#include "engine/engine.h"
+#include "host/error.h"
+#include "host/event_loop.h"
+
+struct chardev;
+struct machine;
+
+/* Strings and the stream are borrowed, and must outlive the machine. */
+struct machine_config {
+    const struct engine_ops *engine;
+    bool verify;     /* the engine checks itself */
+    const char *cpu; /* name of the CPUID model */
+    u64 memory;      /* bytes */
+    unsigned cpus;
+    const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
+    struct chardev *serial;                /* what COM1 is connected to, or NULL */
+    int debug_exit_port;                   /* -1: none */
+    bool no_reboot;                        /* a reset ends the machine */
+};
+
+enum machine_end_reason {
+    MACHINE_END_NONE,
+    MACHINE_END_POWER_OFF,
+    MACHINE_END_RESET,        /* under no_reboot */
+    MACHINE_END_TRIPLE_FAULT,
+    MACHINE_END_DEBUG_EXIT,   /* value: the exit status */
+    MACHINE_END_QUIT,         /* machine_quit */
+    MACHINE_END_ERROR,        /* error says why */
+};
+
+struct machine_end {
+    enum machine_end_reason reason;
+    u32 value;
+    struct error error;
+};
+
+struct machine_stats {
+    u64 first_instruction_ns; /* host clock; 0: none was run */
+    u64 resets;
+    u64 exits[VCPU_EXIT_REASONS]; /* of all vCPUs; read when they are parked */
+    struct engine_stats engine;
+};
+
+/* A machine at power-on with its kernel loaded, not started. The loop must outlive it. */
+struct machine *machine_create(const struct machine_config *config, struct event_loop *loop,
+                               struct error *err);
+/* Stops it where it is. */
+void machine_destroy(struct machine *m);
+
+/* Runs the event loop, from machine_start on, until the machine ends; the vCPUs are parked then. */
+void machine_run(struct machine *m, struct machine_end *end);
+
+/* Starts or goes on: the clock and all vCPUs. */
+void machine_start(struct machine *m);
+/* Stops all vCPUs, then the clock. Returns when they have stopped. */
+void machine_pause(struct machine *m);
+/*
+ * What the reset button does: processors and devices to their power-on state, the kernel loaded
+ * afresh. Memory keeps what the loader doesn't write. A paused machine stays paused.
+ */
+int machine_reset(struct machine *m, struct error *err);
+
+/* Ends machine_run with MACHINE_END_QUIT. Any thread. */
+void machine_quit(struct machine *m);
+
+void machine_stats(struct machine *m, struct machine_stats *out);
+
+#endif

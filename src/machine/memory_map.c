@@ -1,0 +1,72 @@
+#include "machine/memory_map.h"
+
+#include "machine/layout.h"
+
+#include <sys/sysinfo.h>
+
+/* RAM and swap of the host in bytes; 0 when it won't say. */
+static u64 host_memory(void)
+{
+    struct sysinfo info;
+
+    if (sysinfo(&info))
+        return 0;
+    return ((u64)info.totalram + info.totalswap) * info.mem_unit;
+}
+
+static int check_size(u64 size, struct error *err)
+{
+    u64 host = host_memory();
+
+    if (size < MEMORY_SIZE_MIN)
+        return error_input(err, "a machine with %llu KiB of memory can't start: give 1M or more",
+                           (unsigned long long)(size >> 10));
+    if (size % GUEST_PAGE_SIZE)
+        return error_input(err, "memory comes in pages of 4 KiB: give a multiple of 4K");
+    if (host && size > host)
+        return error_input(err, "this host has %llu MiB of memory and swap, not %llu MiB: give less",
+                           (unsigned long long)(host >> 20), (unsigned long long)(size >> 20));
+    return 0;
+}
+
+int memory_map_build(struct guest_memory *memory, u64 size, struct error *err)
+{
+    u64 low_end = MIN(size, LAYOUT_LOW_RAM_END);
+    int ret = check_size(size, err);
+
+    if (!ret)
+        ret = memory_add_slot(memory, 0, LAYOUT_VGA_BASE, 0, err);
+    if (!ret)
+        ret = memory_add_slot(memory, LAYOUT_VGA_END, low_end - LAYOUT_VGA_END, 0, err);
+    if (!ret && size > low_end)
+        ret = memory_add_slot(memory, LAYOUT_HIGH_RAM_BASE, size - low_end, 0, err);
+    return ret;
+}
+
+static void add(struct e820_map *map, u64 base, u64 end, u32 type)
+{
+    if (base < end)
+        map->entries[map->count++] = (struct e820_entry){base, end - base, type};
+}
+
+void memory_map_e820(const struct guest_memory *memory, struct e820_map *map)
+{
+    map->count = 0;
+    add(map, 0, LAYOUT_EBDA_BASE, E820_RAM);
+    add(map, LAYOUT_EBDA_BASE, LAYOUT_VGA_BASE, E820_RESERVED);
+    add(map, LAYOUT_ACPI_BASE, LAYOUT_ACPI_END, E820_RESERVED);
+    /* The first slot is the one below 640 KiB; what the others hold below 1 MiB is the firmware's. */
+    for (unsigned i = 1; i < memory->nslots; i++) {
+        const struct memory_slot *slot = &memory->slots[i];
+
+        if (slot->gpa < LAYOUT_HIGH_RAM_BASE)
+            add(map, MAX(slot->gpa, LAYOUT_ACPI_END), slot->gpa + slot->size, E820_RAM);
+    }
+    add(map, LAYOUT_ECAM_BASE, LAYOUT_MMIO32_BASE, E820_RESERVED);
+    for (unsigned i = 1; i < memory->nslots; i++) {
+        const struct memory_slot *slot = &memory->slots[i];
+
+        if (slot->gpa >= LAYOUT_HIGH_RAM_BASE)
+            add(map, slot->gpa, slot->gpa + slot->size, E820_RAM);
+    }
+}

@@ -1,0 +1,24 @@
+/*
+ * The guest's memory: RAM by machine/layout.h, and the map that the guest is told.
+ */
+#ifndef DOPPEL_MACHINE_MEMORY_MAP_H
+#define DOPPEL_MACHINE_MEMORY_MAP_H
+
+#include "bus/memory.h"
+#include "host/error.h"
+#include "machine/loader.h"
+
+#define MEMORY_SIZE_MIN MIB(1)
+
+/*
+ * Adds the RAM slots of a machine with `size` bytes: up to 640 KiB, from LAYOUT_VGA_END to
+ * LAYOUT_LOW_RAM_END, and what is left from 4 GiB on. As on a PC, the hole between the first two is
+ * counted in the size. ERROR_INPUT for a size that is no multiple of a page, less than
+ * MEMORY_SIZE_MIN or more than the host has.
+ */
+int memory_map_build(struct guest_memory *memory, u64 size, struct error *err);
+
+/* The same as E820h entries, with the EBDA, the firmware area and the ECAM window reserved. */
+void memory_map_e820(const struct guest_memory *memory, struct e820_map *map);
+
+#endif
