@@ -35,16 +35,22 @@ void log_set_level(enum log_level level)
     max_level = (int)level;
 }
 
+bool log_enabled(enum log_level level)
+{
+    int limit;
+
+    pthread_once(&environment_once, read_environment);
+    limit = environment_level >= 0 ? environment_level : max_level;
+    return level <= LOG_WARN || (int)level <= limit;
+}
+
 void log_message(enum log_level level, const char *fmt, ...)
 {
     char line[1024];
     va_list args;
     size_t used;
-    int limit;
 
-    pthread_once(&environment_once, read_environment);
-    limit = environment_level >= 0 ? environment_level : max_level;
-    if (level > LOG_WARN && (int)level > limit)
+    if (!log_enabled(level))
         return;
 
     used = (size_t)snprintf(line, sizeof(line), "doppel: %s: ", level_names[level]);
@@ -67,16 +73,23 @@ void log_message(enum log_level level, const char *fmt, ...)
 bool log_first_time(u64 key)
 {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    static u64 keys[FIRST_TIME_KEYS];
-    static unsigned nkeys;
+    static struct {
+        u64 key;
+        bool used;
+    } seen[FIRST_TIME_KEYS * 2]; /* open addressing, at most half full */
+    static unsigned nseen;
+    size_t slot = (key * 0x9e3779b97f4a7c15ULL >> 32) % ARRAY_SIZE(seen);
     bool first;
 
     pthread_mutex_lock(&lock);
-    first = nkeys < FIRST_TIME_KEYS;
-    for (unsigned i = 0; first && i < nkeys; i++)
-        first = keys[i] != key;
-    if (first)
-        keys[nkeys++] = key;
+    while (seen[slot].used && seen[slot].key != key)
+        slot = (slot + 1) % ARRAY_SIZE(seen);
+    first = !seen[slot].used && nseen < FIRST_TIME_KEYS;
+    if (first) {
+        seen[slot].key = key;
+        seen[slot].used = true;
+        nseen++;
+    }
     pthread_mutex_unlock(&lock);
     return first;
 }

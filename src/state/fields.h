@@ -23,7 +23,13 @@
 #include "host/error.h"
 #include "host/types.h"
 
-enum state_kind { STATE_KIND_INT, STATE_KIND_BYTES, STATE_KIND_STRUCT, STATE_KIND_HOST };
+enum state_kind {
+    STATE_KIND_INT,
+    STATE_KIND_BOOL, /* a load refuses other bytes than 0 and 1 */
+    STATE_KIND_BYTES,
+    STATE_KIND_STRUCT,
+    STATE_KIND_HOST,
+};
 
 struct state_desc;
 
@@ -46,14 +52,32 @@ struct state_desc {
     int (*loaded)(void *obj, struct error *err);
 };
 
-/* The size of a member's innermost element: integers, or one- and two-dimensional arrays of them. */
-#define STATE_ELEM_SIZE_(T, m)                                                                     \
-    _Generic(((T *)0)->m, u8 *: 1, u16 *: 2, u32 *: 4, u64 *: 8, s8 *: 1, s16 *: 2, s32 *: 4,      \
-             s64 *: 8, bool *: 1, default: sizeof(((T *)0)->m))
+/*
+ * The innermost element of a member: the member itself, or what a one- or two-dimensional array is made
+ * of. The builtins only look at types; an array's is of a pointer's class. Where there is nothing to
+ * index, a character stands in, which __builtin_choose_expr then leaves out.
+ */
+#define STATE_IS_INDEXED_(e) (__builtin_classify_type(e) == 5)
+#define STATE_ROW_(e) (*__builtin_choose_expr(STATE_IS_INDEXED_(e), (e), (char *)0))
+#define STATE_PEEL_(e) __builtin_choose_expr(STATE_IS_INDEXED_(e), STATE_ROW_(e), (e))
+#define STATE_ELEM_(T, m) STATE_PEEL_(STATE_PEEL_(((T *)0)->m))
+
+/* 0; doesn't compile for a member that isn't of integers, or holds pointers. */
+#define STATE_IS_INTEGER_(e) (__builtin_classify_type(e) >= 1 && __builtin_classify_type(e) <= 4)
+#define STATE_IS_POINTER_(e)                                                                       \
+    __builtin_types_compatible_p(__typeof__(e), __typeof__(&STATE_ROW_(e)))
+#define STATE_MUST_BE_INTEGERS_(T, m)                                                              \
+    (0 * sizeof(char[STATE_IS_INTEGER_(STATE_ELEM_(T, m)) && !STATE_IS_POINTER_(((T *)0)->m) &&    \
+                             !STATE_IS_POINTER_(STATE_PEEL_(((T *)0)->m))                          \
+                         ? 1                                                                       \
+                         : -1]))
+
 #define STATE_FIELD(T, m)                                                                          \
     {                                                                                              \
-        .name = #m, .kind = STATE_KIND_INT, .offset = offsetof(T, m),                              \
-        .size = STATE_ELEM_SIZE_(T, m), .count = sizeof(((T *)0)->m) / STATE_ELEM_SIZE_(T, m),     \
+        .name = #m,                                                                                \
+        .kind = _Generic(STATE_ELEM_(T, m), bool: STATE_KIND_BOOL, default: STATE_KIND_INT),       \
+        .offset = offsetof(T, m), .size = sizeof(STATE_ELEM_(T, m)),                               \
+        .count = sizeof(((T *)0)->m) / sizeof(STATE_ELEM_(T, m)) + STATE_MUST_BE_INTEGERS_(T, m),  \
     }
 #define STATE_BYTES(T, m)                                                                          \
     {                                                                                              \
@@ -62,8 +86,9 @@ struct state_desc {
     }
 #define STATE_STRUCTS(T, m, d)                                                                     \
     {                                                                                              \
-        .name = #m, .kind = STATE_KIND_STRUCT, .offset = offsetof(T, m), .size = (d)->struct_size, \
-        .count = sizeof(((T *)0)->m) / (d)->struct_size, .desc = (d),                              \
+        .name = #m, .kind = STATE_KIND_STRUCT, .offset = offsetof(T, m), .desc = (d),              \
+        .size = sizeof(STATE_ELEM_(T, m)),                                                         \
+        .count = sizeof(((T *)0)->m) / sizeof(STATE_ELEM_(T, m)),                                  \
     }
 #define STATE_HOST(T, m)                                                                           \
     {                                                                                              \
@@ -80,12 +105,18 @@ struct state_desc {
 size_t state_size(const struct state_desc *d);
 /* Writes state_size(d) bytes to buf. The caller holds whatever lock obj needs. */
 void state_save(const struct state_desc *d, const void *obj, u8 *buf);
-/* Checks len == state_size(d), then loads and calls `loaded`. 0 or -EINVAL with err set. */
+/*
+ * Checks len == state_size(d), then loads and calls `loaded`, of inner structs first. 0, or -EINVAL
+ * (-ENOMEM) with err set and obj as it was.
+ */
 int state_load(const struct state_desc *d, void *obj, const u8 *buf, size_t len, struct error *err);
 /* The name of the first state field that differs between a and b, as "desc.field[i]", or NULL. */
 const char *state_compare(const struct state_desc *d, const void *a, const void *b, char *buf,
                           size_t buflen);
-/* 0, or -EINVAL with the first byte range of the struct that no field covers and padding can't explain. */
+/*
+ * 0, or -EINVAL with the first byte range of the struct that no field covers and padding can't explain,
+ * or that two fields cover. (A forgotten member as small as the padding in its place looks like it.)
+ */
 int state_desc_check(const struct state_desc *d, struct error *err);
 
 #endif

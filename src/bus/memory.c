@@ -1,0 +1,126 @@
+#include "bus/memory.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+static bool slot_contains(const struct memory_slot *slot, gpa_t gpa)
+{
+    return gpa >= slot->gpa && gpa - slot->gpa < slot->size;
+}
+
+int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err)
+{
+    const u64 offset_mask = GUEST_PAGE_SIZE - 1;
+    unsigned at = 0;
+    u8 *host;
+
+    if (!size || (gpa & offset_mask) || (size & offset_mask) || gpa + size - 1 < gpa)
+        return error_input(err, "guest memory can't be 0x%llx bytes at 0x%llx",
+                           (unsigned long long)size, (unsigned long long)gpa);
+    if (m->nslots == MEMORY_MAX_SLOTS)
+        return error_input(err, "guest memory can't be in more than %d pieces", MEMORY_MAX_SLOTS);
+    while (at < m->nslots && m->slots[at].gpa < gpa)
+        at++;
+    if ((at > 0 && slot_contains(&m->slots[at - 1], gpa)) ||
+        (at < m->nslots && m->slots[at].gpa - gpa < size))
+        return error_input(err, "guest memory at 0x%llx is there already", (unsigned long long)gpa);
+
+    host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                0);
+    if (host == MAP_FAILED)
+        return error_host(err, errno, "no host memory for %llu MiB of guest memory",
+                          (unsigned long long)(size >> 20));
+    /* Fewer of the host's TLB misses. Advice only: kernels without huge pages refuse it. */
+    madvise(host, size, MADV_HUGEPAGE);
+
+    memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
+    m->slots[at] = (struct memory_slot){.gpa = gpa, .size = size, .host = host, .flags = flags};
+    m->nslots++;
+    return 0;
+}
+
+void memory_destroy(struct guest_memory *m)
+{
+    for (unsigned i = 0; i < m->nslots; i++)
+        munmap(m->slots[i].host, m->slots[i].size);
+    m->nslots = 0;
+}
+
+const struct memory_slot *memory_find(const struct guest_memory *m, gpa_t gpa)
+{
+    for (unsigned i = 0; i < m->nslots; i++) {
+        if (slot_contains(&m->slots[i], gpa))
+            return &m->slots[i];
+    }
+    return NULL;
+}
+
+void *memory_host(const struct guest_memory *m, gpa_t gpa, u64 len)
+{
+    const struct memory_slot *slot = memory_find(m, gpa);
+    u64 offset;
+
+    if (!slot)
+        return NULL;
+    offset = gpa - slot->gpa;
+    return len <= slot->size - offset ? slot->host + offset : NULL;
+}
+
+/* Whether all of [gpa, gpa + len) is memory, in however many adjacent slots. */
+static bool range_is_memory(const struct guest_memory *m, gpa_t gpa, u64 len)
+{
+    while (len) {
+        const struct memory_slot *slot = memory_find(m, gpa);
+        u64 here;
+
+        if (!slot)
+            return false;
+        here = MIN(len, slot->size - (gpa - slot->gpa));
+        gpa += here;
+        len -= here;
+        if (len && gpa == 0) /* past the end of the address space */
+            return false;
+    }
+    return true;
+}
+
+int memory_read(const struct guest_memory *m, gpa_t gpa, void *buf, u64 len)
+{
+    u8 *to = buf;
+
+    if (!range_is_memory(m, gpa, len))
+        return -EFAULT;
+    while (len) {
+        const struct memory_slot *slot = memory_find(m, gpa);
+        u64 offset = gpa - slot->gpa;
+        u64 here = MIN(len, slot->size - offset);
+
+        memcpy(to, slot->host + offset, here);
+        to += here;
+        gpa += here;
+        len -= here;
+    }
+    return 0;
+}
+
+int memory_write(struct guest_memory *m, gpa_t gpa, const void *buf, u64 len)
+{
+    const u8 *from = buf;
+
+    if (!range_is_memory(m, gpa, len))
+        return -EFAULT;
+    while (len) {
+        const struct memory_slot *slot = memory_find(m, gpa);
+        u64 offset = gpa - slot->gpa;
+        u64 here = MIN(len, slot->size - offset);
+
+        memcpy(slot->host + offset, from, here);
+        if (m->listener.written)
+            m->listener.written(m->listener.opaque, gpa, here);
+        from += here;
+        gpa += here;
+        len -= here;
+    }
+    return 0;
+}
