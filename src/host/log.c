@@ -15,6 +15,7 @@ static const char *const level_names[] = {
 };
 
 static atomic_int max_level = LOG_INFO;
+static atomic_bool terminal_raw;
 static pthread_once_t environment_once = PTHREAD_ONCE_INIT;
 
 /* DOPPEL_LOG names the last level to show; it has precedence over log_set_level. */
@@ -35,6 +36,11 @@ void log_set_level(enum log_level level)
     max_level = (int)level;
 }
 
+void log_set_terminal_raw(bool raw)
+{
+    terminal_raw = raw && isatty(STDERR_FILENO);
+}
+
 bool log_enabled(enum log_level level)
 {
     int limit;
@@ -53,13 +59,13 @@ void log_message(enum log_level level, const char *fmt, ...)
     if (!log_enabled(level))
         return;
 
-    used = (size_t)snprintf(line, sizeof(line), "doppel: %s: ", level_names[level]);
+    used = (size_t)snprintf(line, sizeof(line) - 2, "doppel: %s: ", level_names[level]);
     va_start(args, fmt);
-    vsnprintf(line + used, sizeof(line) - used, fmt, args);
+    vsnprintf(line + used, sizeof(line) - 2 - used, fmt, args);
     va_end(args);
     used = strlen(line);
-    if (used == sizeof(line) - 1)
-        used--; /* cut to make place for the newline */
+    if (terminal_raw)
+        line[used++] = '\r';
     line[used++] = '\n';
 
     /* One write, so that lines of several threads and processes don't mix. A log has no log to

@@ -14,6 +14,8 @@
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 void log_set_level(enum log_level level);
+/* While a terminal is raw, lines must end in CR LF. */
+void log_set_terminal_raw(bool raw);
 /* Whether a message of this level would be written now. */
 bool log_enabled(enum log_level level);
 void log_message(enum log_level level, const char *fmt, ...) PRINTF_LIKE(2, 3);
