@@ -230,7 +230,8 @@ int event_loop_watch(struct event_loop *loop, struct fd_watch *w)
     ret = fd_entry_reserve(loop, w->fd);
     if (ret == 0)
         ret = loop->fds[w->fd].watch ? -EEXIST : w->events ? fd_resume(loop, w) : 0;
-    w->active = ret == 0;
+    if (ret == 0)
+        w->active = true;
     pthread_mutex_unlock(&loop->lock);
     return ret;
 }
@@ -377,6 +378,10 @@ static void timer_fd_update(struct event_loop *loop)
 void event_loop_timer_arm(struct event_loop *loop, struct host_timer *t, u64 deadline_ns)
 {
     pthread_mutex_lock(&loop->lock);
+    if (t->removing) {
+        pthread_mutex_unlock(&loop->lock);
+        return;
+    }
     if (t->armed)
         heap_remove(loop, t);
     /* One that is late already waits for the next round: descriptors get their turn in between. */
@@ -401,9 +406,10 @@ void event_loop_timer_remove(struct event_loop *loop, struct host_timer *t)
     pthread_mutex_lock(&loop->lock);
     if (t->armed)
         heap_remove(loop, t);
+    /* The callback that this waits for may want to arm it again. */
+    t->removing = true;
     wait_for_callback(loop, t);
-    if (t->armed) /* by that callback */
-        heap_remove(loop, t);
+    t->removing = false;
     pthread_mutex_unlock(&loop->lock);
 }
 

@@ -52,7 +52,7 @@ struct host_timer {
     /* the loop's own: a node of its pairing heap */
     u64 deadline;
     struct host_timer *child, *next, *prev;
-    bool armed;
+    bool armed, removing;
 };
 
 /* Arms or moves a timer; a deadline in the past fires soon. Never fires before the deadline. */
