@@ -1,0 +1,293 @@
+/*
+ * The AML emitter.
+ *
+ * A body is preceded by its length, PkgLength, whose own size (one to four bytes) depends on the length
+ * and is counted in it (20.2.4). So a body is written first, and aml_end moves it up by the size of
+ * the length, innermost first. Outer bodies are not closed yet, so no length written before is touched.
+ */
+#include "machine/aml.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Opcodes (20.3). */
+#define AML_ZERO_OP 0x00
+#define AML_ONE_OP 0x01
+#define AML_NAME_OP 0x08
+#define AML_BYTE_PREFIX 0x0a
+#define AML_WORD_PREFIX 0x0b
+#define AML_DWORD_PREFIX 0x0c
+#define AML_STRING_PREFIX 0x0d
+#define AML_QWORD_PREFIX 0x0e
+#define AML_SCOPE_OP 0x10
+#define AML_BUFFER_OP 0x11
+#define AML_PACKAGE_OP 0x12
+#define AML_METHOD_OP 0x14
+#define AML_DUAL_NAME_PREFIX 0x2e
+#define AML_MULTI_NAME_PREFIX 0x2f
+#define AML_EXT_PREFIX 0x5b
+#define AML_ROOT_CHAR 0x5c
+#define AML_ARG0_OP 0x68
+#define AML_STORE_OP 0x70
+#define AML_DEVICE_OP 0x82 /* after AML_EXT_PREFIX */
+
+/* Resource descriptors (6.4.2, 6.4.3): small ones hold their length in the low three bits. */
+#define RESOURCE_IRQ 0x22
+#define RESOURCE_IO 0x47
+#define RESOURCE_END_TAG 0x79
+#define RESOURCE_MEMORY32_FIXED 0x86
+#define RESOURCE_IO_DECODE16 0x01
+
+#define SEGMENT 4
+
+void aml_init(struct aml *a)
+{
+    *a = (struct aml){0};
+}
+
+void aml_free(struct aml *a)
+{
+    free(a->data);
+    aml_init(a);
+}
+
+bool aml_failed(const struct aml *a)
+{
+    assert(a->depth == 0);
+    return a->failed;
+}
+
+static bool aml_grow(struct aml *a, size_t more)
+{
+    if (a->failed)
+        return false;
+    if (a->len + more <= a->capacity)
+        return true;
+    size_t capacity = MAX(2 * a->capacity, a->len + more + 1024);
+    u8 *data = realloc(a->data, capacity);
+    if (!data) {
+        a->failed = true;
+        return false;
+    }
+    a->data = data;
+    a->capacity = capacity;
+    return true;
+}
+
+static void emit(struct aml *a, const void *bytes, size_t n)
+{
+    if (!aml_grow(a, n))
+        return;
+    memcpy(a->data + a->len, bytes, n);
+    a->len += n;
+}
+
+static void emit_byte(struct aml *a, u8 byte)
+{
+    emit(a, &byte, 1);
+}
+
+/* The low n bytes of value; little-endian. */
+static void emit_le(struct aml *a, u64 value, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        emit_byte(a, value >> 8 * i);
+}
+
+/* NameString (20.2.2). Segments shorter than four letters are padded with underscores. */
+void aml_path(struct aml *a, const char *path)
+{
+    unsigned segments = *path != '\0' && strcmp(path, "\\") != 0;
+
+    if (*path == '\\') {
+        emit_byte(a, AML_ROOT_CHAR);
+        path++;
+    }
+    for (const char *p = path; *p; p++)
+        segments += *p == '.';
+
+    if (segments == 0)
+        emit_byte(a, AML_ZERO_OP);
+    else if (segments == 2)
+        emit_byte(a, AML_DUAL_NAME_PREFIX);
+    else if (segments > 2) {
+        emit_byte(a, AML_MULTI_NAME_PREFIX);
+        emit_byte(a, segments);
+    }
+    for (unsigned i = 0; i < segments; i++) {
+        size_t n = strcspn(path, ".");
+        assert(n >= 1 && n <= SEGMENT);
+        emit(a, path, n);
+        emit(a, "____", SEGMENT - n);
+        path += n + 1;
+    }
+}
+
+static void aml_open(struct aml *a, bool resources)
+{
+    assert(a->depth < AML_MAX_DEPTH);
+    a->open[a->depth++] = (struct aml_open){.start = a->len, .resources = resources};
+}
+
+/* PkgLength: up to 63 in one byte; else a nibble in the first, with the count of the bytes after it. */
+static unsigned encode_length(u8 out[4], size_t body)
+{
+    unsigned size = body + 1 < BIT(6) ? 1 : body + 2 < BIT(12) ? 2 : body + 3 < BIT(20) ? 3 : 4;
+    size_t length = body + size;
+
+    assert(length < BIT(28));
+    out[0] = size == 1 ? length : (size - 1) << 6 | (length & 0xf);
+    for (unsigned i = 1; i < size; i++)
+        out[i] = length >> (8 * i - 4);
+    return size;
+}
+
+static void insert(struct aml *a, size_t at, const u8 *bytes, size_t n)
+{
+    if (!aml_grow(a, n))
+        return;
+    memmove(a->data + at + n, a->data + at, a->len - at);
+    memcpy(a->data + at, bytes, n);
+    a->len += n;
+}
+
+/* A buffer's size is a term before its bytes, and inside its length. */
+static void insert_buffer_size(struct aml *a, size_t start)
+{
+    size_t size = a->len - start;
+    u8 term[3] = {AML_WORD_PREFIX, size, size >> 8};
+
+    assert(size <= 0xffff);
+    insert(a, start, term, sizeof(term));
+}
+
+void aml_end(struct aml *a)
+{
+    u8 length[4];
+
+    assert(a->depth > 0);
+    struct aml_open open = a->open[--a->depth];
+    if (open.resources) {
+        emit_byte(a, RESOURCE_END_TAG);
+        emit_byte(a, 0); /* checksum: 0 counts as right */
+        insert_buffer_size(a, open.start);
+    }
+    insert(a, open.start, length, encode_length(length, a->len - open.start));
+}
+
+void aml_scope(struct aml *a, const char *path)
+{
+    emit_byte(a, AML_SCOPE_OP);
+    aml_open(a, false);
+    aml_path(a, path);
+}
+
+void aml_device(struct aml *a, const char *path)
+{
+    emit_byte(a, AML_EXT_PREFIX);
+    emit_byte(a, AML_DEVICE_OP);
+    aml_open(a, false);
+    aml_path(a, path);
+}
+
+void aml_method(struct aml *a, const char *path, unsigned nargs)
+{
+    assert(nargs <= 7);
+    emit_byte(a, AML_METHOD_OP);
+    aml_open(a, false);
+    aml_path(a, path);
+    emit_byte(a, nargs);
+}
+
+void aml_package(struct aml *a, u8 nelements)
+{
+    emit_byte(a, AML_PACKAGE_OP);
+    aml_open(a, false);
+    emit_byte(a, nelements);
+}
+
+void aml_resources(struct aml *a)
+{
+    emit_byte(a, AML_BUFFER_OP);
+    aml_open(a, true);
+}
+
+void aml_name(struct aml *a, const char *path)
+{
+    emit_byte(a, AML_NAME_OP);
+    aml_path(a, path);
+}
+
+void aml_int(struct aml *a, u64 value)
+{
+    if (value <= 1) {
+        emit_byte(a, value ? AML_ONE_OP : AML_ZERO_OP);
+    } else if (value <= UINT8_MAX) {
+        emit_byte(a, AML_BYTE_PREFIX);
+        emit_le(a, value, 1);
+    } else if (value <= UINT16_MAX) {
+        emit_byte(a, AML_WORD_PREFIX);
+        emit_le(a, value, 2);
+    } else if (value <= UINT32_MAX) {
+        emit_byte(a, AML_DWORD_PREFIX);
+        emit_le(a, value, 4);
+    } else {
+        emit_byte(a, AML_QWORD_PREFIX);
+        emit_le(a, value, 8);
+    }
+}
+
+void aml_string(struct aml *a, const char *text)
+{
+    emit_byte(a, AML_STRING_PREFIX);
+    emit(a, text, strlen(text) + 1);
+}
+
+/* Three letters of five bits, then four hex digits; the bytes in order (ACPI 6.4, 19.3.4 and 6.1.5). */
+void aml_eisa_id(struct aml *a, const char *id)
+{
+    assert(strlen(id) == 7);
+    u32 value =
+        (id[0] - '@') << 26 | (id[1] - '@') << 21 | (id[2] - '@') << 16 | strtoul(id + 3, NULL, 16);
+
+    emit_byte(a, AML_DWORD_PREFIX);
+    emit_le(a, __builtin_bswap32(value), 4);
+}
+
+void aml_arg(struct aml *a, unsigned n)
+{
+    assert(n < 7);
+    emit_byte(a, AML_ARG0_OP + n);
+}
+
+void aml_store(struct aml *a)
+{
+    emit_byte(a, AML_STORE_OP);
+}
+
+void aml_resource_io(struct aml *a, u16 port, u8 len)
+{
+    emit_byte(a, RESOURCE_IO);
+    emit_byte(a, RESOURCE_IO_DECODE16);
+    emit_le(a, port, 2); /* minimum */
+    emit_le(a, port, 2); /* maximum */
+    emit_byte(a, 1);     /* alignment */
+    emit_byte(a, len);
+}
+
+void aml_resource_irq(struct aml *a, unsigned irq)
+{
+    assert(irq < 16);
+    emit_byte(a, RESOURCE_IRQ);
+    emit_le(a, BIT(irq), 2);
+}
+
+void aml_resource_memory32(struct aml *a, u32 base, u32 len, bool writable)
+{
+    emit_byte(a, RESOURCE_MEMORY32_FIXED);
+    emit_le(a, 9, 2);
+    emit_byte(a, writable);
+    emit_le(a, base, 4);
+    emit_le(a, len, 4);
+}
