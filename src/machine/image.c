@@ -7,8 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Files go to guest memory through a buffer, not a mapping: a file that shrinks meanwhile would turn a
- * mapped access into SIGBUS. */
+/* Files go to guest memory through a buffer, not a mapping: a file that shrinks meanwhile would
+ * turn a mapped access into SIGBUS. */
 #define CHUNK KIB(256)
 
 static const char *kind_of(mode_t mode)

@@ -16,7 +16,7 @@ struct image {
     u64 size;
 };
 
-/* Opens a regular file that is not empty; anything else is ERROR_INPUT. Close it with image_close. */
+/* Opens a regular file that is not empty, else ERROR_INPUT. Close it with image_close. */
 int image_open(struct image *img, const char *path, struct error *err);
 void image_close(struct image *img);
 
@@ -28,7 +28,7 @@ static inline struct image image_of_bytes(const char *path, const void *data, u6
 /* Copies [offset, offset + len); ERROR_INPUT when that reaches beyond the file's end. */
 int image_read(const struct image *img, u64 offset, void *buf, u64 len, struct error *err);
 
-/* The same into guest memory at gpa; ERROR_INPUT as well when there is no RAM at the destination. */
+/* The same into guest memory at gpa; ERROR_INPUT as well when there is no memory. */
 int image_load(const struct image *img, u64 offset, u64 len, struct guest_memory *memory, gpa_t gpa,
                struct error *err);
 

@@ -36,7 +36,7 @@ static inline struct load_info load_info_begin(const struct loader_request *req)
     return (struct load_info){.req = req, .next = LOAD_INFO_BASE};
 }
 
-/* Copies data into the area at the next multiple of align (a power of two); *gpa says where it is. */
+/* Copies data into the area, at the next multiple of align (a power of two): *gpa. */
 int load_info_put(struct load_info *info, const void *data, u64 len, u64 align, gpa_t *gpa,
                   struct error *err);
 
@@ -62,7 +62,7 @@ unsigned long long load_mib(u64 bytes);
  */
 int load_enter_flat(struct load_info *info, u64 code_descriptor, struct cpu *cpu,
                     struct error *err);
-/* The entry state that PVH and multiboot share: 32-bit protected mode without paging, EBX = argument. */
+/* The entry that PVH and multiboot share: 32-bit protected mode, no paging, EBX = argument. */
 int load_enter_protected(struct load_info *info, gpa_t entry, gpa_t argument, struct cpu *cpu,
                          struct error *err);
 
@@ -71,7 +71,7 @@ bool linux_is_image(const u8 *head, size_t len);
 int linux_load(const struct loader_request *req, const struct image *img, struct cpu *cpu,
                struct error *err);
 
-/* load_pvh.c. 1 with *entry set, 0 when the ELF file has no PVH note, -EINVAL when it is damaged. */
+/* load_pvh.c. 1 with *entry set; 0 when the ELF file has no PVH note; else an error. */
 int pvh_find_entry(const struct image *img, gpa_t *entry, struct error *err);
 int pvh_load(const struct loader_request *req, const struct image *img, gpa_t entry,
              struct cpu *cpu, struct error *err);

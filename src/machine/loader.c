@@ -7,7 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
-/* All kinds of image can be told by their first bytes; a multiboot header lies in the first 8 KiB. */
+/* Every kind of image shows in its first bytes; a multiboot header lies in the first 8 KiB. */
 #define HEAD_SIZE 8192
 
 int load_info_put(struct load_info *info, const void *data, u64 len, u64 align, gpa_t *gpa,
@@ -48,7 +48,7 @@ bool load_meets_info(gpa_t gpa, u64 len)
     return gpa < LOAD_INFO_END && (gpa >= LOAD_INFO_BASE || len > LOAD_INFO_BASE - gpa);
 }
 
-/* The part of a RAM entry inside [floor, ceiling), shrunk to whole pages; false when nothing is left. */
+/* The part of a RAM entry inside [floor, ceiling), in whole pages; false when nothing is left. */
 static bool usable_part(const struct e820_entry *e, gpa_t floor, gpa_t ceiling, gpa_t *lo,
                         gpa_t *hi)
 {
