@@ -265,8 +265,10 @@ static void read_byte(void *opaque, u32 events)
     struct fd_watch *w = opaque;
     char c;
 
-    assert_int_equal(read(w->fd, &c, 1), 1);
-    bytes++;
+    if (read(w->fd, &c, 1) == 1)
+        bytes++;
+    else
+        event_loop_watch_events(loop, w, 0);
 }
 
 static void a_paused_watch_is_silent_also_about_hang_ups(void **state)
