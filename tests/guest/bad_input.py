@@ -1,0 +1,149 @@
+#!/usr/bin/python3
+"""What a user gets wrong is answered by one line on stderr and exit status 2, never by a crash."""
+
+import os
+import struct
+import subprocess
+
+import guest
+
+# One page: a program header table and nothing else that is right.
+ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+ELF_IDENT = b"\x7fELF\x02\x01\x01" + bytes(9)
+
+
+def elf(phoff, phnum, phentsize=56):
+    """An ELF header whose program headers are where `phoff` says."""
+    header = ELF_HEADER.pack(ELF_IDENT, 2, 62, 1, 0x100000, phoff, 0, 0, 64, phentsize, phnum, 0,
+                             0, 0)
+    return header.ljust(4096, b"\0")
+
+
+def elf_segment(offset, paddr, filesz, memsz):
+    """An ELF with one loadable segment."""
+    segment = struct.pack("<IIQQQQQQ", 1, 7, offset, paddr, paddr, filesz, memsz, 4096)
+    data = bytearray(elf(64, 1))
+    data[64:64 + len(segment)] = segment
+    return bytes(data)
+
+
+def expect_refusal(cases, name, *args):
+    """Runs doppel and wants status 2, one line on stderr, and nothing on stdout."""
+    done = subprocess.run([guest.DOPPEL, *args], stdin=subprocess.DEVNULL, capture_output=True,
+                          timeout=60, check=False)
+    lines = [line for line in done.stderr.decode(errors="replace").splitlines()
+             if not line.startswith("doppel: info:")]
+    cases.check(name, done.returncode == 2 and len(lines) == 1 and not done.stdout,
+                f"status {done.returncode}, stderr {lines!r}, stdout {done.stdout!r}")
+
+
+def options(cases):
+    """Options that are wrong in themselves."""
+    run = ("run", "--kernel", "/bin/sh")
+    for name, *args in (
+            ("unknown-command", "walk"),
+            ("unknown-option", "run", "--colour"),
+            ("stray-argument", *run, "now"),
+            ("no-kernel", "run"),
+            ("missing-value", "run", "--kernel"),
+            ("given-twice", *run, "--memory", "1G", "--memory", "2G"),
+            ("value-for-a-flag", *run, "--no-reboot=yes"),
+            ("memory-0", *run, "--memory", "0"),
+            ("memory-0M", *run, "--memory", "0M"),
+            ("memory-10T", *run, "--memory", "10T"),
+            ("memory-overflow", *run, "--memory", "99999999999999999999T"),
+            ("memory-wraps", *run, "--memory", "16777216T"),
+            ("memory-no-unit", *run, "--memory", "512"),
+            ("memory-negative", *run, "--memory", "-1G"),
+            ("memory-odd", *run, "--memory", "1025K"),
+            ("memory-junk", *run, "--memory", "1Gx"),
+            ("cpus-0", *run, "--cpus", "0"),
+            ("cpus-2", *run, "--cpus", "2"),
+            ("cpus-junk", *run, "--cpus", "two"),
+            ("cpu-unknown", *run, "--cpu", "v9"),
+            ("engine-unknown", *run, "--engine", "steam"),
+            ("engine-absent", *run, "--engine", "bt"),
+            ("engine-verify", *run, "--engine", "interp,verify"),
+            ("debug-exit-range", *run, "--debug-exit", "65536"),
+            ("debug-exit-octal", *run, "--debug-exit", "0x"),
+            ("name-empty", *run, "--name", ""),
+            ("name-slash", *run, "--name", "a/b"),
+            ("disk", *run, "--disk", "disk.img"),
+            ("net", *run, "--net", "user"),
+            ("firmware", *run, "--firmware", "bios"),
+            ("serial-unwritable", *run, "--serial", "/nowhere/console"),
+            ("serial-socket-empty", *run, "--serial", "socket="),
+            ("stats-unwritable", *run, "--stats", "/nowhere/stats"),
+    ):
+        expect_refusal(cases, name, *args)
+
+
+def files(cases, directory):
+    """Kernels and initrds that are not what they should be."""
+    def path(name, data):
+        name = os.path.join(directory, name)
+        with open(name, "wb") as file:
+            file.write(data)
+        return name
+
+    kernel = guest.kernel()
+    with open(kernel, "rb") as file:
+        image = file.read()
+    # Sparse: as large as it claims to be, and no bytes on the disk.
+    huge = path("huge", b"")
+    os.truncate(huge, 1 << 31)
+
+    for name, data in (
+            ("kernel-empty", b""),
+            ("kernel-text", b"#!/bin/sh\necho no kernel\n" * 100),
+            ("kernel-cut-in-header", image[:600]),
+            ("kernel-cut-in-setup", image[:5000]),
+            ("kernel-cut-in-payload", image[:len(image) // 2]),
+            ("elf-header-only", elf(64, 1)[:64]),
+            ("elf-wild-phoff", elf(0xfffffffffffff000, 1)),
+            ("elf-wild-phnum", elf(64, 0xffff)),
+            ("elf-odd-phentsize", elf(64, 1, 1)),
+            ("elf-wild-offset", elf_segment(0xffffffffffffff00, 0x100000, 4096, 4096)),
+            ("elf-wild-address", elf_segment(0, 0xfffffffffffff000, 4096, 1 << 40)),
+            ("elf-wild-size", elf_segment(0, 0x100000, 1 << 62, 1 << 62)),
+    ):
+        expect_refusal(cases, name, "run", "--kernel", path(name, data))
+
+    forbidden = path("forbidden", image)
+    os.chmod(forbidden, 0)
+    if os.geteuid():
+        expect_refusal(cases, "kernel-forbidden", "run", "--kernel", forbidden)
+    expect_refusal(cases, "kernel-missing", "run", "--kernel", os.path.join(directory, "none"))
+    expect_refusal(cases, "kernel-directory", "run", "--kernel", directory)
+    expect_refusal(cases, "kernel-device", "run", "--kernel", "/dev/zero")
+    expect_refusal(cases, "initrd-missing", "run", "--kernel", kernel, "--initrd",
+                   os.path.join(directory, "none"))
+    expect_refusal(cases, "initrd-directory", "run", "--kernel", kernel, "--initrd", directory)
+    expect_refusal(cases, "initrd-too-large", "run", "--kernel", kernel, "--initrd", huge)
+    expect_refusal(cases, "memory-too-small", "run", "--kernel", kernel, "--memory", "1M")
+    expect_refusal(cases, "append-too-long", "run", "--kernel", kernel, "--append", "x" * 100000)
+
+
+def help_texts(cases):
+    """--help and --version answer on stdout with status 0."""
+    for name, *args in (("help", "--help"), ("run-help", "run", "--help"),
+                        ("version", "--version")):
+        done = subprocess.run([guest.DOPPEL, *args], capture_output=True, check=False)
+        cases.check(name, done.returncode == 0 and b"doppel" in done.stdout and not done.stderr,
+                    f"status {done.returncode}, stderr {done.stderr!r}")
+    done = subprocess.run([guest.DOPPEL], capture_output=True, check=False)
+    cases.check("no-command", done.returncode == 2 and b"usage" in done.stderr,
+                f"status {done.returncode}")
+
+
+def main():
+    """All of them."""
+    cases = guest.Cases()
+    help_texts(cases)
+    options(cases)
+    with guest.temporary() as directory:
+        files(cases, directory)
+    cases.done()
+
+
+main()

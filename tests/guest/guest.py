@@ -1,0 +1,115 @@
+"""What the guest tests share: where the program and the kernels are, how a guest is run, and cases.
+
+A case prints one line for tests/run, "ok NAME" or "not ok NAME: why".
+"""
+
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DOPPEL = os.environ.get("DOPPEL", os.path.join(ROOT, "build", "doppel"))
+
+# Seconds in which a guest must have said what a test waits for: a slow host, sanitizers.
+PATIENCE = 300
+
+
+class Cases:
+    """Counts what passed and failed; `done` ends the process with the right status."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def check(self, name, passed, why=""):
+        """One case. `why` is told when it failed."""
+        if passed:
+            print(f"ok {name}", flush=True)
+        else:
+            self.failed += 1
+            print(f"not ok {name}: {why}", flush=True)
+        return passed
+
+    def equal(self, name, got, want):
+        """One case: both are the same."""
+        return self.check(name, got == want, f"got {got!r}, want {want!r}")
+
+    def done(self):
+        """Ends the test."""
+        sys.exit(1 if self.failed else 0)
+
+
+def kernel(flavour="cloud-amd64"):
+    """The path of Debian's kernel, fetched when it is not there."""
+    return subprocess.run([os.path.join(ROOT, "scripts", "fetch-kernel"), flavour], check=True,
+                          stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def initramfs(directory, script=None):
+    """Builds an initramfs in `directory` and returns its path; `script` is text to run, or None."""
+    out = os.path.join(directory, "initramfs")
+    args = [os.path.join(ROOT, "scripts", "make-initramfs"), out]
+    if script is not None:
+        path = os.path.join(directory, "script")
+        with open(path, "w", encoding="ascii") as file:
+            file.write(script)
+        args.append(path)
+    subprocess.run(args, check=True)
+    return out
+
+
+def temporary():
+    """A directory that goes with the `with` statement."""
+    return tempfile.TemporaryDirectory(prefix="doppel-test.")
+
+
+class Guest:
+    """A running doppel, its console read line by line with the time at which each arrived."""
+
+    def __init__(self, *options, stdin=subprocess.DEVNULL):
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen([DOPPEL, "run", *options], stdin=stdin,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
+        self.pending = b""
+        self.lines = []  # (seconds, text)
+
+    def read_until(self, text, patience=PATIENCE):
+        """Reads lines until one begins with `text` (returned), or None at the end or in vain."""
+        deadline = time.monotonic() + patience
+        while True:
+            while b"\n" in self.pending:
+                line, self.pending = self.pending.split(b"\n", 1)
+                line = line.decode(errors="replace").rstrip("\r")
+                self.lines.append((time.monotonic(), line))
+                if text is not None and line.startswith(text):
+                    return line
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                return None
+            data = os.read(self.process.stdout.fileno(), 65536)
+            if not data:
+                return None
+            self.pending += data
+
+    def finish(self, patience=PATIENCE):
+        """Reads to the end; returns the exit status, or None when it had to be killed."""
+        self.read_until(None, patience)
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+
+    def stderr(self):
+        """What it said on stderr."""
+        self.errors.seek(0)
+        return self.errors.read().decode(errors="replace")
+
+    def show(self):
+        """Prints the console, for whoever reads about a failure."""
+        for _, line in self.lines:
+            print(f"    | {line}")
+        print(self.stderr(), end="")
