@@ -190,7 +190,7 @@ static u32 *reg_of(struct cpuid_regs *r, u8 reg)
     }
 }
 
-static bool host_has(enum cpuid_feature f)
+bool cpuid_host_has(enum cpuid_feature f)
 {
     struct cpuid_regs r;
 
@@ -335,7 +335,7 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
     if (strcmp(name, "host") == 0 || strcmp(name, "max") == 0) {
         identity_of_host(m);
         for (unsigned f = 0; f < FEATURE_COUNT; f++) {
-            if (bit_test(support->bits, f) && (name[0] == 'm' || host_has(f)))
+            if (bit_test(support->bits, f) && (name[0] == 'm' || cpuid_host_has(f)))
                 bit_set(m->features, f);
         }
         offer(m, support, synthetic, ARRAY_SIZE(synthetic));

@@ -57,8 +57,9 @@ struct cpuid_dynamic {
 void cpuid_model_query(const struct cpuid_model *m, const struct cpuid_dynamic *d, u32 leaf,
                        u32 subleaf, struct cpuid_regs *out);
 
-/* The host's own CPUID, and the size and offset of the components of XSAVE's standard format. */
+/* The host's own CPUID; and whether it has a feature. */
 void cpuid_host(u32 leaf, u32 subleaf, struct cpuid_regs *out);
+bool cpuid_host_has(enum cpuid_feature f);
 
 /* The host's TSC frequency in Hz, from CPUID or measured against CLOCK_MONOTONIC once. */
 u64 host_tsc_hz(void);

@@ -80,6 +80,7 @@ enum segreg { SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_COUNT };
 #define EFER_NXE BIT(11)
 #define EFER_SVME BIT(12)
 #define EFER_FFXSR BIT(14)
+#define EFER_AIBRSE BIT(21) /* AMD: automatic IBRS */
 
 #define XCR0_X87 BIT(0)
 #define XCR0_SSE BIT(1)
