@@ -27,7 +27,7 @@ struct vm_clock {
     pthread_mutex_t lock; /* writers, and the list of timers */
     atomic_uint sequence;
     atomic_bool running;
-    _Atomic u64 offset; /* running: host time minus VM time, modulo 2^64; stopped: VM time */
+    _Atomic u64 offset;      /* running: host time minus VM time, modulo 2^64; stopped: VM time */
     _Atomic u64 wall_offset; /* wall time minus VM time */
     struct vm_timer *timers;
 };

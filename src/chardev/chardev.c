@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- rings ---- */
 
@@ -160,13 +161,17 @@ struct chardev *chardev_new(size_t size, const struct chardev_backend *backend,
                             struct event_loop *loop)
 {
     struct chardev *chr = calloc(1, size);
+    pthread_condattr_t monotonic;
 
     if (!chr)
         return NULL;
     chr->backend = backend;
     chr->loop = loop;
     pthread_mutex_init(&chr->lock, NULL);
-    pthread_cond_init(&chr->changed, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&chr->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     chr->work = (struct host_timer){.fire = do_work, .opaque = chr};
     return chr;
 }

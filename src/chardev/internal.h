@@ -48,7 +48,7 @@ struct chardev {
     struct event_loop *loop;
     struct chardev_owner owner;
     pthread_mutex_t lock;
-    pthread_cond_t changed; /* for a backend's threads: rings, or `closing` */
+    pthread_cond_t changed; /* for a backend's threads: rings, `closing`. CLOCK_MONOTONIC */
     struct chardev_handlers handlers;
     bool attached;
     struct ring out, in;
@@ -84,6 +84,7 @@ struct chardev_writer {
     pthread_t thread;
     int fd;
     const char *name; /* for messages; must outlive the writer */
+    bool done;        /* the thread is at its end */
 };
 
 int chardev_writer_start(struct chardev_writer *w, struct chardev *chr, int fd, const char *name,

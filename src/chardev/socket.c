@@ -122,8 +122,8 @@ static void listener_ready(void *opaque, u32 events)
     pthread_mutex_lock(&s->chr.lock);
     fd = s->client.fd < 0 ? accept4(s->listener.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
     if (fd >= 0) {
-        s->client = (struct fd_watch){
-            .fd = fd, .events = EPOLLIN, .ready = client_ready, .opaque = s};
+        s->client =
+            (struct fd_watch){.fd = fd, .events = EPOLLIN, .ready = client_ready, .opaque = s};
         s->input_ended = false;
         chardev_drop_output(&s->chr, false);
         ret = event_loop_watch(s->chr.loop, &s->client);

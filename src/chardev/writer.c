@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* pthread_clockjoin_np */
 #include "chardev/internal.h"
 #include "host/log.h"
 
@@ -57,6 +56,8 @@ static void *writer_thread(void *opaque)
         else
             chardev_output_done(chr, (size_t)n);
     }
+    w->done = true;
+    pthread_cond_broadcast(&chr->changed);
     pthread_mutex_unlock(&chr->lock);
     return NULL;
 }
@@ -73,17 +74,19 @@ int chardev_writer_start(struct chardev_writer *w, struct chardev *chr, int fd, 
 
 void chardev_writer_stop(struct chardev_writer *w)
 {
+    struct chardev *chr = w->chr;
     struct timespec deadline;
-
-    pthread_mutex_lock(&w->chr->lock);
-    w->chr->closing = true;
-    pthread_cond_broadcast(&w->chr->changed);
-    pthread_mutex_unlock(&w->chr->lock);
+    int ret = 0;
 
     clock_gettime(CLOCK_MONOTONIC, &deadline);
     deadline.tv_sec += CHARDEV_FLUSH_SECONDS;
-    if (pthread_clockjoin_np(w->thread, NULL, CLOCK_MONOTONIC, &deadline) == 0)
-        return;
-    pthread_cancel(w->thread);
+    pthread_mutex_lock(&chr->lock);
+    chr->closing = true;
+    pthread_cond_broadcast(&chr->changed);
+    while (!w->done && ret == 0)
+        ret = pthread_cond_timedwait(&chr->changed, &chr->lock, &deadline);
+    pthread_mutex_unlock(&chr->lock);
+    if (ret != 0)
+        pthread_cancel(w->thread);
     pthread_join(w->thread, NULL);
 }

@@ -8,14 +8,11 @@
 static size_t field_size(const struct state_field *f)
 {
     switch (f->kind) {
-    case STATE_KIND_HOST:
-        return 0;
-    case STATE_KIND_STRUCT:
-        return f->count * state_size(f->desc);
+    case STATE_KIND_HOST: return 0;
+    case STATE_KIND_STRUCT: return f->count * state_size(f->desc);
     case STATE_KIND_INT:
     case STATE_KIND_BOOL:
-    case STATE_KIND_BYTES:
-        break;
+    case STATE_KIND_BYTES: break;
     }
     return (size_t)f->count * f->size;
 }
@@ -175,9 +172,10 @@ static u32 lowest_bit(u32 n)
 /* The greatest alignment that the field's type can have: it divides its size and its offset. */
 static u32 field_alignment(const struct state_field *f)
 {
-    u64 size = f->kind == STATE_KIND_INT || f->kind == STATE_KIND_BOOL || f->kind == STATE_KIND_STRUCT
-                   ? f->size
-                   : (u64)f->size * f->count;
+    u64 size =
+        f->kind == STATE_KIND_INT || f->kind == STATE_KIND_BOOL || f->kind == STATE_KIND_STRUCT
+            ? f->size
+            : (u64)f->size * f->count;
 
     return MIN(lowest_bit((u32)size | f->offset), (u32)MAX_ALIGNMENT);
 }
@@ -216,8 +214,8 @@ static int find_unlisted(const struct state_desc *d, const u32 *owner, struct er
 
         while (end < d->struct_size && !owner[end])
             end++;
-        alignment = end == d->struct_size ? struct_alignment
-                                          : field_alignment(&d->fields[owner[end] - 1]);
+        alignment =
+            end == d->struct_size ? struct_alignment : field_alignment(&d->fields[owner[end] - 1]);
         if (end - start >= alignment)
             return error_input(err, "table of %s: no field names bytes %u to %u of the struct (%s)",
                                d->name, start, end - 1,

@@ -260,8 +260,7 @@ static void tick_conversions_round_as_promised(void **state)
         }
     }
     /* A century, at 3 GHz. */
-    assert_int_equal(clock_ns_to_ticks(100ULL * 365 * 86400 * NS_PER_SEC, 3000000000) /
-                         3000000000,
+    assert_int_equal(clock_ns_to_ticks(100ULL * 365 * 86400 * NS_PER_SEC, 3000000000) / 3000000000,
                      100ULL * 365 * 86400);
 }
 

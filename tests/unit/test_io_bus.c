@@ -157,7 +157,8 @@ static void overlaps_are_refused_by_name(void **state)
 {
     static const struct {
         u64 base, size;
-    } bad[] = {{0x1000, 0x10}, {0xfff, 2}, {0x100f, 1}, {0x1008, 2}, {0, MMIO_LIMIT}, {0x1010, 0x1000}};
+    } bad[] = {{0x1000, 0x10}, {0xfff, 2},      {0x100f, 1},
+               {0x1008, 2},    {0, MMIO_LIMIT}, {0x1010, 0x1000}};
     struct device a, b, c;
 
     add(&a, "first", 0x1000, 0x10, &ops_any);
@@ -258,7 +259,8 @@ static void lookups_are_right_while_ranges_come_and_go(void **state)
         pthread_create(&readers[i], NULL, look_up, NULL);
     for (unsigned round = 0; round < 30; round++) {
         for (unsigned i = 0; i < ARRAY_SIZE(moving); i++) {
-            moving[i] = (struct io_range){"moving", 0x4000 + i * 2, 1, &ops_constant, &moving_value};
+            moving[i] =
+                (struct io_range){"moving", 0x4000 + i * 2, 1, &ops_constant, &moving_value};
             assert_int_equal(io_bus_add(bus, &moving[i], &err), 0);
         }
         for (unsigned i = 0; i < ARRAY_SIZE(moving); i++)

@@ -103,11 +103,11 @@ static void elements_have_their_own_size(void **state)
         u32 size, count;
         enum state_kind kind;
     } wanted[] = {
-        {"control", 1, 1, STATE_KIND_INT},  {"start", 8, 1, STATE_KIND_INT},
-        {"table", 4, 6, STATE_KIND_INT},    {"colour", 4, 1, STATE_KIND_INT},
-        {"colours", 4, 2, STATE_KIND_INT},  {"flags", 1, 4, STATE_KIND_BOOL},
-        {"ch", 6, 3, STATE_KIND_STRUCT},    {"extra", 6, 1, STATE_KIND_STRUCT},
-        {"fifo", 1, 5, STATE_KIND_BYTES},   {"name", 1, 3, STATE_KIND_INT},
+        {"control", 1, 1, STATE_KIND_INT}, {"start", 8, 1, STATE_KIND_INT},
+        {"table", 4, 6, STATE_KIND_INT},   {"colour", 4, 1, STATE_KIND_INT},
+        {"colours", 4, 2, STATE_KIND_INT}, {"flags", 1, 4, STATE_KIND_BOOL},
+        {"ch", 6, 3, STATE_KIND_STRUCT},   {"extra", 6, 1, STATE_KIND_STRUCT},
+        {"fifo", 1, 5, STATE_KIND_BYTES},  {"name", 1, 3, STATE_KIND_INT},
     };
 
     for (unsigned w = 0; w < ARRAY_SIZE(wanted); w++) {
@@ -168,8 +168,7 @@ static void compare_names_the_first_difference(void **state)
     b.fifo[4] = 'x';
     assert_string_equal(state_compare(&chip_state, &a, &b, name, sizeof(name)), "chip.fifo[4]");
     b.ch[1].latch = 1;
-    assert_string_equal(state_compare(&chip_state, &a, &b, name, sizeof(name)),
-                        "chip.ch[1].latch");
+    assert_string_equal(state_compare(&chip_state, &a, &b, name, sizeof(name)), "chip.ch[1].latch");
     b.table[1][0] = 9;
     assert_string_equal(state_compare(&chip_state, &a, &b, name, sizeof(name)), "chip.table[3]");
     b.control = 0;
@@ -225,8 +224,7 @@ static void an_unlisted_member_is_found(void **state)
         STATE_FIELD(struct forgetful, last),
         STATE_FIELD(struct forgetful, forgotten_too),
     };
-    static const struct state_desc middle_state =
-        STATE_DESC("middle", 1, struct forgetful, middle);
+    static const struct state_desc middle_state = STATE_DESC("middle", 1, struct forgetful, middle);
     static const struct state_field first[] = {
         STATE_FIELD(struct forgetful, forgotten),
         STATE_FIELD(struct forgetful, other),
