@@ -52,7 +52,7 @@ struct state_desc {
     int (*loaded)(void *obj, struct error *err);
 };
 
-/* clang-format off: it has no notion of _Generic */
+/* clang-format off */
 /*
  * The innermost element of a member: the member itself, or what a one- or two-dimensional array is made
  * of. The builtins only look at types; an array's is of a pointer's class. Where there is nothing to
@@ -65,7 +65,8 @@ struct state_desc {
 
 /* 0; doesn't compile for a member that isn't of integers, or holds pointers. */
 #define STATE_IS_INTEGER_(e) (__builtin_classify_type(e) >= 1 && __builtin_classify_type(e) <= 4)
-#define STATE_IS_POINTER_(e) __builtin_types_compatible_p(__typeof__(e), __typeof__(&STATE_ROW_(e)))
+#define STATE_IS_POINTER_(e)                                                                       \
+    __builtin_types_compatible_p(__typeof__(e), __typeof__(&STATE_ROW_(e)))
 #define STATE_MUST_BE_INTEGERS_(T, m)                                                              \
     (0 * sizeof(char[STATE_IS_INTEGER_(STATE_ELEM_(T, m)) && !STATE_IS_POINTER_(((T *)0)->m) &&    \
                              !STATE_IS_POINTER_(STATE_PEEL_(((T *)0)->m))                          \
@@ -75,9 +76,7 @@ struct state_desc {
 #define STATE_FIELD(T, m)                                                                          \
     {                                                                                              \
         .name = #m,                                                                                \
-        .kind = _Generic(STATE_ELEM_(T, m), bool                                                   \
-                         : STATE_KIND_BOOL, default                                                \
-                         : STATE_KIND_INT),                                                        \
+        .kind = _Generic(STATE_ELEM_(T, m), bool: STATE_KIND_BOOL, default: STATE_KIND_INT),       \
         .offset = offsetof(T, m), .size = sizeof(STATE_ELEM_(T, m)),                               \
         .count = sizeof(((T *)0)->m) / sizeof(STATE_ELEM_(T, m)) + STATE_MUST_BE_INTEGERS_(T, m),  \
     }
