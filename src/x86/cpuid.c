@@ -428,11 +428,12 @@ static void leaf_features(const struct cpuid_model *m, const struct cpuid_dynami
 /* Intel's leaf 4 and AMD's 0x8000001d share their layout, but for the number of cores. */
 static void leaf_cache(const struct cpuid_model *m, u32 subleaf, bool cores, struct cpuid_regs *out)
 {
-    const struct cache *c = &caches[subleaf];
     u32 sharing, core_ids = (1u << m->id_shift) - 1;
+    const struct cache *c;
 
     if (subleaf >= ARRAY_SIZE(caches))
         return;
+    c = &caches[subleaf];
     sharing = c->shared ? (cores ? core_ids : m->ncpus - 1) : 0;
     out->eax = c->type | (u32)c->level << 5 | BIT(8) | sharing << 14;
     if (cores)
