@@ -6,13 +6,14 @@
 #include "machine/aml.h"
 #include "machine/layout.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include <cmocka.h>
 
 #define SPACE (LAYOUT_ACPI_END - LAYOUT_ACPI_BASE)
 

@@ -2,9 +2,10 @@
 #include "device/acpi_pm.h"
 #include "device_rig.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
+
+#include <cmocka.h>
 
 #define EVT 0x600
 #define CNT 0x604

@@ -2,10 +2,11 @@
 #include "device/fw_cfg.h"
 #include "device_rig.h"
 
-#include <cmocka.h>
 #include <endian.h>
 #include <setjmp.h>
 #include <stdarg.h>
+
+#include <cmocka.h>
 
 #define PORT 0x510
 #define DESCRIPTOR 0x100

@@ -2,9 +2,10 @@
 #include "device/hpet.h"
 #include "device_rig.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
+
+#include <cmocka.h>
 
 #define BASE 0xfed00000ULL
 #define CFG(n) (0x100 + 0x20 * (n))

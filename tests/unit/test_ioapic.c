@@ -2,9 +2,10 @@
 #include "device/ioapic.h"
 #include "device_rig.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
+
+#include <cmocka.h>
 
 #define BASE 0xfec00000ULL
 #define MASKED 0x10000U

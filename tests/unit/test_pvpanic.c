@@ -2,9 +2,10 @@
 #include "device/pvpanic.h"
 #include "device_rig.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
+
+#include <cmocka.h>
 
 static void passes_on_panics_only(void **state)
 {
