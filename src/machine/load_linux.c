@@ -222,6 +222,7 @@ static int unpack_and_load(const struct linux_kernel *k, const struct loader_req
                0);
     if (out == MAP_FAILED)
         return error_host(err, errno, "cannot allocate %u bytes to unpack it", size);
+    madvise(out, size, MADV_HUGEPAGE); /* halves the time for lz4 */
     ret = decompress(payload, len, out, size);
     if (ret) {
         ret = error_input(err, "its payload (%s) %s", format ? format : "unknown format",

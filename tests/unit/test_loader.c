@@ -120,7 +120,7 @@ static void assert_guest_string(struct fixture *f, gpa_t gpa, const char *expect
     assert_string_equal(buf, expected);
 }
 
-/* --- images ------------------------------------------------------------------------------------ */
+/* Images */
 
 #define PAGE_PATTERN 0xa5
 
@@ -290,7 +290,7 @@ static struct bzimage make_packed_bzimage(enum packer how, const struct elf64_im
     return make_bzimage(payload, pack(how, vmlinux, sizeof(*vmlinux), payload, sizeof(payload)));
 }
 
-/* --- Linux ------------------------------------------------------------------------------------- */
+/* Linux */
 
 /* What the 64-bit boot protocol says of the processor's state at the entry. */
 static void assert_long_mode_entry(struct fixture *f)
@@ -388,11 +388,11 @@ static void assert_unpacks_itself(const struct bzimage *b)
 
 static void linux_payload_that_the_host_cannot_unpack_is_left_to_the_guest(void **state)
 {
-    static const char *const payloads[] = {"BZh9 and so on", "\x89LZO\0\r\n", "\x1f\x8b\b damaged",
-                                           "no"};
+    static const char payloads[][16] = {"BZh9 and so on", "\x89LZO\0\r\n", "\x1f\x8b\b damaged",
+                                        "no"};
 
     for (size_t i = 0; i < ARRAY_SIZE(payloads); i++) {
-        struct bzimage b = make_bzimage(payloads[i], 8);
+        struct bzimage b = make_bzimage(payloads[i], sizeof(payloads[i]));
 
         assert_unpacks_itself(&b);
         free(b.data);
@@ -599,7 +599,7 @@ static void linux_truncated_at_any_length_is_refused(void **state)
     free(b.data);
 }
 
-/* --- PVH --------------------------------------------------------------------------------------- */
+/* PVH */
 
 static void assert_protected_entry(struct fixture *f)
 {
@@ -709,7 +709,7 @@ static void elf_with_wild_numbers_is_refused(void **state)
     }
 }
 
-/* --- multiboot --------------------------------------------------------------------------------- */
+/* Multiboot */
 
 static void multiboot_elf_gets_all_its_information(void **state)
 {
@@ -857,7 +857,7 @@ static void multiboot_bad_modules_are_refused(void **state)
     machine_free(&f);
 }
 
-/* --- files ------------------------------------------------------------------------------------- */
+/* Files */
 
 static void files_that_are_no_images_are_refused(void **state)
 {
@@ -913,7 +913,7 @@ static void file_without_permission_is_refused(void **state)
     machine_free(&f);
 }
 
-/* --- Debian's kernels -------------------------------------------------------------------------- */
+/* Debian's kernels */
 
 static u64 now_us(void)
 {
@@ -925,15 +925,16 @@ static u64 now_us(void)
 
 static void debian_kernels_load_by_their_elf_entry(void **state)
 {
-    static const char *const patterns[] = {".cache/kernel/*/boot/vmlinuz-*", ".cache/*/vmlinuz-*",
-                                           "/boot/vmlinuz-*", "/tmp/k/*/boot/vmlinuz-*"};
+    /* Where scripts/fetch-kernel puts them, from the project's folder and from a build folder. */
+    static const char *const patterns[] = {".cache/kernel-*/boot/vmlinuz-*",
+                                           "../.cache/kernel-*/boot/vmlinuz-*"};
     glob_t found = {0};
 
     for (size_t i = 0; i < ARRAY_SIZE(patterns); i++)
         glob(patterns[i], i ? GLOB_APPEND : 0, NULL, &found);
     if (!found.gl_pathc) {
         globfree(&found);
-        print_message("# no Debian kernel here; run `make fetch` or unpack one below /tmp/k\n");
+        print_message("# no Debian kernel here; scripts/fetch-kernel gets one\n");
         skip();
     }
     for (size_t i = 0; i < found.gl_pathc; i++) {
