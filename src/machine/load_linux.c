@@ -153,7 +153,7 @@ static int load_initrd(struct linux_kernel *k, const struct loader_request *req,
     gpa_t ceiling = MIN((u64)k->hdr.initrd_addr_max + 1, LAYOUT_LOW_RAM_END);
     gpa_t floor = (k->end + GUEST_PAGE_SIZE - 1) & ~(GUEST_PAGE_SIZE - 1);
     struct image img;
-    gpa_t at;
+    gpa_t at = 0;
     int ret = image_open(&img, req->initrd, err);
 
     if (ret)
