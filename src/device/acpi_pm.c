@@ -1,12 +1,12 @@
 /*
  * ACPI fixed hardware.
  *
- * 1. Status bits are set by events and cleared by writing 1 to them. The SCI is a level: the OR of all
- *    status bits whose enable bit is set. acpi_pm_update_sci follows every change of either.
- * 2. The PM timer is the VM clock at 3.579545 MHz, 32 bits wide. TMR_STS is set whenever its top bit
- *    changes (4.8.3.3), which is every 2^31 ticks, about ten minutes. `tmr_epoch` is the number of such
- *    changes accounted for; acpi_pm_catch_up compares it with the clock at every access, so that a
- *    host timer is needed only while TMR_EN wants an SCI for it.
+ * 1. Status bits are set by events and cleared by writing 1 to them. The SCI is a level: the OR of
+ *    all status bits whose enable bit is set. acpi_pm_update_sci follows every change of either.
+ * 2. The PM timer is the VM clock at 3.579545 MHz, 32 bits wide. TMR_STS is set whenever its top
+ *    bit changes (4.8.3.3), which is every 2^31 ticks, about ten minutes. `tmr_epoch` is the number
+ *    of such changes accounted for; acpi_pm_catch_up compares it with the clock at every access, so
+ *    that a host timer is needed only while TMR_EN wants an SCI for it.
  * 3. Registers may be accessed a byte at a time (4.7): an access of any width is a loop over bytes.
  */
 #include "device/acpi_pm.h"

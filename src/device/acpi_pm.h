@@ -1,7 +1,7 @@
 /*
- * ACPI fixed hardware (ACPI 6.4, section 4.8): the PM1 event and control blocks, the PM timer, and one
- * general-purpose event block. The system is always in ACPI mode: there is no SMI command port, and
- * SCI_EN is fixed at 1. Of the sleep states only S5 (off) is offered.
+ * ACPI fixed hardware (ACPI 6.4, section 4.8): the PM1 event and control blocks, the PM timer, and
+ * one general-purpose event block. The system is always in ACPI mode: there is no SMI command port,
+ * and SCI_EN is fixed at 1. Of the sleep states only S5 (off) is offered.
  */
 #ifndef DOPPEL_DEVICE_ACPI_PM_H
 #define DOPPEL_DEVICE_ACPI_PM_H

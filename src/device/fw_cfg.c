@@ -1,14 +1,14 @@
 /*
  * fw_cfg.
  *
- * Items are numbered by key; those from FW_CFG_FILE_FIRST on are files, which the directory (an item
- * itself) lists by name. The guest selects a key, and reads on from offset 0: a byte at a time from the
- * data port, or any length by a DMA descriptor in its memory. Beyond an item's end, and from a key that
- * has none, it reads zeros. A DMA access to memory that isn't there ends with the error bit in the
- * descriptor; a descriptor that can't be read or written leaves no one to tell.
+ * Items are numbered by key; those from FW_CFG_FILE_FIRST on are files, which the directory (an
+ * item itself) lists by name. The guest selects a key, and reads on from offset 0: a byte at a time
+ * from the data port, or any length by a DMA descriptor in its memory. Beyond an item's end, and
+ * from a key that has none, it reads zeros. A DMA access to memory that isn't there ends with the
+ * error bit in the descriptor; a descriptor that can't be read or written leaves no one to tell.
  *
- * Everything in the directory and in DMA descriptors is big-endian, the selector and the numeric items
- * are little-endian.
+ * Everything in the directory and in DMA descriptors is big-endian, the selector and the numeric
+ * items are little-endian.
  */
 #include "device/fw_cfg.h"
 
@@ -145,7 +145,10 @@ static int dma_write_item(struct fw_cfg *fw, gpa_t gpa, u32 len)
     return 0;
 }
 
-/* One operation a descriptor; select may come with it. The order of precedence is the specification's. */
+/*
+ * One operation a descriptor; select may come with it. The order of precedence is the
+ * specification's.
+ */
 static int dma_perform(struct fw_cfg *fw, u32 control, gpa_t gpa, u32 len)
 {
     if (control & DMA_SELECT)
@@ -190,7 +193,10 @@ static u64 fw_cfg_read(void *opaque, u64 offset, unsigned size)
     return value & (BIT(8 * size) - 1);
 }
 
-/* The address is big-endian and its low half starts the operation. Writes to the data port do nothing. */
+/*
+ * The address is big-endian and its low half starts the operation. Writes to the data port do
+ * nothing.
+ */
 static void fw_cfg_write(void *opaque, u64 offset, u64 value, unsigned size)
 {
     struct fw_cfg *fw = opaque;

@@ -23,7 +23,7 @@
 enum fw_cfg_owner {
     FW_CFG_COPY,   /* the device keeps a copy of its own */
     FW_CFG_BORROW, /* the caller's data must stay, unchanged, as long as the device lives */
-    FW_CFG_WRITABLE, /* as borrowed, and guests may write it by DMA: its state is the caller's to save */
+    FW_CFG_WRITABLE, /* as borrowed, but guests may write it by DMA: the caller saves its state */
 };
 
 struct fw_cfg;
@@ -32,15 +32,18 @@ struct fw_cfg_config {
     u16 port;
 };
 
-/* With signature, ID, and an empty directory. NULL with err set: the ports are taken, or no memory. */
+/*
+ * With signature, ID, and an empty directory. NULL with err set: the ports are taken, or no memory.
+ */
 struct fw_cfg *fw_cfg_create(const struct device_env *env, const struct fw_cfg_config *cfg,
                              struct error *err);
 struct device *fw_cfg_device(struct fw_cfg *fw);
 
 /*
- * Items are added while the board is built, before the guest runs. A key or name that is there already
- * is a bug of the board. fw_cfg_add_key: key < FW_CFG_FILE_FIRST. fw_cfg_add_file: the name is a path like
- * "etc/table-loader". Both return 0 or -errno with err set (no memory, too many files, name too long).
+ * Items are added while the board is built, before the guest runs. A key or name that is there
+ * already is a bug of the board. fw_cfg_add_key: key < FW_CFG_FILE_FIRST. fw_cfg_add_file: the name
+ * is a path like "etc/table-loader". Both return 0 or -errno with err set (no memory, too many
+ * files, name too long).
  */
 int fw_cfg_add_key(struct fw_cfg *fw, u16 key, void *data, u32 len, enum fw_cfg_owner owner,
                    struct error *err);

@@ -5,24 +5,25 @@
  *    (now - base_ns) / 10 ticks since: the elapsed ticks. While it is halted nothing has elapsed.
  *
  * 2. When timers match. Each timer keeps `due`: the number of elapsed ticks at its next match, or
- *    NEVER. Elapsed ticks don't wrap in the life of a machine, so "has it matched?" is one comparison,
- *    whatever the counter's own value and width. hpet_schedule computes `due` from the comparator, after
- *    a write to it, to the counter or to a timer's mode; hpet_catch_up passes the matches that lie in
- *    the past, moves the accumulator of a periodic timer, and finds the next `due`.
+ *    NEVER. Elapsed ticks don't wrap in the life of a machine, so "has it matched?" is one
+ *    comparison, whatever the counter's own value and width. hpet_schedule computes `due` from the
+ *    comparator, after a write to it, to the counter or to a timer's mode; hpet_catch_up passes the
+ *    matches that lie in the past, moves the accumulator of a periodic timer, and finds the next
+ *    `due`.
  *
- * 3. Catching up happens at every register access, before it, and in the host timer's callback. So a
- *    guest that reads registers sees them as hardware would have them, however late the host is. A host
- *    timer is armed only for timers that may interrupt.
+ * 3. Catching up happens at every register access, before it, and in the host timer's callback. So
+ *    a guest that reads registers sees them as hardware would have them, however late the host is.
+ *    A host timer is armed only for timers that may interrupt.
  *
  * 4. Matches that were missed while the host was late count as one interrupt. A period below
- *    HPET_MIN_PERIOD, which the ACPI table gives as the limit, is served no more often than that limit,
- *    so that a guest can't keep the event loop busy.
+ *    HPET_MIN_PERIOD, which the ACPI table gives as the limit, is served no more often than that
+ *    limit, so that a guest can't keep the event loop busy.
  *
- * 5. Interrupts (2.3.6, 2.3.8). An edge is sent at the match. A level sets the timer's status bit, even
- *    while its interrupts are off, and the line follows the status bit; hpet_update_lines derives all
- *    levels from the registers after every change. FSB messages take the place of edges, before
- *    any line. With the legacy route on, timers 0 and 1 use ISA interrupts 0 and 8, whatever
- *    their route fields say.
+ * 5. Interrupts (2.3.6, 2.3.8). An edge is sent at the match. A level sets the timer's status bit,
+ *    even while its interrupts are off, and the line follows the status bit; hpet_update_lines
+ *    derives all levels from the registers after every change. FSB messages take the place of
+ *    edges, before any line. With the legacy route on, timers 0 and 1 use ISA interrupts 0 and 8,
+ *    whatever their route fields say.
  */
 #include "device/hpet.h"
 
@@ -176,7 +177,9 @@ static void hpet_match(struct hpet *h, unsigned n)
     }
 }
 
-/* The counter has reached t->due: moves the accumulator and finds the next match after `elapsed`. */
+/*
+ * The counter has reached t->due: moves the accumulator and finds the next match after `elapsed`.
+ */
 static void timer_advance(struct hpet_timer *t, u64 elapsed)
 {
     u64 step = timer_width_mask(t);
@@ -319,8 +322,8 @@ static u64 merge(u64 old, u64 value, unsigned shift, unsigned size)
 }
 
 /*
- * In periodic mode a write sets the period, and with VAL_SET, which clears itself, the accumulator too
- * (2.3.9.2.2): a 32-bit program sets VAL_SET anew before it writes the upper half.
+ * In periodic mode a write sets the period, and with VAL_SET, which clears itself, the accumulator
+ * too (2.3.9.2.2): a 32-bit program sets VAL_SET anew before it writes the upper half.
  */
 static void timer_write_cmp(struct hpet *h, unsigned n, u64 value, unsigned shift, unsigned size)
 {
@@ -460,8 +463,9 @@ static int timer_check(const struct hpet *h, unsigned n)
 }
 
 /*
- * Levels are derived; what hangs on the lines restores its own inputs, so only the board is told, of the
- * legacy route. The clock has been set before: a base in its future would make elapsed ticks wrap.
+ * Levels are derived; what hangs on the lines restores its own inputs, so only the board is told,
+ * of the legacy route. The clock has been set before: a base in its future would make elapsed ticks
+ * wrap.
  */
 static int hpet_loaded(void *obj, struct error *err)
 {

@@ -1,6 +1,6 @@
 /*
- * The high precision event timer (IA-PC HPET specification 1.0a): a 64-bit counter at 100 MHz and three
- * timers, each one-shot or periodic, by interrupt line or by message.
+ * The high precision event timer (IA-PC HPET specification 1.0a): a 64-bit counter at 100 MHz and
+ * three timers, each one-shot or periodic, by interrupt line or by message.
  */
 #ifndef DOPPEL_DEVICE_HPET_H
 #define DOPPEL_DEVICE_HPET_H
@@ -26,8 +26,9 @@ struct hpet_config {
     struct irq_line legacy[2]; /* ISA interrupts 0 and 8, while the legacy route is on */
     struct msi_sink msi;
     /*
-     * The legacy replacement route went on or off: while on, the PIT's and the RTC's periodic interrupt
-     * are cut off from ISA interrupts 0 and 8. Called under the HPET's lock: must not call back.
+     * The legacy replacement route went on or off: while on, the PIT's and the RTC's periodic
+     * interrupt are cut off from ISA interrupts 0 and 8. Called under the HPET's lock: must not
+     * call back.
      */
     void (*legacy_route)(void *opaque, bool on);
     void *opaque;

@@ -1,18 +1,19 @@
 /*
  * The I/O APIC.
  *
- * 1. A pin's level here means asserted or not. The polarity bit is stored and read back, and changes
- *    nothing: there is no wire whose voltage it could describe, and the firmware tables tell the guest
- *    which polarity to program for each input.
- * 2. An edge-triggered pin sends when it becomes asserted, if it isn't masked; an edge that meets a mask
- *    is lost (82093AA, 3.2.4: "ignored, not delivered or held pending").
- * 3. A level-triggered pin sends when it is asserted, not masked, and its remote IRR is clear; sending
- *    sets remote IRR, an EOI for its vector clears it, and if the pin is still asserted it sends again.
- *    Whatever can make that condition true (the pin, the entry, an EOI) ends in ioapic_service.
- * 4. SMI, NMI, INIT and ExtINT are edges whatever the trigger bit says: no EOI answers them, so remote
- *    IRR would stay set for good.
- * 5. Messages leave as MSIs (Intel SDM vol. 3, 11.11; ICH9 13.5.7). Delivery takes no time, so delivery
- *    status always reads idle.
+ * 1. A pin's level here means asserted or not. The polarity bit is stored and read back, and
+ *    changes nothing: there is no wire whose voltage it could describe, and the firmware tables
+ *    tell the guest which polarity to program for each input.
+ * 2. An edge-triggered pin sends when it becomes asserted, if it isn't masked; an edge that meets a
+ *    mask is lost (82093AA, 3.2.4).
+ * 3. A level-triggered pin sends when it is asserted, not masked, and its remote IRR is clear;
+ *    sending sets remote IRR, an EOI for its vector clears it, and if the pin is still asserted it
+ *    sends again. Whatever can make that condition true (the pin, the entry, an EOI) ends in
+ *    ioapic_service.
+ * 4. SMI, NMI, INIT and ExtINT are edges whatever the trigger bit says: no EOI answers them, so
+ *    remote IRR would stay set for good.
+ * 5. Messages leave as MSIs (Intel SDM vol. 3, 11.11; ICH9 13.5.7). Delivery takes no time, so
+ *    delivery status always reads idle.
  */
 #include "device/ioapic.h"
 

@@ -1,19 +1,19 @@
 /*
  * The ACPI tables.
  *
- * The tables are laid out one after another in an image on the host, which is then written to the guest
- * at once. Pointers between tables are guest addresses, known as soon as a table is placed; those that
- * point elsewhere come later, so the order is FACS, DSDT, FADT (which points at both), MADT, HPET, and
- * the root tables; the RSDP has its place at the start.
+ * The tables are laid out one after another in an image on the host, which is then written to the
+ * guest at once. Pointers between tables are guest addresses, known as soon as a table is placed;
+ * those that point elsewhere come later, so the order is FACS, DSDT, FADT (which points at both),
+ * MADT, HPET, and the root tables; the RSDP has its place at the start.
  *
  * Choices that guests see:
- * - Fixed hardware, not the hardware-reduced model, and always in ACPI mode (SMI_CMD is 0): there is no
- *   system management mode to hand over from. The power button is fixed hardware too.
+ * - Fixed hardware, not the hardware-reduced model, and always in ACPI mode (SMI_CMD is 0): there
+ *   is no system management mode to hand over from. The power button is fixed hardware too.
  * - The ISA bus has no bridge device until there is PCI: the legacy devices stand in \_SB.
- * - Processors are ACPI0007 devices; the Processor term is gone since ACPI 6.4. _UID is the index, and
- *   the MADT's entries carry the same.
- * - ISA interrupts are the IOAPIC's inputs of the same number but for the PIT (2), and edges, but for
- *   the SCI: level, active high.
+ * - Processors are ACPI0007 devices; the Processor term is gone since ACPI 6.4. _UID is the index,
+ *   and the MADT's entries carry the same.
+ * - ISA interrupts are the IOAPIC's inputs of the same number but for the PIT (2), and edges, but
+ *   for the SCI: level, active high.
  */
 #include "machine/acpi.h"
 
@@ -205,7 +205,9 @@ _Static_assert(sizeof(struct fadt) == 276, "ACPI 6.4, 5.2.9");
 _Static_assert(sizeof(struct hpet_table) == 56, "IA-PC HPET 1.0a, 3.2.4");
 _Static_assert(ACPI_GPE0_LEN == PORT_ACPI_GPE0_LEN, "device and layout agree");
 
-/* The tables as they will be in the guest at `base`. Once something doesn't fit, `full` stays set. */
+/*
+ * The tables as they will be in the guest at `base`. Once something doesn't fit, `full` stays set.
+ */
 struct image {
     gpa_t base;
     u8 *data;

@@ -1,6 +1,6 @@
 /*
- * The ACPI tables of a direct boot (ACPI 6.4): RSDP, RSDT and XSDT, FADT, FACS, MADT, HPET, DSDT. The
- * addresses in them are those of machine/layout.h.
+ * The ACPI tables of a direct boot (ACPI 6.4): RSDP, RSDT and XSDT, FADT, FACS, MADT, HPET, DSDT.
+ * The addresses in them are those of machine/layout.h.
  */
 #ifndef DOPPEL_MACHINE_ACPI_H
 #define DOPPEL_MACHINE_ACPI_H
@@ -15,9 +15,9 @@ struct acpi_config {
 };
 
 /*
- * Writes the tables to guest memory at [base, base + space), the root pointer first; base: a multiple of
- * 64 between 0xe0000 and 1 MiB, for guests that search for it there. 0, or -errno with err set when they
- * don't fit, memory is short, or the range isn't RAM.
+ * Writes the tables to guest memory at [base, base + space), the root pointer first; base: a
+ * multiple of 64 between 0xe0000 and 1 MiB, for guests that search for it there. 0, or -errno with
+ * err set when they don't fit, memory is short, or the range isn't RAM.
  */
 int acpi_build(const struct acpi_config *cfg, gpa_t base, u64 space, struct guest_memory *memory,
                gpa_t *rsdp_out, struct error *err);

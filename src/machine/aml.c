@@ -1,9 +1,10 @@
 /*
  * The AML emitter.
  *
- * A body is preceded by its length, PkgLength, whose own size (one to four bytes) depends on the length
- * and is counted in it (20.2.4). So a body is written first, and aml_end moves it up by the size of
- * the length, innermost first. Outer bodies are not closed yet, so no length written before is touched.
+ * A body is preceded by its length, PkgLength, whose own size (one to four bytes) depends on the
+ * length and is counted in it (20.2.4). So a body is written first, and aml_end moves it up by the
+ * size of the length, innermost first. Outer bodies are not closed yet, so no length written before
+ * is touched.
  */
 #include "machine/aml.h"
 
@@ -130,7 +131,10 @@ static void aml_open(struct aml *a, bool resources)
     a->open[a->depth++] = (struct aml_open){.start = a->len, .resources = resources};
 }
 
-/* PkgLength: up to 63 in one byte; else a nibble in the first, with the count of the bytes after it. */
+/*
+ * PkgLength: up to 63 in one byte; else a nibble in the first, with the count of the bytes after
+ * it.
+ */
 static unsigned encode_length(u8 out[4], size_t body)
 {
     unsigned size = body + 1 < BIT(6) ? 1 : body + 2 < BIT(12) ? 2 : body + 3 < BIT(20) ? 3 : 4;
@@ -165,6 +169,7 @@ static void insert_buffer_size(struct aml *a, size_t start)
 void aml_end(struct aml *a)
 {
     u8 length[4];
+    unsigned n;
 
     assert(a->depth > 0);
     struct aml_open open = a->open[--a->depth];
@@ -173,7 +178,8 @@ void aml_end(struct aml *a)
         emit_byte(a, 0); /* checksum: 0 counts as right */
         insert_buffer_size(a, open.start);
     }
-    insert(a, open.start, length, encode_length(length, a->len - open.start));
+    n = encode_length(length, a->len - open.start);
+    insert(a, open.start, length, n);
 }
 
 void aml_scope(struct aml *a, const char *path)
@@ -244,7 +250,10 @@ void aml_string(struct aml *a, const char *text)
     emit(a, text, strlen(text) + 1);
 }
 
-/* Three letters of five bits, then four hex digits; the bytes in order (ACPI 6.4, 19.3.4 and 6.1.5). */
+/*
+ * Three letters of five bits, then four hex digits; the bytes in order (ACPI 6.4, 19.3.4 and
+ * 6.1.5).
+ */
 void aml_eisa_id(struct aml *a, const char *id)
 {
     assert(strlen(id) == 7);

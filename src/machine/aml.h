@@ -2,8 +2,8 @@
  * Writes AML, the byte code of ACPI's DSDT and SSDTs (ACPI 6.4, chapter 20), and the resource
  * descriptors that it carries (6.4).
  *
- * Terms go to a growing buffer in the order of the calls, which read like the ASL that they stand for.
- * What has a body is opened by one call and closed by aml_end:
+ * Terms go to a growing buffer in the order of the calls, which read like the ASL that they stand
+ * for. What has a body is opened by one call and closed by aml_end:
  *
  *     aml_device(a, "COM1");
  *         aml_name(a, "_HID"); aml_eisa_id(a, "PNP0501");
@@ -13,8 +13,9 @@
  *         aml_end(a);
  *     aml_end(a);
  *
- * Names are paths of four-letter segments, with the leading "\" and dots between: "\\_SB.PCI0". When
- * memory runs out the buffer stays as it is and aml_failed says so: one check at the end suffices.
+ * Names are paths of four-letter segments, with the leading "\" and dots between: "\\_SB.PCI0".
+ * When memory runs out the buffer stays as it is and aml_failed says so: one check at the end
+ * suffices.
  */
 #ifndef DOPPEL_MACHINE_AML_H
 #define DOPPEL_MACHINE_AML_H

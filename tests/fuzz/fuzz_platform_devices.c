@@ -1,7 +1,7 @@
 /*
- * Bytes as register accesses, lines, events and time steps on the IOAPIC, HPET, ACPI fixed hardware,
- * fw_cfg and pvpanic at once; then a damaged state into each. Nothing that comes out is checked but by
- * the sanitizers and the devices' own assertions: a guest can't crash them.
+ * Bytes as register accesses, lines, events and time steps on the IOAPIC, HPET, ACPI fixed
+ * hardware, fw_cfg and pvpanic at once; then a damaged state into each. Nothing that comes out is
+ * checked but by the sanitizers and the devices' own assertions: a guest can't crash them.
  */
 #include "../unit/device_rig.h"
 #include "device/acpi_pm.h"

@@ -181,9 +181,9 @@ static inline void rig_destroy(struct rig *r)
 }
 
 /*
- * Saves `from` and loads it into `to`, a fresh device of the same kind at the same VM time. NULL, or what
- * went wrong: the error's text, or the name of the first field that differs. Devices begin with their
- * struct device, so its address is theirs.
+ * Saves `from` and loads it into `to`, a fresh device of the same kind at the same VM time. NULL,
+ * or what went wrong: the error's text, or the name of the first field that differs. Devices begin
+ * with their struct device, so its address is theirs.
  */
 static inline const char *rig_round_trip(struct rig *r, struct device *from, struct device *to,
                                          char *buf, size_t buflen)

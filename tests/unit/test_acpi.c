@@ -1,6 +1,6 @@
 /*
- * The ACPI tables: found as an OS finds them, checksums, the processors of the MADT, refusals; and, where
- * iasl (Debian's acpica-tools) is installed, every table disassembled and compiled again.
+ * The ACPI tables: found as an OS finds them, checksums, the processors of the MADT, refusals; and,
+ * where iasl (Debian's acpica-tools) is installed, every table disassembled and compiled again.
  */
 #include "machine/acpi.h"
 #include "machine/aml.h"
