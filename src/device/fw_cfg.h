@@ -21,8 +21,8 @@
 #define FW_CFG_MAX_NAME 55
 
 enum fw_cfg_owner {
-    FW_CFG_COPY,   /* the device keeps a copy of its own */
-    FW_CFG_BORROW, /* the caller's data must stay, unchanged, as long as the device lives */
+    FW_CFG_COPY,     /* the device keeps a copy of its own */
+    FW_CFG_BORROW,   /* the caller's data must stay, unchanged, as long as the device lives */
     FW_CFG_WRITABLE, /* as borrowed, but guests may write it by DMA: the caller saves its state */
 };
 
