@@ -26,7 +26,7 @@ struct vm_config {
     const char *initrd; /* path, or NULL */
     const char *append;
     const char *serial; /* as chardev_open takes it */
-    int debug_exit_port; /* -1: none */
+    u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */
 };

@@ -25,8 +25,7 @@ static const struct engine_ops *choose_auto(struct error *err)
 {
     for (size_t i = 0; engines[i]; i++) {
         if (!engines[i]->probe(err)) {
-            log_info("engine %s: %s", engines[i]->name,
-                     i ? "those before it can't run here" : "the best of this build");
+            log_debug("engine %s", engines[i]->name);
             return engines[i];
         }
         log_info("engine %s can't run here: %s", engines[i]->name, err->text);

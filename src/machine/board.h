@@ -19,7 +19,7 @@ struct board_config {
     unsigned cpus;
     const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
     struct chardev *serial;      /* for COM1, or NULL */
-    int debug_exit_port;         /* -1: none */
+    u16 debug_exit_port;         /* 0: none */
 };
 
 /* All devices in their power-on state. What config points to must outlive the board. */
@@ -29,8 +29,11 @@ void board_destroy(struct board *board);
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);
 
-/* Writes the firmware tables into guest memory; *rsdp is where their root is. */
-int board_write_tables(struct board *board, gpa_t *rsdp, struct error *err);
+/*
+ * What firmware leaves behind for a kernel: the A20 gate open, and the ACPI tables in guest memory;
+ * *rsdp is where their root is.
+ */
+int board_prepare_boot(struct board *board, gpa_t *rsdp, struct error *err);
 
 /* For struct engine_machine_ops: INTA, and EOI broadcasts. Any thread. */
 int board_ack_extint(struct board *board);

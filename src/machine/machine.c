@@ -261,7 +261,7 @@ static int load(struct machine *m, struct error *err)
 
     for (unsigned i = 0; i < m->ncpus; i++)
         m->ops->vcpu_reset(m->cpus[i].vcpu);
-    ret = board_write_tables(m->board, &request.rsdp, err);
+    ret = board_prepare_boot(m->board, &request.rsdp, err);
     if (ret)
         return ret;
     m->ops->vcpu_get_state(first, &cpu, &apic);

@@ -24,7 +24,7 @@ struct machine_config {
     unsigned cpus;
     const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
     struct chardev *serial;                /* what COM1 is connected to, or NULL */
-    int debug_exit_port;                   /* -1: none */
+    u16 debug_exit_port;                   /* 0: none */
     bool no_reboot;                        /* a reset ends the machine */
 };
 

@@ -1,0 +1,230 @@
+#include "cli/run.h"
+
+#include "cli/parse.h"
+
+#include <string.h>
+
+#define DEFAULT_MEMORY MIB(512)
+
+struct option {
+    const char *name;
+    const char *value; /* what the value is, for the help; NULL: takes none */
+    const char *help;
+    int (*set)(struct vm_config *config, const char *value, struct error *err);
+};
+
+static int set_name(struct vm_config *config, const char *value, struct error *err)
+{
+    config->name = value;
+    return parse_name(value, err);
+}
+
+static int set_engine(struct vm_config *config, const char *value, struct error *err)
+{
+    config->engine = value;
+    return 0;
+}
+
+static int set_cpu(struct vm_config *config, const char *value, struct error *err)
+{
+    config->cpu = value;
+    return 0;
+}
+
+static int set_memory(struct vm_config *config, const char *value, struct error *err)
+{
+    return parse_size(value, &config->memory, err);
+}
+
+static int set_cpus(struct vm_config *config, const char *value, struct error *err)
+{
+    u64 n;
+    int ret = parse_number(value, 1, 255, &n, err);
+
+    if (ret)
+        return ret;
+    if (n > 1)
+        return error_input(err, "this build runs one processor: give 1");
+    config->cpus = (unsigned)n;
+    return 0;
+}
+
+static int set_path(const char **path, const char *value, struct error *err)
+{
+    if (!*value)
+        return error_input(err, "the file name is empty");
+    *path = value;
+    return 0;
+}
+
+static int set_kernel(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_path(&config->kernel, value, err);
+}
+
+static int set_initrd(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_path(&config->initrd, value, err);
+}
+
+static int set_append(struct vm_config *config, const char *value, struct error *err)
+{
+    config->append = value;
+    return 0;
+}
+
+static int set_firmware(struct vm_config *config, const char *value, struct error *err)
+{
+    return error_input(err, "this build boots no firmware: boot a kernel with --kernel");
+}
+
+static int set_disk(struct vm_config *config, const char *value, struct error *err)
+{
+    return error_input(err, "this build has no disks: put files into the --initrd");
+}
+
+static int set_net(struct vm_config *config, const char *value, struct error *err)
+{
+    return error_input(err, "this build has no network");
+}
+
+static int set_serial(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_path(&config->serial, value, err);
+}
+
+static int set_debug_exit(struct vm_config *config, const char *value, struct error *err)
+{
+    u64 port;
+    int ret = parse_number(value, 1, 0xffff, &port, err);
+
+    if (!ret)
+        config->debug_exit_port = (u16)port;
+    return ret;
+}
+
+static int set_no_reboot(struct vm_config *config, const char *value, struct error *err)
+{
+    config->no_reboot = true;
+    return 0;
+}
+
+static int set_stats(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_path(&config->stats, value, err);
+}
+
+/* In the order of the help. */
+static const struct option options[] = {
+    {"--kernel", "FILE", "boot this Linux bzImage, PVH ELF or multiboot image", set_kernel},
+    {"--initrd", "FILE", "initial file system (multiboot: modules, FILE[ ARGS][,...])", set_initrd},
+    {"--append", "STRING", "kernel command line", set_append},
+    {"--name", "NAME", "name of the machine (default: doppel)", set_name},
+    {"--engine", "ENGINE", "auto, kvm, bt or interp, with ,verify (default: auto)", set_engine},
+    {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
+    {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
+    {"--cpus", "N", "processors (default: 1)", set_cpus},
+    {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
+    {"--disk", "FILE[,...]", "a disk (not in this build)", set_disk},
+    {"--net", "WHAT", "a network card (not in this build)", set_net},
+    {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
+    {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1", set_debug_exit},
+    {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
+    {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
+};
+
+static const struct option *find_option(const char *arg, size_t len)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
+        if (strlen(options[i].name) == len && !memcmp(options[i].name, arg, len))
+            return &options[i];
+    }
+    return NULL;
+}
+
+/* One option at argv[*i], with its value there ("--memory=1G") or in the next ("--memory 1G"). */
+static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_config *config,
+                        struct error *err)
+{
+    const char *arg = argv[*i];
+    const char *value = strchr(arg, '=');
+    size_t len = value ? (size_t)(value - arg) : strlen(arg);
+    const struct option *o;
+    int ret;
+
+    if (arg[0] != '-')
+        return error_input(err, "unexpected argument '%s': see doppel run --help", arg);
+    o = find_option(arg, len);
+    if (!o)
+        return error_input(err, "unknown option '%.*s': see doppel run --help", (int)len, arg);
+    if (*seen & BIT(o - options))
+        return error_input(err, "%s is given twice", o->name);
+    *seen |= BIT(o - options);
+    if (!o->value) {
+        if (value)
+            return error_input(err, "%s takes no value", o->name);
+    } else if (value) {
+        value++;
+    } else if (*i + 1 < argc) {
+        value = argv[++*i];
+    } else {
+        return error_input(err, "%s needs a value: %s", o->name, o->value);
+    }
+    ret = o->set(config, value, err);
+    if (ret)
+        error_prefix(err, "%s", o->name);
+    return ret;
+}
+
+int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, struct error *err)
+{
+    u32 seen = 0;
+
+    *config = (struct vm_config){
+        .name = "doppel",
+        .engine = "auto",
+        .cpu = "host",
+        .memory = DEFAULT_MEMORY,
+        .cpus = 1,
+        .append = "",
+        .serial = "stdio",
+    };
+    *help = false;
+    for (int i = 1; i < argc; i++) {
+        int ret;
+
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            *help = true;
+            return 0;
+        }
+        ret = parse_option(argc, argv, &i, &seen, config, err);
+        if (ret)
+            return ret;
+    }
+    if (!config->kernel)
+        return error_input(err, "nothing to boot: give --kernel FILE");
+    return 0;
+}
+
+void cli_run_help(FILE *out)
+{
+    fputs("usage: doppel run --kernel FILE [options]\n"
+          "\n"
+          "Runs a virtual machine until its guest powers off.\n"
+          "\n",
+          out);
+    for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
+        const struct option *o = &options[i];
+        int used = fprintf(out, "  %s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+
+        fprintf(out, "%*s%s\n", 25 - used, "", o->help);
+    }
+    fputs("\n"
+          "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
+          "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
+          "fault or a reset under --no-reboot; with --debug-exit, what the guest chose.\n"
+          "\n"
+          "example:\n"
+          "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0 --memory 1G\n",
+          out);
+}

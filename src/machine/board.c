@@ -1,0 +1,415 @@
+/*
+ * How the devices are wired:
+ *
+ *     PIT 0 ---+                    +--> PIC pair --INTR--> every processor's LINT0
+ *     RTC 8 ---+--> isa_line_set ---+
+ *     HPET 0,8-+    (ISA lines)     +--> IOAPIC ----MSI---> local APICs
+ *     COM1 4, keyboard 1, mouse 12, SCI 9
+ *
+ * Each ISA interrupt goes to the PIC and to the IOAPIC at once; the guest masks the one that it doesn't
+ * use. The PIT's line 0 arrives at the IOAPIC's pin 2, as on every PC and as the MADT says. ISA lines 0
+ * and 8 have two sources: the HPET, while its legacy route is on, else the PIT and the RTC.
+ *
+ * Lock order: a device's lock, isa.lock, the PIC's or the IOAPIC's, the engine's.
+ */
+#include "machine/board.h"
+
+#include "chardev/chardev.h"
+#include "device/acpi_pm.h"
+#include "device/fw_cfg.h"
+#include "device/hpet.h"
+#include "device/i8042.h"
+#include "device/ioapic.h"
+#include "device/pic.h"
+#include "device/pit.h"
+#include "device/pvpanic.h"
+#include "device/rtc.h"
+#include "device/serial.h"
+#include "device/sysport.h"
+#include "host/log.h"
+#include "machine/acpi.h"
+#include "machine/layout.h"
+#include "machine/loader.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define IOAPIC_PIN_PIT 2
+#define IOAPIC_ID 0
+#define FAST_A20_ON 0x02
+#define BOARD_MAX_DEVICES 16
+
+/* The two lines that the HPET takes over, as indices into struct isa's arrays. */
+enum { LEGACY_PIT, LEGACY_RTC, LEGACY_COUNT };
+
+struct isa {
+    pthread_mutex_t lock;
+    bool hpet_route;
+    bool own[LEGACY_COUNT];  /* what the PIT and the RTC say */
+    bool hpet[LEGACY_COUNT]; /* what the HPET says */
+    bool driven[LEGACY_COUNT];
+};
+
+struct board {
+    struct board_config config;
+    struct isa isa;
+    struct a20_gate a20;
+    struct pic *pic;
+    struct ioapic *ioapic;
+    struct serial *com1;
+    struct rtc *rtc;
+    struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
+    unsigned ndevices;
+};
+
+static void extint_set(void *opaque, unsigned n, bool level)
+{
+    struct board *b = opaque;
+
+    b->config.ops->set_extint(b->config.engine, level);
+}
+
+static void deliver_msi(void *opaque, u64 address, u32 data)
+{
+    struct board *b = opaque;
+
+    b->config.ops->deliver_msi(b->config.engine, address, data);
+}
+
+static void a20_changed(void *opaque, bool on)
+{
+    struct board *b = opaque;
+
+    if (b->config.ops->set_a20)
+        b->config.ops->set_a20(b->config.engine, on);
+    else if (!on)
+        log_once(LOG_WARN, "engine %s can't close the A20 gate", b->config.ops->name);
+}
+
+/* The ISA line itself: its two listeners. */
+static void isa_drive(struct board *b, unsigned n, bool level)
+{
+    pic_set_irq(b->pic, n, level);
+    ioapic_set_irq(b->ioapic, n == IRQ_PIT ? IOAPIC_PIN_PIT : n, level);
+}
+
+static const unsigned legacy_irq[LEGACY_COUNT] = {IRQ_PIT, IRQ_RTC};
+
+/* The isa lock is held. */
+static void legacy_update(struct board *b, unsigned i)
+{
+    struct isa *isa = &b->isa;
+    bool level = isa->hpet_route ? isa->hpet[i] : isa->own[i];
+
+    if (level == isa->driven[i])
+        return;
+    isa->driven[i] = level;
+    isa_drive(b, legacy_irq[i], level);
+}
+
+static void legacy_set(struct board *b, bool *source, unsigned i, bool level)
+{
+    pthread_mutex_lock(&b->isa.lock);
+    *source = level;
+    legacy_update(b, i);
+    pthread_mutex_unlock(&b->isa.lock);
+}
+
+/* struct irq_line's set, for a device on ISA line n. */
+static void isa_line_set(void *opaque, unsigned n, bool level)
+{
+    struct board *b = opaque;
+
+    if (n == IRQ_PIT)
+        legacy_set(b, &b->isa.own[LEGACY_PIT], LEGACY_PIT, level);
+    else if (n == IRQ_RTC)
+        legacy_set(b, &b->isa.own[LEGACY_RTC], LEGACY_RTC, level);
+    else
+        isa_drive(b, n, level);
+}
+
+/* struct irq_line's set, for HPET timer i on the legacy route. */
+static void hpet_legacy_set(void *opaque, unsigned i, bool level)
+{
+    struct board *b = opaque;
+
+    legacy_set(b, &b->isa.hpet[i], i, level);
+}
+
+static void hpet_legacy_route(void *opaque, bool on)
+{
+    struct board *b = opaque;
+
+    pthread_mutex_lock(&b->isa.lock);
+    b->isa.hpet_route = on;
+    for (unsigned i = 0; i < LEGACY_COUNT; i++)
+        legacy_update(b, i);
+    pthread_mutex_unlock(&b->isa.lock);
+}
+
+static struct irq_line isa_line(struct board *b, unsigned n)
+{
+    return (struct irq_line){.set = isa_line_set, .sink = b, .n = n};
+}
+
+/* COM1's ends of the stream, and the stream's ends of COM1. */
+static size_t com1_put(void *opaque, const u8 *buf, size_t len)
+{
+    return chardev_write(opaque, buf, len);
+}
+
+static void com1_accept_input(void *opaque)
+{
+    chardev_accept_input(opaque);
+}
+
+static size_t com1_can_receive(void *opaque)
+{
+    return serial_can_receive(opaque);
+}
+
+static void com1_receive(void *opaque, const u8 *buf, size_t len)
+{
+    serial_receive(opaque, buf, len);
+}
+
+static void com1_writable(void *opaque)
+{
+    serial_writable(opaque);
+}
+
+/* Notes a device that was created, for its reset and its end. */
+static int add(struct board *b, struct device *dev)
+{
+    b->devices[b->ndevices++] = dev;
+    return 0;
+}
+
+static int create_pic(struct board *b, struct error *err)
+{
+    struct pic_config config = {.intr = {.set = extint_set, .sink = b}};
+
+    b->pic = pic_create(&b->config.env, &config, err);
+    return b->pic ? add(b, pic_device(b->pic)) : -EIO;
+}
+
+static int create_ioapic(struct board *b, struct error *err)
+{
+    struct ioapic_config config = {.base = LAYOUT_IOAPIC_BASE, .msi = {deliver_msi, b}};
+
+    b->ioapic = ioapic_create(&b->config.env, &config, err);
+    return b->ioapic ? add(b, ioapic_device(b->ioapic)) : -EIO;
+}
+
+static int create_pit(struct board *b, struct error *err)
+{
+    struct pit_config config = {.irq = isa_line(b, IRQ_PIT)};
+    struct pit *pit = pit_create(&b->config.env, &config, err);
+
+    return pit ? add(b, pit_device(pit)) : -EIO;
+}
+
+static int create_hpet(struct board *b, struct error *err)
+{
+    struct hpet_config config = {
+        .base = LAYOUT_HPET_BASE,
+        .msi = {deliver_msi, b},
+        .legacy_route = hpet_legacy_route,
+        .opaque = b,
+    };
+    struct hpet *hpet;
+
+    for (unsigned i = 0; i < HPET_PINS; i++)
+        config.pins[i] = (struct irq_line){.set = ioapic_set_irq, .sink = b->ioapic, .n = i};
+    for (unsigned i = 0; i < LEGACY_COUNT; i++)
+        config.legacy[i] = (struct irq_line){.set = hpet_legacy_set, .sink = b, .n = i};
+    hpet = hpet_create(&b->config.env, &config, err);
+    return hpet ? add(b, hpet_device(hpet)) : -EIO;
+}
+
+static void set_cmos_bytes(struct rtc *rtc, u8 index, u64 value, unsigned bytes)
+{
+    for (unsigned i = 0; i < bytes; i++)
+        rtc_set_cmos(rtc, (u8)(index + i), (u8)(value >> (8 * i)));
+}
+
+/* The memory sizes where a PC's firmware leaves them. */
+static void set_cmos_memory(struct board *b)
+{
+    u64 low_end = 0, high = 0;
+
+    for (unsigned i = 0; i < b->config.e820->count; i++) {
+        const struct e820_entry *e = &b->config.e820->entries[i];
+
+        if (e->type == E820_RAM && e->base >= LAYOUT_HIGH_RAM_BASE)
+            high += e->size;
+        else if (e->type == E820_RAM)
+            low_end = MAX(low_end, e->base + e->size);
+    }
+    u64 extended = low_end > MIB(1) ? (low_end - MIB(1)) >> 10 : 0;
+    u64 above_16m = low_end > MIB(16) ? (low_end - MIB(16)) >> 16 : 0;
+
+    set_cmos_bytes(b->rtc, CMOS_BASE_MEMORY, LAYOUT_EBDA_BASE >> 10, 2);
+    set_cmos_bytes(b->rtc, CMOS_EXTENDED_MEMORY, MIN(extended, 0xffff), 2);
+    set_cmos_bytes(b->rtc, CMOS_EXTENDED_MEMORY2, MIN(extended, 0xffff), 2);
+    set_cmos_bytes(b->rtc, CMOS_MEMORY_16MIB, MIN(above_16m, 0xffff), 2);
+    set_cmos_bytes(b->rtc, CMOS_MEMORY_4GIB, MIN(high >> 16, 0xffffff), 3);
+}
+
+static int create_rtc(struct board *b, struct error *err)
+{
+    struct rtc_config config = {.irq = isa_line(b, IRQ_RTC)};
+
+    b->rtc = rtc_create(&b->config.env, &config, err);
+    if (!b->rtc)
+        return -EIO;
+    set_cmos_memory(b);
+    return add(b, rtc_device(b->rtc));
+}
+
+static int create_com1(struct board *b, struct error *err)
+{
+    struct chardev *chr = b->config.serial;
+    struct serial_config config = {.base = PORT_COM1, .irq = isa_line(b, IRQ_COM1)};
+
+    if (chr)
+        config.ops = (struct serial_ops){com1_put, com1_accept_input, chr};
+    b->com1 = serial_create(&b->config.env, &config, err);
+    if (!b->com1)
+        return -EIO;
+    if (chr) {
+        struct chardev_handlers handlers = {com1_can_receive, com1_receive, com1_writable,
+                                            b->com1};
+
+        chardev_attach(chr, &handlers);
+    }
+    return add(b, serial_device(b->com1));
+}
+
+static int create_i8042(struct board *b, struct error *err)
+{
+    struct i8042_config config = {
+        .keyboard_irq = isa_line(b, IRQ_KEYBOARD),
+        .mouse_irq = isa_line(b, IRQ_MOUSE),
+        .a20 = &b->a20,
+        .power = b->config.power,
+    };
+    struct i8042 *kbd = i8042_create(&b->config.env, &config, err);
+
+    return kbd ? add(b, i8042_device(kbd)) : -EIO;
+}
+
+static int create_sysport(struct board *b, struct error *err)
+{
+    struct sysport_config config = {
+        .a20 = &b->a20,
+        .power = b->config.power,
+        .debug_exit_port = b->config.debug_exit_port,
+    };
+    struct sysport *ports = sysport_create(&b->config.env, &config, err);
+
+    return ports ? add(b, sysport_device(ports)) : -EIO;
+}
+
+static int create_acpi_pm(struct board *b, struct error *err)
+{
+    struct acpi_pm_config config = {
+        .pm1_evt = PORT_ACPI_PM1_EVT,
+        .pm1_cnt = PORT_ACPI_PM1_CNT,
+        .pm_tmr = PORT_ACPI_PM_TMR,
+        .gpe0 = PORT_ACPI_GPE0,
+        .sci = isa_line(b, IRQ_SCI),
+        .power = b->config.power,
+    };
+    struct acpi_pm *pm = acpi_pm_create(&b->config.env, &config, err);
+
+    return pm ? add(b, acpi_pm_device(pm)) : -EIO;
+}
+
+static int create_pvpanic(struct board *b, struct error *err)
+{
+    struct pvpanic_config config = {.port = PORT_PVPANIC, .power = b->config.power};
+    struct pvpanic *panic = pvpanic_create(&b->config.env, &config, err);
+
+    return panic ? add(b, pvpanic_device(panic)) : -EIO;
+}
+
+static int create_fw_cfg(struct board *b, struct error *err)
+{
+    struct fw_cfg_config config = {.port = PORT_FW_CFG};
+    struct fw_cfg *fw = fw_cfg_create(&b->config.env, &config, err);
+    int ret;
+
+    if (!fw)
+        return -EIO;
+    add(b, fw_cfg_device(fw));
+    ret = fw_cfg_add_u16(fw, FW_CFG_NB_CPUS, (u16)b->config.cpus, err);
+    if (!ret)
+        ret = fw_cfg_add_u16(fw, FW_CFG_MAX_CPUS, (u16)b->config.cpus, err);
+    return ret;
+}
+
+struct board *board_create(const struct board_config *config, struct error *err)
+{
+    /* Interrupt controllers first: the others may raise their lines from the start. */
+    static int (*const steps[])(struct board *b, struct error *err) = {
+        create_pic,     create_ioapic,  create_pit,     create_hpet,    create_rtc,   create_com1,
+        create_i8042,   create_sysport, create_acpi_pm, create_pvpanic, create_fw_cfg,
+    };
+    struct board *b = calloc(1, sizeof(*b));
+
+    _Static_assert(ARRAY_SIZE(steps) <= BOARD_MAX_DEVICES, "devices[] holds them all");
+    if (!b) {
+        error_host(err, ENOMEM, "cannot create the board");
+        return NULL;
+    }
+    b->config = *config;
+    pthread_mutex_init(&b->isa.lock, NULL);
+    a20_gate_init(&b->a20, a20_changed, b);
+    for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
+        if (steps[i](b, err)) {
+            board_destroy(b);
+            return NULL;
+        }
+    }
+    return b;
+}
+
+void board_destroy(struct board *b)
+{
+    if (b->config.serial)
+        chardev_attach(b->config.serial, NULL);
+    /* The last first, so that whoever raises a line goes before what it is wired to. */
+    while (b->ndevices) {
+        struct device *dev = b->devices[--b->ndevices];
+
+        dev->ops->destroy(dev);
+    }
+    pthread_mutex_destroy(&b->isa.lock);
+    free(b);
+}
+
+void board_reset(struct board *b)
+{
+    for (unsigned i = 0; i < b->ndevices; i++)
+        b->devices[i]->ops->reset(b->devices[i]);
+}
+
+int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
+{
+    struct acpi_config config = {.ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID};
+
+    io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
+    return acpi_build(&config, LAYOUT_ACPI_BASE, LAYOUT_ACPI_END - LAYOUT_ACPI_BASE,
+                      b->config.env.memory, rsdp, err);
+}
+
+int board_ack_extint(struct board *b)
+{
+    return pic_ack(b->pic);
+}
+
+void board_eoi(struct board *b, u8 vector)
+{
+    ioapic_eoi(b->ioapic, vector);
+}

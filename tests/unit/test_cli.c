@@ -1,0 +1,137 @@
+/*
+ * What the command line takes, and what it refuses.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "cli/parse.h"
+#include "cli/run.h"
+
+#include <string.h>
+
+static int run_parse(struct vm_config *config, struct error *err, const char *const *args)
+{
+    char *argv[32] = {"run"};
+    int argc = 1;
+    bool help;
+
+    for (; args[argc - 1]; argc++)
+        argv[argc] = (char *)args[argc - 1];
+    memset(err, 0, sizeof(*err));
+    return cli_run_parse(argc, argv, config, &help, err);
+}
+#define PARSE(config, err, ...) run_parse(config, err, (const char *const[]){__VA_ARGS__, NULL})
+
+static void test_sizes(void **state)
+{
+    static const struct {
+        const char *text;
+        u64 size;
+    } good[] = {
+        {"1K", KIB(1)}, {"512M", MIB(512)}, {"2G", GIB(2)}, {"10T", GIB(10240)}, {"0M", 0},
+        {"007M", MIB(7)}, {"16777215T", 16777215ULL << 40},
+    };
+    static const char *const bad[] = {
+        "", "0", "512", "M", "512m", "512MB", " 512M", "512 M", "-1G", "+1G", "0x10M", "1.5G",
+        "16777216T", "99999999999999999999M",
+    };
+
+    for (size_t i = 0; i < ARRAY_SIZE(good); i++) {
+        struct error err = {0};
+        u64 size;
+
+        assert_int_equal(parse_size(good[i].text, &size, &err), 0);
+        assert_int_equal(size, good[i].size);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+        struct error err = {0};
+        u64 size;
+
+        if (!parse_size(bad[i], &size, &err))
+            fail_msg("'%s' was taken", bad[i]);
+        assert_int_equal(err.class, ERROR_INPUT);
+    }
+}
+
+static void test_numbers(void **state)
+{
+    static const char *const bad[] = {"", "-1", "+1", " 1", "1 ", "0x", "0xg", "1e3", "256", "0",
+                                      "0x-1", "99999999999999999999"};
+    struct error err = {0};
+    u64 n;
+
+    assert_int_equal(parse_number("0xF4", 1, 255, &n, &err), 0);
+    assert_int_equal(n, 0xf4);
+    assert_int_equal(parse_number("010", 1, 255, &n, &err), 0);
+    assert_int_equal(n, 10);
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+        if (!parse_number(bad[i], 1, 255, &n, &err))
+            fail_msg("'%s' was taken", bad[i]);
+    }
+}
+
+static void test_defaults(void **state)
+{
+    struct vm_config c;
+    struct error err;
+
+    assert_int_equal(PARSE(&c, &err, "--kernel", "k"), 0);
+    assert_string_equal(c.kernel, "k");
+    assert_string_equal(c.engine, "auto");
+    assert_string_equal(c.serial, "stdio");
+    assert_int_equal(c.memory, MIB(512));
+    assert_int_equal(c.cpus, 1);
+    assert_int_equal(c.debug_exit_port, 0);
+    assert_null(c.initrd);
+    assert_null(c.stats);
+    assert_false(c.no_reboot);
+}
+
+static void test_both_forms_of_an_option(void **state)
+{
+    struct vm_config c;
+    struct error err;
+
+    assert_int_equal(PARSE(&c, &err, "--kernel=k", "--append", "a=b c", "--memory=1G",
+                           "--debug-exit", "0xf4", "--no-reboot", "--stats=s"),
+                     0);
+    assert_string_equal(c.append, "a=b c");
+    assert_int_equal(c.memory, GIB(1));
+    assert_int_equal(c.debug_exit_port, 0xf4);
+    assert_true(c.no_reboot);
+    assert_string_equal(c.stats, "s");
+}
+
+static void test_errors_name_the_option(void **state)
+{
+    struct vm_config c;
+    struct error err;
+
+    assert_int_not_equal(PARSE(&c, &err, "--kernel", "k", "--memory", "lots"), 0);
+    assert_non_null(strstr(err.text, "--memory: "));
+    assert_int_not_equal(PARSE(&c, &err, "--kernel"), 0);
+    assert_non_null(strstr(err.text, "--kernel needs a value"));
+    assert_int_not_equal(PARSE(&c, &err, "--kernel", "k", "--kernel", "l"), 0);
+    assert_non_null(strstr(err.text, "twice"));
+    assert_int_not_equal(PARSE(&c, &err, "--kern", "k"), 0);
+    assert_non_null(strstr(err.text, "unknown option '--kern'"));
+    assert_int_not_equal(PARSE(&c, &err, "--memory", "1G"), 0);
+    assert_non_null(strstr(err.text, "--kernel"));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_both_forms_of_an_option),
+        cmocka_unit_test(test_errors_name_the_option),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
