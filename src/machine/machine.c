@@ -397,7 +397,7 @@ void machine_stats(struct machine *m, struct machine_stats *out)
 {
     *out = (struct machine_stats){.resets = m->resets};
     for (unsigned i = 0; i < m->ncpus; i++) {
-        u64 started = atomic_load(&m->cpus[i].started_ns);
+        u64 started = m->cpus[i].started_ns;
 
         if (started && (!out->first_instruction_ns || started < out->first_instruction_ns))
             out->first_instruction_ns = started;

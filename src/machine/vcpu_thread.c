@@ -88,11 +88,7 @@ static bool attend(struct vcpu_thread *t)
         pthread_cond_wait(&t->changed, &t->lock);
     t->parked = false;
     pthread_mutex_unlock(&t->lock);
-    if (atomic_load(&t->want) == VCPU_WANT_QUIT)
-        return false;
-    if (!atomic_load(&t->started_ns))
-        atomic_store(&t->started_ns, host_clock_ns());
-    return true;
+    return atomic_load(&t->want) != VCPU_WANT_QUIT;
 }
 
 static void *vcpu_thread_main(void *opaque)
@@ -161,5 +157,7 @@ void vcpu_thread_wait_parked(struct vcpu_thread *t)
 
 void vcpu_thread_resume(struct vcpu_thread *t)
 {
+    if (!t->started_ns)
+        t->started_ns = host_clock_ns();
     want(t, VCPU_WANT_RUN);
 }

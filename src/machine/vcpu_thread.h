@@ -28,7 +28,7 @@ struct vcpu_thread {
     pthread_cond_t changed;
     _Atomic unsigned want; /* enum vcpu_want */
     bool parked;
-    _Atomic u64 started_ns; /* host clock at the first entry into the guest; 0 before */
+    u64 started_ns; /* host clock at the first resume; 0 before */
     u64 exits[VCPU_EXIT_REASONS];
 };
 
@@ -41,7 +41,10 @@ int vcpu_thread_create(struct vcpu_thread *t, const struct engine_ops *ops, stru
 /* Stops the thread wherever it is, and destroys the vCPU. Not from the thread itself. */
 void vcpu_thread_destroy(struct vcpu_thread *t);
 
-/* Any thread. park only asks, so that several can be asked at once; wait_parked then waits. */
+/*
+ * park: any thread. It only asks, so that several can be asked at once; wait_parked then waits. The last
+ * two are for the thread that owns the machine.
+ */
 void vcpu_thread_park(struct vcpu_thread *t);
 void vcpu_thread_wait_parked(struct vcpu_thread *t);
 void vcpu_thread_resume(struct vcpu_thread *t);
