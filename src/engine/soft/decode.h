@@ -36,6 +36,16 @@ struct decode_context {
     u32 mode; /* MODE_* */
 };
 
+enum decode_result { DECODE_OK, DECODE_SHORT /* more bytes are needed to tell */ };
+
+/*
+ * Decodes the instruction at bytes[0..n) into *out, for the current mode. offset: its distance from the
+ * block's start. *more is cleared when it ends its block. Bytes that are no instruction, or one that
+ * the CPUID model doesn't offer, decode to one that raises #UD (or #GP, beyond 15 bytes).
+ */
+enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n, unsigned offset,
+                               struct insn *out, bool *more);
+
 /*
  * x87, MMX, SSE, AVX, AVX-512 and the rest that runs on the host's units (host_exec.c). Fills out->fn
  * (a handler that tail-calls the next one: see interp.h) and out->ext. False: not one of its

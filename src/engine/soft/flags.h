@@ -26,6 +26,23 @@ static inline u32 aflags_from_eflags(u64 f)
     return (u32)(((f & 0xd5) | 2) << 8 | ((f >> 11) & 1));
 }
 
+/*
+ * For asm: the host's flags from this form in %eax (ADD makes OF from AL, SAHF the others), and back.
+ * Used round an instruction that reads flags or leaves some of them alone.
+ */
+#define ASM_LOAD_FLAGS "addb $0x7f, %%al\n\tsahf\n\t"
+#define ASM_SAVE_FLAGS "\n\tlahf\n\tseto %%al"
+
+/* The even condition codes of Jcc, SETcc and CMOVcc (SDM vol. 1, appendix B); odd ones negate them. */
+#define CONDITION_0(f) (((f)&AFLAG_OF) != 0)
+#define CONDITION_2(f) (((f)&AFLAG_CF) != 0)
+#define CONDITION_4(f) (((f)&AFLAG_ZF) != 0)
+#define CONDITION_6(f) (((f) & (AFLAG_CF | AFLAG_ZF)) != 0)
+#define CONDITION_8(f) (((f)&AFLAG_SF) != 0)
+#define CONDITION_10(f) (((f)&AFLAG_PF) != 0)
+#define CONDITION_12(f) (((((f) >> 15) ^ (f)) & 1) != 0) /* SF != OF */
+#define CONDITION_14(f) (CONDITION_4(f) || CONDITION_12(f))
+
 /* The whole of EFLAGS. */
 static inline u64 soft_flags_get(const struct soft_vcpu *v)
 {

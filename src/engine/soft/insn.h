@@ -43,7 +43,11 @@ struct insn {
     u8 rm;        /* ModRM.rm as a register (no INSN_MEM), extended */
     u8 vvvv;      /* VEX/EVEX.vvvv */
     u8 imm2;      /* a second immediate (ENTER); condition code of Jcc, SETcc, CMOVcc */
-    const void *ext; /* what the handler needs besides (host_exec: its thunk) */
+    u16 selector; /* of a far pointer in the instruction */
+    union {
+        const void *ext; /* what the handler needs besides (host_exec: its thunk) */
+        insn_fn *run;    /* table-driven instructions: what the wrapper runs */
+    };
 };
 
 #endif

@@ -37,6 +37,15 @@ void soft_probe(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access);
  */
 void *soft_pointer(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access);
 
+/*
+ * A read-modify-write that soft_pointer can't give a pointer for (across pages, MMIO, watched): reads
+ * `size` bytes at lin, calls compute(v, i, old, arg), writes what it returns. Atomic against other slow
+ * read-modify-writes. All checks come first; compute must not fault.
+ */
+typedef u64 soft_rmw_fn(struct soft_vcpu *v, const struct insn *i, u64 old, u64 arg);
+void soft_rmw_slow(struct soft_vcpu *v, const struct insn *i, gva_t lin, unsigned size,
+                   soft_rmw_fn *compute, u64 arg);
+
 /* As soft_load and soft_store with ACCESS_SYSTEM. */
 static inline u64 soft_system_load(struct soft_vcpu *v, gva_t lin, unsigned size)
 {
@@ -60,6 +69,7 @@ void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin);
 /* Stores to this guest-physical page must take the slow path from now on (it holds decoded code, or its
  * writes are logged). */
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page);
+void soft_tlb_protect_all(struct soft_vcpu *v);
 
 /*
  * Loads the four PDPTEs from cr3 (PAE paging: vol. 3, 4.4.1). False: a reserved bit is set in a present
@@ -81,7 +91,8 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
 
 /* Fast accesses of the integer handlers: a hit is a handful of instructions, a miss is soft_load. */
 #define DEFINE_FAST_ACCESS(bits)                                                                   \
-    static inline u##bits mem_load##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin)     \
+    static inline __attribute__((always_inline)) u##bits mem_load##bits(                           \
+        struct soft_vcpu *v, const struct insn *i, gva_t lin)                                      \
     {                                                                                              \
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);                                         \
         u##bits value;                                                                             \
@@ -94,8 +105,8 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
         return (u##bits)soft_load(v, lin, sizeof(value),                                           \
                                   i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ);                  \
     }                                                                                              \
-    static inline void mem_store##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin,       \
-                                       u##bits value)                                              \
+    static inline __attribute__((always_inline)) void mem_store##bits(                             \
+        struct soft_vcpu *v, const struct insn *i, gva_t lin, u##bits value)                       \
     {                                                                                              \
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);                                         \
                                                                                                    \

@@ -24,7 +24,7 @@ static inline u64 insn_offset(const struct soft_vcpu *v, const struct insn *i)
 }
 
 /* Linear address of i's memory operand for an access of `size` bytes. */
-static inline gva_t insn_linear(struct soft_vcpu *v, const struct insn *i, unsigned size,
+static inline __attribute__((always_inline)) gva_t insn_linear(struct soft_vcpu *v, const struct insn *i, unsigned size,
                                 unsigned access)
 {
     if (likely(i->address == ADDRESS_FLAT))

@@ -61,9 +61,27 @@ struct tlb_entry {
     u64 info;      /* guest-physical page address | TLB_INFO_* */
 };
 #define TLB_INFO_GLOBAL 0x1
+#define TLB_INFO_LARGE 0x2 /* part of a 2 or 4 MiB page */
+#define TLB_INFO_HUGE 0x4  /* part of a 1 GiB page */
 
 struct tlb {
     struct tlb_entry entries[TLB_SIZE];
+};
+
+/* A page that instructions are fetched from; valid in its map_generation only. */
+#define FETCH_ENTRIES 64
+struct fetch_entry {
+    u64 lin; /* of the page */
+    u64 generation;
+    gpa_t gpa;
+    const u8 *host; /* NULL: not RAM or ROM */
+    bool user;
+};
+
+#define SOFT_POSTS 16
+struct soft_post {
+    gpa_t gpa;
+    u64 len;
 };
 
 /* What an instruction of a class raises when it is not to be had now. */
@@ -75,10 +93,8 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
 #define ATTN_INIT 0x04u
 #define ATTN_SIPI 0x08u
 #define ATTN_KICK 0x10u
-#define ATTN_TIMER 0x20u      /* look at the local APIC's timer */
-#define ATTN_SHADOW 0x40u     /* own: shadow, TF, code breakpoints, pending #DB: careful path */
-#define ATTN_FLUSH 0x80u      /* others posted pages to drop (v->posts) */
-#define ATTN_RESCHED 0x100u
+#define ATTN_SHADOW 0x20u     /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
+#define ATTN_POSTS 0x40u      /* others wrote memory that may hold decoded code (v->posts) */
 
 struct soft_vcpu {
     struct cpu cpu; /* first: handlers index it */
@@ -97,8 +113,12 @@ struct soft_vcpu {
     /* Translation */
     struct tlb tlbs[TLB_KINDS];
     struct tlb tlb_none;      /* never filled: #AC checks and data breakpoints see every access */
+    struct fetch_entry fetches[FETCH_ENTRIES];
     u64 map_generation;       /* changes whenever any translation may have */
+    gva_t large_low, large_high; /* TLB entries of large pages lie in between since the last flush */
     struct block_cache *blocks;
+    bool align_check;         /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
+    bool data_breakpoints;    /* DR7 enables one */
 
     /* Configuration and neighbours */
     struct soft_engine *engine;
@@ -119,12 +139,12 @@ struct soft_vcpu {
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
 
-    /* MONITOR/MWAIT */
-    gpa_t monitor_gpa;
-    bool monitor_armed;
-
     struct vcpu_exit *exit;   /* where the run loop's exit goes */
     bool leave;               /* vcpu_run must return with *exit */
+    bool irq_waiting;         /* an interrupt was seen that could not be taken then */
+    unsigned poll;            /* blocks to go until the APIC timer is looked at */
+    u64 timer_deadline;       /* the APIC timer's, in VM ns; UINT64_MAX: none */
+    const struct block *block; /* the one that runs, for counting instructions */
 
     struct engine_stats stats;
 
@@ -132,7 +152,14 @@ struct soft_vcpu {
     pthread_mutex_t wait_lock;
     pthread_cond_t wait_cond;
     bool waiting;
-    struct vm_timer apic_timer;
+
+    /* Guest memory that others wrote, to be dropped from the block cache. */
+    pthread_mutex_t posts_lock;
+    struct soft_post posts[SOFT_POSTS];
+    unsigned nposts;   /* SOFT_POSTS + 1: too many, drop everything */
+    bool protect_post; /* make every write tag go, for the dirty log */
+    bool running;      /* in vcpu_run: posts are its own to handle */
+    pthread_cond_t posts_done;
 };
 
 struct soft_engine {
@@ -142,15 +169,23 @@ struct soft_engine {
     struct lapic_bus *lapic_bus;
     /* One word a page of each slot: which 64-byte lines hold decoded code. */
     _Atomic u64 *code_lines[MEMORY_MAX_SLOTS];
-    _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* dirty bitmap, or NULL when not logging */
-    _Atomic bool extint;
+    _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
+    bool dirty_logging;
+    _Atomic bool a20;
     pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */
+    u64 tsc_hz;
 };
 
 extern const struct insn insn_none;
 
 /* --- mode.c --- */
 void soft_mode_changed(struct soft_vcpu *v);
+
+/* --- soft.c --- */
+/* The guest's TSC: VM clock in TSC ticks, plus cpu.tsc_offset. */
+u64 soft_tsc(struct soft_vcpu *v);
+/* Sets bits of v->attention and wakes the vCPU from HLT. Any thread. */
+void soft_attend(struct soft_vcpu *v, u32 bits);
 
 static inline bool soft_long_mode(const struct soft_vcpu *v)
 {

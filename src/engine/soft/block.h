@@ -1,0 +1,45 @@
+/*
+ * The cache of decoded blocks.
+ *
+ * A block is a run of instructions decoded from consecutive bytes, up to the first that may change the
+ * flow or the mode. Blocks are keyed by guest-physical address and mode, so every mapping of a page and
+ * every address space share them; a small table in front is keyed by linear address.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_BLOCK_H
+#define DOPPEL_ENGINE_SOFT_BLOCK_H
+
+#include "engine/soft/vcpu.h"
+
+#define BLOCK_MAX_INSNS 48
+#define MODE_DROPPED 0xffffffffu /* the mode of a block that was dropped: matches none */
+
+struct block {
+    u32 mode;
+    u16 count;   /* instructions, not counting the one that leaves the block */
+    u16 bytes;   /* of guest code */
+    gpa_t gpa;   /* of the first byte */
+    gpa_t gpa2;  /* page of the bytes beyond gpa's page; 0: none */
+    struct block *hash_next;
+    struct block *page_next, *page2_next;
+    struct insn insns[];
+};
+
+struct block_cache *block_cache_create(struct error *err);
+void block_cache_destroy(struct block_cache *c);
+
+/* The block at the exact RIP in the current mode, decoded if need be. Raises what the fetch raises. */
+struct block *block_cache_find(struct soft_vcpu *v);
+
+/*
+ * [gpa, gpa + n) is about to be written by this vCPU, or was written by somebody else: drops the
+ * blocks decoded from it. A dropped block that is running is left after the current instruction.
+ */
+void block_cache_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
+
+/* Drops everything. Only between blocks. */
+void block_cache_flush(struct soft_vcpu *v);
+
+/* Bytes of host memory in use. */
+u64 block_cache_bytes(const struct block_cache *c);
+
+#endif

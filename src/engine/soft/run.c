@@ -1,0 +1,357 @@
+/*
+ * The run loop: attention, then a block, and again.
+ *
+ * Everything that can divert the processor between two instructions sets a bit of v->attention: interrupts,
+ * NMI, INIT, kicks, posted work, and the vCPU's own wish for a careful step. The loop looks at that word
+ * once a block and at the APIC timer's deadline once in POLL_BLOCKS blocks, so that nobody has to
+ * interrupt this thread.
+ *
+ * A careful step runs a block of one instruction and does what is due around it: breakpoints, the
+ * single-step trap, the interrupt shadows of STI and MOV SS, the clearing of RF. Events are taken in the
+ * order of SDM vol. 3, table 6-2.
+ *
+ * A guest fault unwinds (longjmp) to soft_run, which delivers it; a fault during delivery comes the same
+ * way and is combined with the first to a double or triple fault.
+ */
+#include "engine/soft/run.h"
+
+#include "engine/soft/block.h"
+#include "engine/soft/debug.h"
+#include "engine/soft/exception.h"
+#include "engine/soft/flags.h"
+#include "engine/soft/host_exec.h"
+#include "engine/soft/lapic.h"
+#include "engine/soft/mmu.h"
+#include "engine/soft/system.h"
+
+#include <time.h>
+
+#define POLL_BLOCKS 256
+
+static u64 now(const struct soft_vcpu *v)
+{
+    return vm_clock_now(v->engine->config.clock);
+}
+
+static void leave(struct soft_vcpu *v, enum vcpu_exit_reason reason)
+{
+    v->exit->reason = reason;
+    v->leave = true;
+}
+
+/* --- Sleeping --- */
+
+static bool may_wake(const struct soft_vcpu *v)
+{
+    return atomic_load(&v->attention) & ~ATTN_SHADOW;
+}
+
+/* HLT: sleeps until attention is called for, or the APIC timer is due. */
+static void wait_for_attention(struct soft_vcpu *v)
+{
+    struct vm_clock *clock = v->engine->config.clock;
+
+    pthread_mutex_lock(&v->wait_lock);
+    v->waiting = true;
+    while (!may_wake(v)) {
+        u64 deadline = v->timer_deadline;
+
+        if (deadline == UINT64_MAX) {
+            pthread_cond_wait(&v->wait_cond, &v->wait_lock);
+        } else if (deadline <= now(v)) {
+            break;
+        } else {
+            u64 host = vm_clock_to_host(clock, deadline);
+            struct timespec ts = {(time_t)(host / NS_PER_SEC), (long)(host % NS_PER_SEC)};
+
+            pthread_cond_timedwait(&v->wait_cond, &v->wait_lock, &ts);
+        }
+    }
+    v->waiting = false;
+    pthread_mutex_unlock(&v->wait_lock);
+}
+
+void soft_attend(struct soft_vcpu *v, u32 bits)
+{
+    atomic_fetch_or(&v->attention, bits);
+    pthread_mutex_lock(&v->wait_lock);
+    if (v->waiting)
+        pthread_cond_signal(&v->wait_cond);
+    pthread_mutex_unlock(&v->wait_lock);
+}
+
+/* --- Work from other threads --- */
+
+void soft_take_posts(struct soft_vcpu *v)
+{
+    gpa_t a20 = atomic_load(&v->engine->a20) ? UINT64_MAX : ~BIT(20);
+
+    pthread_mutex_lock(&v->posts_lock);
+    if (v->nposts > SOFT_POSTS)
+        block_cache_flush(v);
+    else
+        for (unsigned n = 0; n < v->nposts; n++)
+            block_cache_written(v, v->posts[n].gpa, v->posts[n].len);
+    v->nposts = 0;
+    if (v->protect_post) {
+        soft_tlb_protect_all(v);
+        v->protect_post = false;
+    }
+    pthread_cond_broadcast(&v->posts_done);
+    pthread_mutex_unlock(&v->posts_lock);
+    if (a20 != v->a20_mask) {
+        v->a20_mask = a20;
+        soft_tlb_flush(v);
+    }
+}
+
+/* --- Events --- */
+
+static void poll_timer(struct soft_vcpu *v)
+{
+    u64 time;
+
+    v->poll = POLL_BLOCKS;
+    if (v->timer_deadline == UINT64_MAX)
+        return;
+    time = now(v);
+    if (time >= v->timer_deadline) {
+        lapic_timer_expire(v->lapic, time);
+        v->timer_deadline = lapic_next_deadline(v->lapic);
+    }
+}
+
+/* INIT and start-up IPI (SDM vol. 3, 8.4). */
+static void take_init(struct soft_vcpu *v)
+{
+    cpu_init(&v->cpu);
+    lapic_init(v->lapic);
+    v->aflags = aflags_from_eflags(v->cpu.rflags);
+    soft_tlb_flush(v);
+    soft_mode_changed(v);
+}
+static void take_sipi(struct soft_vcpu *v)
+{
+    if (v->cpu.activity != CPU_WAIT_FOR_SIPI)
+        return;
+    cpu_sipi(&v->cpu, v->cpu.sipi_vector);
+    soft_mode_changed(v);
+}
+
+static bool take_nmi(struct soft_vcpu *v)
+{
+    struct cpu *cpu = &v->cpu;
+
+    if (!cpu->nmi_pending || cpu->nmi_blocked || cpu->shadow_ss)
+        return false;
+    cpu->nmi_pending = false;
+    cpu->nmi_blocked = true;
+    cpu->activity = CPU_RUNNING;
+    v->stats.exits_interrupt++;
+    soft_deliver(v, EXC_NMI, CPU_EVENT_NMI, false, 0);
+    return true;
+}
+
+static bool take_interrupt(struct soft_vcpu *v)
+{
+    struct engine_machine_ops *machine = &v->engine->config.machine;
+    struct cpu *cpu = &v->cpu;
+    bool extint = lapic_has_extint(v->lapic);
+    int vector = -1;
+
+    if (!extint && !lapic_has_interrupt(v->lapic)) {
+        v->irq_waiting = false;
+        return false;
+    }
+    if (!(cpu->rflags & EFLAGS_IF) || cpu->shadow_sti || cpu->shadow_ss) {
+        v->irq_waiting = true;
+        return false;
+    }
+    v->irq_waiting = false;
+    if (extint)
+        vector = machine->ack_extint(machine->machine);
+    if (vector < 0 && lapic_has_interrupt(v->lapic))
+        vector = lapic_ack(v->lapic);
+    /* There may be another behind it. */
+    atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
+    if (vector < 0)
+        return false;
+    cpu->activity = CPU_RUNNING;
+    v->stats.exits_interrupt++;
+    soft_deliver(v, (u8)vector, CPU_EVENT_EXTERNAL, false, 0);
+    return true;
+}
+
+static bool careful_needed(const struct soft_vcpu *v)
+{
+    const struct cpu *cpu = &v->cpu;
+
+    return (cpu->rflags & (EFLAGS_TF | EFLAGS_RF)) || cpu->shadow_sti || cpu->shadow_ss ||
+           cpu->db_pending || v->data_breakpoints || soft_code_breakpoints_enabled(v);
+}
+
+/* Looks at everything that called for attention. */
+static void attend(struct soft_vcpu *v)
+{
+    u32 bits = atomic_exchange(&v->attention, 0);
+
+    v->cur = &insn_none;
+    if (bits & ATTN_POSTS)
+        soft_take_posts(v);
+    if (bits & ATTN_KICK)
+        leave(v, VCPU_EXIT_KICKED);
+    if (bits & ATTN_NMI)
+        v->cpu.nmi_pending = true;
+    /* What follows may unwind: put back what is not looked at yet. */
+    atomic_fetch_or(&v->attention, bits & ATTN_INTERRUPT);
+    if (careful_needed(v))
+        atomic_fetch_or(&v->attention, ATTN_SHADOW);
+    if (bits & ATTN_INIT)
+        take_init(v);
+    if (bits & ATTN_SIPI)
+        take_sipi(v);
+    if (v->cpu.activity != CPU_RUNNING && v->cpu.activity != CPU_HALTED)
+        return;
+    if (take_nmi(v))
+        return;
+    if (bits & (ATTN_INTERRUPT | ATTN_SHADOW)) {
+        atomic_fetch_and(&v->attention, ~ATTN_INTERRUPT);
+        take_interrupt(v);
+    }
+}
+
+/* --- Running --- */
+
+static void run_block(struct soft_vcpu *v)
+{
+    struct block *b = block_cache_find(v);
+
+    v->block = b;
+    v->icount += b->count;
+    b->insns[0].fn(v, &b->insns[0]);
+}
+
+/* Those that enter a handler with TF clear: no single-step trap follows them. */
+static bool suppresses_step(const struct insn *i)
+{
+    return i->run == op_int || i->run == op_int3 || i->run == op_into || i->run == op_int1 ||
+           i->run == op_syscall;
+}
+
+static void careful_step(struct soft_vcpu *v)
+{
+    struct cpu *cpu = &v->cpu;
+    bool step = cpu->rflags & EFLAGS_TF;
+
+    v->cur = &insn_none;
+    if (!cpu->shadow_ss && soft_code_breakpoint(v)) {
+        soft_deliver(v, EXC_DB, CPU_EVENT_EXCEPTION, false, 0);
+        return;
+    }
+    cpu->rflags &= ~EFLAGS_RF;
+    cpu->shadow_sti = cpu->shadow_ss = false;
+    v->mode |= MODE_SINGLE;
+    run_block(v);
+    v->mode &= ~MODE_SINGLE;
+    v->cur = &insn_none;
+    if (careful_needed(v))
+        atomic_fetch_or(&v->attention, ATTN_SHADOW);
+    else
+        atomic_fetch_and(&v->attention, ~ATTN_SHADOW);
+    if (v->irq_waiting)
+        atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
+    if (cpu->shadow_ss)
+        return; /* what is due waits for the next instruction */
+    if (step && !suppresses_step(&v->block->insns[0]))
+        cpu->db_pending |= DR6_BS;
+    if (cpu->db_pending)
+        soft_debug_trap(v);
+}
+
+/* A guest fault came back by unwinding: deliver it, or what it makes with the one before. */
+static void deliver_raised(struct soft_vcpu *v)
+{
+    struct cpu *cpu = &v->cpu;
+    int vector = v->raised.vector;
+    bool has_error = v->raised.has_error;
+    u32 error = v->raised.error;
+
+    v->stats.exits_exception++;
+    v->cur = &insn_none;
+    cpu->shadow_sti = cpu->shadow_ss = false;
+    soft_mode_changed(v);
+    if (cpu->event_pending) {
+        vector = soft_combine(cpu->event_vector, cpu->event_type, v->raised.vector);
+        cpu->event_pending = false;
+        if (vector < 0) {
+            cpu->activity = CPU_SHUTDOWN;
+            leave(v, VCPU_EXIT_SHUTDOWN);
+            return;
+        }
+        if (vector == EXC_DF) {
+            has_error = true;
+            error = 0;
+        }
+    }
+    soft_deliver(v, (u8)vector, CPU_EVENT_EXCEPTION, has_error, error);
+}
+
+/* Instructions of the block that the fault kept from running were counted too. */
+static void uncount_rest(struct soft_vcpu *v)
+{
+    const struct block *b = v->block;
+
+    if (b && v->cur >= b->insns && v->cur < b->insns + b->count)
+        v->icount -= (u64)(b->insns + b->count - v->cur);
+}
+
+static void sleep_or_stop(struct soft_vcpu *v)
+{
+    if (v->cpu.activity == CPU_SHUTDOWN) {
+        leave(v, VCPU_EXIT_SHUTDOWN);
+        return;
+    }
+    v->stats.exits_halt++;
+    wait_for_attention(v);
+    v->poll = 0;
+    poll_timer(v);
+}
+
+void soft_run(struct soft_vcpu *v)
+{
+    v->leave = false;
+    v->cur = &insn_none;
+    soft_mode_changed(v);
+    atomic_fetch_or(&v->attention, ATTN_INTERRUPT | ATTN_POSTS);
+    v->timer_deadline = lapic_next_deadline(v->lapic);
+    if (v->cpu.event_pending) { /* a restored state: the delivery begins anew */
+        struct cpu *cpu = &v->cpu;
+
+        cpu->event_pending = false;
+        if (!_setjmp(v->unwind))
+            soft_deliver(v, cpu->event_vector, cpu->event_type, cpu->event_has_error,
+                         cpu->event_error);
+        else if (!_setjmp(v->unwind))
+            deliver_raised(v);
+    }
+    if (_setjmp(v->unwind)) {
+        uncount_rest(v);
+        deliver_raised(v);
+    }
+    while (!v->leave) {
+        if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed))) {
+            attend(v);
+            if (v->leave)
+                break;
+        }
+        if (unlikely(v->poll-- == 0))
+            poll_timer(v);
+        if (unlikely(v->cpu.activity != CPU_RUNNING))
+            sleep_or_stop(v);
+        else if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed) & ATTN_SHADOW))
+            careful_step(v);
+        else
+            run_block(v);
+    }
+    soft_fpu_sync(v);
+}

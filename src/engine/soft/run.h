@@ -1,0 +1,16 @@
+/*
+ * The run loop of the software processor, and what others ask of a running vCPU.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_RUN_H
+#define DOPPEL_ENGINE_SOFT_RUN_H
+
+#include "engine/soft/vcpu.h"
+
+/* Runs guest code until the vCPU must leave; v->exit says why. On the vCPU's thread. */
+void soft_run(struct soft_vcpu *v);
+
+/* Handles what other threads posted (written memory, A20, the dirty log). On the vCPU's thread, or while
+ * it does not run, between blocks. */
+void soft_take_posts(struct soft_vcpu *v);
+
+#endif
