@@ -6,13 +6,12 @@
 #include <string.h>
 
 static const struct state_field segment_fields[] = {
-    STATE_FIELD(struct segment, base),
-    STATE_FIELD(struct segment, limit),
-    STATE_FIELD(struct segment, attr),
-    STATE_FIELD(struct segment, selector),
+    STATE_FIELD(struct segment, base), STATE_FIELD(struct segment, limit),
+    STATE_FIELD(struct segment, attr), STATE_FIELD(struct segment, selector),
     STATE_HOST(struct segment, pad),
 };
-static const struct state_desc segment_desc = STATE_DESC("segment", 1, struct segment, segment_fields);
+static const struct state_desc segment_desc =
+    STATE_DESC("segment", 1, struct segment, segment_fields);
 
 static const struct state_field table_fields[] = {
     STATE_FIELD(struct descriptor_table, base),
@@ -24,18 +23,23 @@ static const struct state_desc table_desc =
 
 #define MSR_FIELD(m) STATE_FIELD(struct cpu_msrs, m)
 static const struct state_field msr_fields[] = {
-    MSR_FIELD(efer),           MSR_FIELD(star),          MSR_FIELD(lstar),
-    MSR_FIELD(cstar),          MSR_FIELD(sfmask),        MSR_FIELD(kernel_gs_base),
-    MSR_FIELD(sysenter_cs),    MSR_FIELD(sysenter_esp),  MSR_FIELD(sysenter_eip),
-    MSR_FIELD(pat),            MSR_FIELD(tsc_aux),       MSR_FIELD(tsc_adjust),
-    MSR_FIELD(misc_enable),    MSR_FIELD(spec_ctrl),     MSR_FIELD(debugctl),
-    MSR_FIELD(xss),            MSR_FIELD(pkrs),          MSR_FIELD(mtrr_def_type),
-    MSR_FIELD(mtrr_fix),       MSR_FIELD(mtrr_phys_base), MSR_FIELD(mtrr_phys_mask),
-    MSR_FIELD(mcg_status),     MSR_FIELD(mcg_ctl),       MSR_FIELD(mc_ctl),
-    MSR_FIELD(mc_status),      MSR_FIELD(mc_addr),       MSR_FIELD(mc_misc),
-    MSR_FIELD(feature_control), MSR_FIELD(bios_sign_id), MSR_FIELD(hwcr),
-    MSR_FIELD(syscfg),         MSR_FIELD(vm_cr),         MSR_FIELD(vm_hsave_pa),
-};
+    MSR_FIELD(efer),           MSR_FIELD(star),
+    MSR_FIELD(lstar),          MSR_FIELD(cstar),
+    MSR_FIELD(sfmask),         MSR_FIELD(kernel_gs_base),
+    MSR_FIELD(sysenter_cs),    MSR_FIELD(sysenter_esp),
+    MSR_FIELD(sysenter_eip),   MSR_FIELD(pat),
+    MSR_FIELD(tsc_aux),        MSR_FIELD(tsc_adjust),
+    MSR_FIELD(misc_enable),    MSR_FIELD(spec_ctrl),
+    MSR_FIELD(debugctl),       MSR_FIELD(xss),
+    MSR_FIELD(pkrs),           MSR_FIELD(mtrr_def_type),
+    MSR_FIELD(mtrr_fix),       MSR_FIELD(mtrr_phys_base),
+    MSR_FIELD(mtrr_phys_mask), MSR_FIELD(mcg_status),
+    MSR_FIELD(mcg_ctl),        MSR_FIELD(mc_ctl),
+    MSR_FIELD(mc_status),      MSR_FIELD(mc_addr),
+    MSR_FIELD(mc_misc),        MSR_FIELD(feature_control),
+    MSR_FIELD(bios_sign_id),   MSR_FIELD(hwcr),
+    MSR_FIELD(syscfg),         MSR_FIELD(vm_cr),
+    MSR_FIELD(vm_hsave_pa)};
 static const struct state_desc msr_desc = STATE_DESC("msr", 1, struct cpu_msrs, msr_fields);
 
 #define CPU_FIELD(m) STATE_FIELD(struct cpu, m)
@@ -131,8 +135,8 @@ static struct segment real_mode_segment(u32 type_bits)
 }
 
 /*
- * What INIT shares with RESET. INIT leaves alone: CR0.CD and NW, the TSC, x87 and SIMD with XCR0 and
- * PKRU, the MTRRs, and MSRs but EFER (which can't stay: paging is off) and IA32_DEBUGCTL.
+ * What INIT shares with RESET. INIT leaves alone: CR0.CD and NW, the TSC, x87 and SIMD with XCR0
+ * and PKRU, the MTRRs, and MSRs but EFER (which can't stay: paging is off) and IA32_DEBUGCTL.
  */
 static void init_core(struct cpu *cpu, bool is_bsp)
 {

@@ -1,27 +1,27 @@
 /*
  * The CPUID model.
  *
- * A model is an identity (vendor, signature, brand), a set of features, and a topology: one package,
- * one core for each CPU, one thread a core, so that a CPU's APIC ID is its number. A query composes a
- * leaf from those; nothing is copied wholesale from the host, so a bit that we don't know never
- * reaches a guest.
+ * A model is an identity (vendor, signature, brand), a set of features, and a topology: one
+ * package, one core for each CPU, one thread a core, so that a CPU's APIC ID is its number. A query
+ * composes a leaf from those; nothing is copied wholesale from the host, so a bit that we don't
+ * know never reaches a guest.
  *
  * Models:
- * - host: the host's identity and, of its features, those that the engine supports; and what the engine
- *   makes by itself whatever the host (synthetic[] below).
- * - max: all that the engine supports, under the host's identity: for tests of the features that the
- *   host lacks and the engine doesn't need it for (LA57, protection keys).
- * - v2, v3: the psABI's x86-64-v2 and -v3 and what every processor of that level has in practice. They
- *   are the same on every host and engine, or refused. Their identity is GenuineIntel, family 6, the
- *   model of the first processor of the level (Nehalem, Haswell). Intel, because a guest then uses
- *   SYSENTER from compatibility mode, which every engine can do: KVM emulates it on AMD hosts for an
- *   Intel guest. And because an Intel guest of that age takes all mitigations, which errs on the safe
- *   side wherever it runs. PCID, which would make them cheaper, came to AMD with Zen 3 only.
- *   Physical addresses are 39 bits wide, the narrowest that such processors have.
+ * - host: the host's identity and, of its features, those that the engine supports; and what the
+ *   engine makes by itself whatever the host (synthetic[] below).
+ * - max: all that the engine supports, under the host's identity: for tests of the features that
+ *   the host lacks and the engine doesn't need it for (LA57, protection keys).
+ * - v2, v3: the psABI's x86-64-v2 and -v3 and what every processor of that level has in practice.
+ *   They are the same on every host and engine, or refused. Their identity is GenuineIntel, family
+ *   6, the model of the first processor of the level (Nehalem, Haswell). Intel, because a guest
+ *   then uses SYSENTER from compatibility mode, which every engine can do: KVM emulates it on AMD
+ *   hosts for an Intel guest. And because an Intel guest of that age takes all mitigations, which
+ *   errs on the safe side wherever it runs. PCID, which would make them cheaper, came to AMD with
+ *   Zen 3 only. Physical addresses are 39 bits wide, the narrowest that such processors have.
  *
- * SIMD and XSAVE layout: an engine may use the host's XSAVE, so components lie where the host has them.
- * A component that the host lacks (PKRU: the software processor needs no help with it) follows the last
- * one, where Intel and AMD put it too.
+ * SIMD and XSAVE layout: an engine may use the host's XSAVE, so components lie where the host has
+ * them. A component that the host lacks (PKRU: the software processor needs no help with it)
+ * follows the last one, where Intel and AMD put it too.
  *
  * References: Intel SDM vol. 2A, CPUID; vol. 1, 13.4 and 13.5 (XSAVE). AMD APM vol. 3, appendix E.
  */
@@ -85,22 +85,27 @@ static const struct {
     {FEATURE_X2APIC, FEATURE_APIC},
 };
 
+/* clang-format off: one name a line says no more */
+
 /* Offered by `host` whenever the engine supports them, whatever the host has. */
 static const u8 synthetic[] = {
     FEATURE_HYPERVISOR, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST, FEATURE_ARAT,
     FEATURE_INVARIANT_TSC,
 };
 static const u8 synthetic_amd[] = {
-    FEATURE_TOPOEXT, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE, FEATURE_AUTO_IBRS,
-    FEATURE_SRSO_NO, FEATURE_BTC_NO,
+    FEATURE_TOPOEXT, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE,
+    FEATURE_AUTO_IBRS, FEATURE_SRSO_NO, FEATURE_BTC_NO,
 };
-static const u8 synthetic_intel[] = {FEATURE_SPEC_CTRL, FEATURE_ARCH_CAPABILITIES};
+static const u8 synthetic_intel[] = {
+    FEATURE_SPEC_CTRL, FEATURE_ARCH_CAPABILITIES,
+};
 
 /* Only AMD's processors have these, and only they are asked for them; and the other way round. */
 static const u8 amd_only[] = {
     FEATURE_CR8_LEGACY, FEATURE_MISALIGNSSE, FEATURE_TOPOEXT, FEATURE_MMXEXT, FEATURE_FFXSR,
     FEATURE_SSE4A, FEATURE_CLZERO, FEATURE_XSAVEERPTR, FEATURE_IBPB, FEATURE_BTC_NO,
-    FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE, FEATURE_AUTO_IBRS, FEATURE_SRSO_NO,
+    FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE, FEATURE_AUTO_IBRS,
+    FEATURE_SRSO_NO,
 };
 static const u8 intel_only[] = {
     FEATURE_SPEC_CTRL, FEATURE_STIBP, FEATURE_ARCH_CAPABILITIES, FEATURE_SPEC_CTRL_SSBD,
@@ -113,8 +118,8 @@ static const u8 v2_features[] = {
     FEATURE_CMOV, FEATURE_PAT, FEATURE_PSE36, FEATURE_CLFLUSH, FEATURE_MMX, FEATURE_FXSR,
     FEATURE_SSE, FEATURE_SSE2, FEATURE_SSE3, FEATURE_SSSE3, FEATURE_SSE41, FEATURE_SSE42,
     FEATURE_CX16, FEATURE_POPCNT, FEATURE_LAHF64, FEATURE_SYSCALL, FEATURE_NX, FEATURE_LM,
-    FEATURE_RDTSCP, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST, FEATURE_HYPERVISOR,
-    FEATURE_ARAT, FEATURE_INVARIANT_TSC,
+    FEATURE_RDTSCP, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST,
+    FEATURE_HYPERVISOR, FEATURE_ARAT, FEATURE_INVARIANT_TSC,
 };
 /* What v3 has beyond v2: the psABI's list, and what both Haswell and the first Zen have. */
 static const u8 v3_features[] = {
@@ -123,7 +128,9 @@ static const u8 v3_features[] = {
     FEATURE_RDRAND, FEATURE_FSGSBASE, FEATURE_SMEP, FEATURE_PAGE1GB,
 };
 
-#define XSAVE_COMPONENTS 10 /* up to PKRU */
+/* clang-format on */
+
+#define XSAVE_COMPONENTS 10   /* up to PKRU */
 #define XSAVE_LEGACY_END 576u /* the legacy region and the header */
 
 struct xsave_component {
@@ -179,14 +186,10 @@ static void host_leaf(u32 leaf, u32 subleaf, struct cpuid_regs *out)
 static u32 *reg_of(struct cpuid_regs *r, u8 reg)
 {
     switch (reg) {
-    case REG_EAX:
-        return &r->eax;
-    case REG_EBX:
-        return &r->ebx;
-    case REG_ECX:
-        return &r->ecx;
-    default:
-        return &r->edx;
+    case REG_EAX: return &r->eax;
+    case REG_EBX: return &r->ebx;
+    case REG_ECX: return &r->ecx;
+    default: return &r->edx;
     }
 }
 
@@ -291,7 +294,9 @@ static void identity_of_level(struct cpuid_model *m, u32 signature, const char *
 
 static void lay_out_xsave(struct cpuid_model *m)
 {
-    static const u16 sizes[XSAVE_COMPONENTS] = {[2] = 256, [5] = 64, [6] = 512, [7] = 1024, [9] = 8};
+    static const u16 sizes[XSAVE_COMPONENTS] = {
+        [2] = 256, [5] = 64, [6] = 512, [7] = 1024, [9] = 8,
+    };
     u32 end = XSAVE_LEGACY_END;
 
     if (!cpuid_model_has(m, FEATURE_XSAVE))
@@ -498,9 +503,9 @@ static void leaf_xsave(const struct cpuid_model *m, const struct cpuid_dynamic *
 }
 
 /*
- * The TSC as a ratio of the crystal, which is also the APIC timer's clock (SDM vol. 3, 19.7.3). Guests
- * (Linux) multiply the crystal's kHz by EBX in 32 bits, so of all ratios that don't overflow then, the
- * nearest: at 3 GHz within 1 part in 10^7.
+ * The TSC as a ratio of the crystal, which is also the APIC timer's clock (SDM vol. 3, 19.7.3).
+ * Guests (Linux) multiply the crystal's kHz by EBX in 32 bits, so of all ratios that don't overflow
+ * then, the nearest: at 3 GHz within 1 part in 10^7.
  */
 static void leaf_tsc(const struct cpuid_model *m, struct cpuid_regs *out)
 {
@@ -535,19 +540,14 @@ static void leaf_intel_extras(const struct cpuid_model *m, u32 leaf, struct cpui
     u32 mhz = (u32)MIN(m->tsc_hz / 1000000, 0xffffu);
 
     switch (leaf) {
-    case 2: /* one descriptor, 0xff: see leaf 4 */
-        out->eax = 0xff01;
-        break;
-    case 0x15:
-        leaf_tsc(m, out);
-        break;
+    case 2: /* one descriptor, 0xff: see leaf 4 */ out->eax = 0xff01; break;
+    case 0x15: leaf_tsc(m, out); break;
     case 0x16:
         out->eax = mhz;
         out->ebx = mhz;
         out->ecx = 100;
         break;
-    default:
-        break;
+    default: break;
     }
 }
 
@@ -561,9 +561,7 @@ static void leaf_basic(const struct cpuid_model *m, const struct cpuid_dynamic *
         memcpy(&out->edx, m->vendor + 4, 4);
         memcpy(&out->ecx, m->vendor + 8, 4);
         break;
-    case 1:
-        leaf_features(m, d, out);
-        break;
+    case 1: leaf_features(m, d, out); break;
     case 4:
         if (!m->amd)
             leaf_cache(m, subleaf, true, out);
@@ -587,21 +585,15 @@ static void leaf_basic(const struct cpuid_model *m, const struct cpuid_dynamic *
                 out->ecx |= BIT(4); /* OSPKE */
         }
         break;
-    case 0xb:
-        leaf_topology(m, d, subleaf, out);
-        break;
-    case 0xd:
-        leaf_xsave(m, d, subleaf, out);
-        break;
+    case 0xb: leaf_topology(m, d, subleaf, out); break;
+    case 0xd: leaf_xsave(m, d, subleaf, out); break;
     case 2:
     case 0x15:
     case 0x16:
         if (!m->amd)
             leaf_intel_extras(m, leaf, out);
         break;
-    default:
-        feature_bits(m, leaf, subleaf, out);
-        break;
+    default: feature_bits(m, leaf, subleaf, out); break;
     }
 }
 
@@ -641,16 +633,12 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
         break;
     case 0x80000002:
     case 0x80000003:
-    case 0x80000004:
-        memcpy(out, m->brand + 16 * (leaf - 0x80000002), 16);
-        break;
+    case 0x80000004: memcpy(out, m->brand + 16 * (leaf - 0x80000002), 16); break;
     case 0x80000005:
         if (m->amd)
             leaf_amd_caches(m, leaf, out);
         break;
-    case 0x80000006:
-        leaf_amd_caches(m, leaf, out);
-        break;
+    case 0x80000006: leaf_amd_caches(m, leaf, out); break;
     case 0x80000008:
         feature_bits(m, leaf, 0, out);
         out->eax = m->phys_bits | (cpuid_model_has(m, FEATURE_LA57) ? 57 : 48) << 8;
@@ -667,9 +655,7 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
             out->ebx = d->index; /* the core's number; one thread in it */
         }
         break;
-    default:
-        feature_bits(m, leaf, subleaf, out);
-        break;
+    default: feature_bits(m, leaf, subleaf, out); break;
     }
 }
 
@@ -695,7 +681,7 @@ void cpuid_model_query(const struct cpuid_model *m, const struct cpuid_dynamic *
     } else if (leaf <= m->max_basic) {
         leaf_basic(m, d, leaf, subleaf, out);
     } else if (!m->amd) {
-        /* Beyond the last leaf, Intel's processors answer with the last basic one; AMD's with zeros. */
+        /* Beyond the last leaf Intel's processors give the last basic one; AMD's zeros. */
         leaf_basic(m, d, m->max_basic, subleaf, out);
     }
 }

@@ -2,8 +2,8 @@
  * The CPUID model: what a guest's processor says of itself, the same under every engine.
  *
  * A model is made once from a name (host, v2, v3), the host's own CPUID and the number of CPUs. The
- * features that it offers are also what the software engine decodes: an instruction whose feature is
- * not offered raises #UD. Feature names come from cpuid_features.def.
+ * features that it offers are also what the software engine decodes: an instruction whose feature
+ * is not offered raises #UD. Feature names come from cpuid_features.def.
  */
 #ifndef DOPPEL_X86_CPUID_H
 #define DOPPEL_X86_CPUID_H
@@ -30,9 +30,10 @@ struct cpuid_support {
 };
 
 /*
- * name: "host", "v2", "v3", or "max" (all of the engine's support, for tests). support: the engine's; features outside it are never offered. tsc_hz: the
- * guest's TSC frequency. -EINVAL (err set) when the name is unknown or this host lacks what the model
- * promises (v3 on a host without AVX2: SIMD runs on the host's units).
+ * name: "host", "v2", "v3", or "max" (all of the engine's support, for tests). support: the
+ * engine's; features outside it are never offered. tsc_hz: the guest's TSC frequency. -EINVAL (err
+ * set) when the name is unknown or this host lacks what the model promises (v3 on a host without
+ * AVX2: SIMD runs on the host's units).
  */
 struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_support *support,
                                        unsigned ncpus, u64 tsc_hz, struct error *err);
@@ -44,7 +45,7 @@ bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f);
 u64 cpuid_model_xcr0(const struct cpuid_model *m);
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
 u64 cpuid_model_tsc_hz(const struct cpuid_model *m);
-/* Whether the vendor is AMD (or Hygon), where SYSCALL, SYSENTER and some MSRs differ from Intel's. */
+/* Whether the vendor is AMD or Hygon, where SYSCALL, SYSENTER and some MSRs differ from Intel's. */
 bool cpuid_model_is_amd(const struct cpuid_model *m);
 
 /* What depends on the asking processor's state. */

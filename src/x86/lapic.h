@@ -9,14 +9,23 @@
 
 #define LAPIC_DEFAULT_BASE 0xfee00000ULL
 
-/* The clock of the APIC timer, before its divider: what CPUID leaf 0x15 calls the crystal. KVM's own. */
+/* The APIC timer's clock before its divider: CPUID leaf 0x15 calls it the crystal. As KVM's. */
 #define LAPIC_TIMER_HZ 1000000000ULL
 
 #define APIC_BASE_BSP BIT(8)
 #define APIC_BASE_X2APIC BIT(10)
 #define APIC_BASE_ENABLE BIT(11)
 
-enum lapic_lvt { LVT_CMCI, LVT_TIMER, LVT_THERMAL, LVT_PERF, LVT_LINT0, LVT_LINT1, LVT_ERROR, LVT_COUNT };
+enum lapic_lvt {
+    LVT_CMCI,
+    LVT_TIMER,
+    LVT_THERMAL,
+    LVT_PERF,
+    LVT_LINT0,
+    LVT_LINT1,
+    LVT_ERROR,
+    LVT_COUNT
+};
 
 struct lapic_state {
     u64 base_msr; /* IA32_APIC_BASE */

@@ -1,5 +1,6 @@
 /*
- * The CPUID models: fixed ones are the same for every engine, and every leaf is consistent in itself.
+ * The CPUID models: fixed ones are the same for every engine, and every leaf is consistent in
+ * itself.
  */
 #include "engine/soft/soft_cpuid.h"
 #include "x86/cpuid.h"

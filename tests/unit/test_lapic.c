@@ -60,8 +60,13 @@ static int rig_up(void **state)
     r->now = 1000;
     for (unsigned i = 0; i < CPUS; i++) {
         struct lapic_config config = {
-            .index = i, .phys_bits = 40, .tsc_hz = 2000000000, .x2apic = true,
-            .tsc_deadline = true, .ops = &ops, .opaque = &r->end[i],
+            .index = i,
+            .phys_bits = 40,
+            .tsc_hz = 2000000000,
+            .x2apic = true,
+            .tsc_deadline = true,
+            .ops = &ops,
+            .opaque = &r->end[i],
         };
 
         r->end[i].rig = r;
@@ -399,9 +404,9 @@ static void x2apic_registers(void **state)
     assert_int_equal(v, 3);
     assert_true(lapic_msr_read(l, 0x80d, &v));
     assert_int_equal(v, 8);
-    assert_false(lapic_msr_read(l, 0x80e, &v));  /* no DFR */
-    assert_false(lapic_msr_read(l, 0x80b, &v));  /* EOI is write-only */
-    assert_false(lapic_msr_read(l, 0x831, &v));  /* ICR is one register */
+    assert_false(lapic_msr_read(l, 0x80e, &v)); /* no DFR */
+    assert_false(lapic_msr_read(l, 0x80b, &v)); /* EOI is write-only */
+    assert_false(lapic_msr_read(l, 0x831, &v)); /* ICR is one register */
     assert_false(lapic_msr_read(l, 0x8ff, &v));
     assert_false(lapic_msr_write(l, 0x802, 3));
     assert_false(lapic_msr_write(l, 0x80b, 1));

@@ -127,8 +127,8 @@ static void list_is_sorted(void **unused)
 
 static void unknown_is_gp(void **state)
 {
-    static const u32 absent[] = {0x0, 0xc1, 0x186, 0x480, 0x4b564d00, 0x40000000, 0xc0010000,
-                                 0xc0010015, 0xffffffff};
+    static const u32 absent[] = {0x0,        0xc1,       0x186,      0x480,     0x4b564d00,
+                                 0x40000000, 0xc0010000, 0xc0010015, 0xffffffff};
     struct soft_vcpu *v = *state;
     u64 value = 77;
 
@@ -166,8 +166,8 @@ static void efer_keeps_the_rules(void **state)
 
 static void bases_are_canonical(void **state)
 {
-    static const u32 canonical[] = {MSR_IA32_FS_BASE, MSR_IA32_GS_BASE, MSR_IA32_KERNEL_GS_BASE,
-                                    MSR_IA32_LSTAR, MSR_IA32_CSTAR, MSR_IA32_SYSENTER_ESP,
+    static const u32 canonical[] = {MSR_IA32_FS_BASE,     MSR_IA32_GS_BASE, MSR_IA32_KERNEL_GS_BASE,
+                                    MSR_IA32_LSTAR,       MSR_IA32_CSTAR,   MSR_IA32_SYSENTER_ESP,
                                     MSR_IA32_SYSENTER_EIP};
     struct soft_vcpu *v = *state;
 
@@ -323,16 +323,11 @@ int main(void)
 {
 #define RIGGED(f) cmocka_unit_test_setup_teardown(f, up, down)
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(list_is_sorted),
-        RIGGED(unknown_is_gp),
-        RIGGED(efer_keeps_the_rules),
-        RIGGED(bases_are_canonical),
-        RIGGED(memory_types_are_checked),
-        RIGGED(machine_check_banks),
-        RIGGED(tsc_and_its_adjustment),
-        RIGGED(apic_goes_through),
-        RIGGED(read_only_bits_stay),
-        cmocka_unit_test(offered_features_bring_their_msrs),
+        cmocka_unit_test(list_is_sorted),      RIGGED(unknown_is_gp),
+        RIGGED(efer_keeps_the_rules),          RIGGED(bases_are_canonical),
+        RIGGED(memory_types_are_checked),      RIGGED(machine_check_banks),
+        RIGGED(tsc_and_its_adjustment),        RIGGED(apic_goes_through),
+        RIGGED(read_only_bits_stay),           cmocka_unit_test(offered_features_bring_their_msrs),
         RIGGED(refused_writes_change_nothing),
     };
 

@@ -6,19 +6,19 @@
  *
  *  1. deliverable is recomputed under the lock by whatever changes IRR, ISR, TPR or the enable bit
  *     (update), and read without it;
- *  2. whoever makes it change to another vector than 0 tells the owner (LAPIC_EVENT_INTERRUPT) after the
- *     lock is released: `struct events` collects what is to be told;
+ *  2. whoever makes it change to another vector than 0 tells the owner (LAPIC_EVENT_INTERRUPT)
+ *     after the lock is released: `struct events` collects what is to be told;
  *  3. the same holds for extint, of LINT0's level, its LVT and the enable bit.
  *
- * An IPI is decoded under the sender's lock and delivered without it, so a lock is never taken while
- * another is held.
+ * An IPI is decoded under the sender's lock and delivered without it, so a lock is never taken
+ * while another is held.
  *
- * Time: the timer's clock is LAPIC_TIMER_HZ, 1 GHz: a tick is a nanosecond of the VM clock. A countdown
- * is its start and its deadline; the current count is computed when it is read.
+ * Time: the timer's clock is LAPIC_TIMER_HZ, 1 GHz: a tick is a nanosecond of the VM clock. A
+ * countdown is its start and its deadline; the current count is computed when it is read.
  *
  * An APIC's ID is its vCPU's number and doesn't change. Deliberate limits: the register at 0x20 is
- * read-only, as on recent processors; an IPI's focus processor is ignored (as the manual allows); SMI
- * and ExtINT messages are dropped.
+ * read-only, as on recent processors; an IPI's focus processor is ignored (as the manual allows);
+ * SMI and ExtINT messages are dropped.
  *
  * References: Intel SDM vol. 3, chapter 11 (section numbers below are of that chapter).
  */
@@ -104,7 +104,7 @@ enum delivery_mode {
 #define BROADCAST8 0xffu
 #define BROADCAST32 0xffffffffu
 
-/* A guest that asks for a faster periodic timer gets this one: it can't use it, only burn host time. */
+/* A guest that asks for a faster periodic timer gets this one: it could only burn host time. */
 #define MIN_PERIOD_NS 20000
 
 struct lapic {
@@ -205,8 +205,7 @@ static bool extint_passes(const struct lapic *l)
 {
     u32 lint0 = l->s.lvt[LVT_LINT0];
 
-    return !is_enabled(l) ||
-           (!(lint0 & LVT_MASKED) && (lint0 & LVT_MODE) == DELIVER_EXTINT << 8);
+    return !is_enabled(l) || (!(lint0 & LVT_MASKED) && (lint0 & LVT_MODE) == DELIVER_EXTINT << 8);
 }
 
 /* Invariants 1 to 3: after every change, before the lock is released. */
@@ -277,15 +276,9 @@ static void accept(struct lapic *l, u8 mode, u8 vector, bool level, struct event
 {
     switch (mode) {
     case DELIVER_FIXED:
-    case DELIVER_LOWEST:
-        accept_fixed(l, vector, level);
-        break;
-    case DELIVER_NMI:
-        ev->set |= 1u << LAPIC_EVENT_NMI;
-        break;
-    case DELIVER_INIT:
-        ev->set |= 1u << LAPIC_EVENT_INIT;
-        break;
+    case DELIVER_LOWEST: accept_fixed(l, vector, level); break;
+    case DELIVER_NMI: ev->set |= 1u << LAPIC_EVENT_NMI; break;
+    case DELIVER_INIT: ev->set |= 1u << LAPIC_EVENT_INIT; break;
     case DELIVER_SIPI:
         ev->set |= 1u << LAPIC_EVENT_SIPI;
         ev->sipi_vector = vector;
@@ -343,8 +336,8 @@ static void deliver_to(struct lapic *l, const struct message *m)
 }
 
 /*
- * Of the APICs that a message is meant for, the one whose processor has the least priority; on a draw the
- * lowest number. NULL when none of them is on.
+ * Of the APICs that a message is meant for, the one whose processor has the least priority; on a
+ * draw the lowest number. NULL when none of them is on.
  */
 static struct lapic *lowest_priority(struct lapic_bus *bus, u64 targets)
 {
@@ -373,9 +366,8 @@ static u64 find_targets(struct lapic_bus *bus, const struct message *m)
     u64 targets = 0;
 
     if (!m->logical && !is_broadcast(m))
-        return m->destination < LAPIC_BUS_MAX && bus->members[m->destination]
-                   ? BIT(m->destination)
-                   : 0;
+        return m->destination < LAPIC_BUS_MAX && bus->members[m->destination] ? BIT(m->destination)
+                                                                              : 0;
     for (unsigned i = 0; i < LAPIC_BUS_MAX; i++) {
         struct lapic *l = bus->members[i];
         bool match = is_broadcast(m);
@@ -428,7 +420,7 @@ void lapic_bus_deliver(struct lapic_bus *bus, u64 address, u32 data)
     deliver_to_targets(bus, find_targets(bus, &m), &m);
 }
 
-/* What is wrong with an ICR value, or whether it is to be sent at all. Called with the lock held. */
+/* Whether an ICR value is to be sent; notes what is wrong with it. Called with the lock held. */
 static bool icr_sendable(struct lapic *l, u64 icr)
 {
     u8 mode = (icr >> 8) & 7, vector = icr & ICR_VECTOR;
@@ -466,18 +458,10 @@ static void send_ipi(struct lapic *l, u64 icr, bool wide)
             all |= BIT(i);
     }
     switch ((enum icr_shorthand)((icr >> ICR_SHORTHAND_SHIFT) & 3)) {
-    case TO_DESTINATION:
-        deliver_to_targets(bus, find_targets(bus, &m), &m);
-        break;
-    case TO_SELF:
-        deliver_to_targets(bus, self, &m);
-        break;
-    case TO_ALL:
-        deliver_to_targets(bus, all, &m);
-        break;
-    case TO_OTHERS:
-        deliver_to_targets(bus, all & ~self, &m);
-        break;
+    case TO_DESTINATION: deliver_to_targets(bus, find_targets(bus, &m), &m); break;
+    case TO_SELF: deliver_to_targets(bus, self, &m); break;
+    case TO_ALL: deliver_to_targets(bus, all, &m); break;
+    case TO_OTHERS: deliver_to_targets(bus, all & ~self, &m); break;
     }
 }
 
@@ -713,50 +697,23 @@ static void end_of_interrupt(struct lapic *l, struct events *ev)
 static bool read_common(struct lapic *l, u32 reg, u32 *value)
 {
     switch (reg) {
-    case REG_ID:
-        *value = l->s.id;
-        return true;
-    case REG_VERSION:
-        *value = LAPIC_VERSION;
-        return true;
-    case REG_TPR:
-        *value = l->s.tpr;
-        return true;
-    case REG_PPR:
-        *value = processor_priority(l);
-        return true;
-    case REG_LDR:
-        *value = l->s.ldr;
-        return true;
-    case REG_SVR:
-        *value = l->s.svr;
-        return true;
-    case REG_ISR ... REG_ISR + 7:
-        *value = l->s.isr[reg - REG_ISR];
-        return true;
-    case REG_TMR ... REG_TMR + 7:
-        *value = l->s.tmr[reg - REG_TMR];
-        return true;
-    case REG_IRR ... REG_IRR + 7:
-        *value = l->s.irr[reg - REG_IRR];
-        return true;
-    case REG_ESR:
-        *value = l->s.esr;
-        return true;
-    case REG_LVT_TIMER ... REG_LVT_ERROR:
-        *value = l->s.lvt[lvt_of(reg)];
-        return true;
-    case REG_TIMER_INITIAL:
-        *value = l->s.timer_initial;
-        return true;
+    case REG_ID: *value = l->s.id; return true;
+    case REG_VERSION: *value = LAPIC_VERSION; return true;
+    case REG_TPR: *value = l->s.tpr; return true;
+    case REG_PPR: *value = processor_priority(l); return true;
+    case REG_LDR: *value = l->s.ldr; return true;
+    case REG_SVR: *value = l->s.svr; return true;
+    case REG_ISR ... REG_ISR + 7: *value = l->s.isr[reg - REG_ISR]; return true;
+    case REG_TMR ... REG_TMR + 7: *value = l->s.tmr[reg - REG_TMR]; return true;
+    case REG_IRR ... REG_IRR + 7: *value = l->s.irr[reg - REG_IRR]; return true;
+    case REG_ESR: *value = l->s.esr; return true;
+    case REG_LVT_TIMER ... REG_LVT_ERROR: *value = l->s.lvt[lvt_of(reg)]; return true;
+    case REG_TIMER_INITIAL: *value = l->s.timer_initial; return true;
     case REG_TIMER_CURRENT:
         *value = timer_current(l, l->config.ops->now(l->config.opaque));
         return true;
-    case REG_TIMER_DIVIDE:
-        *value = l->s.timer_divide;
-        return true;
-    default:
-        return false;
+    case REG_TIMER_DIVIDE: *value = l->s.timer_divide; return true;
+    default: return false;
     }
 }
 
@@ -764,33 +721,22 @@ static bool read_common(struct lapic *l, u32 reg, u32 *value)
 static bool write_common(struct lapic *l, u32 reg, u32 value, struct events *ev)
 {
     switch (reg) {
-    case REG_TPR:
-        l->s.tpr = value & 0xff;
-        return true;
-    case REG_EOI:
-        end_of_interrupt(l, ev);
-        return true;
-    case REG_SVR:
-        write_svr(l, value);
-        return true;
+    case REG_TPR: l->s.tpr = value & 0xff; return true;
+    case REG_EOI: end_of_interrupt(l, ev); return true;
+    case REG_SVR: write_svr(l, value); return true;
     case REG_ESR: /* a write latches what came since the last one */
         l->s.esr = l->s.esr_pending;
         l->s.esr_pending = 0;
         return true;
-    case REG_LVT_TIMER ... REG_LVT_ERROR:
-        write_lvt(l, lvt_of(reg), value, ev);
-        return true;
+    case REG_LVT_TIMER ... REG_LVT_ERROR: write_lvt(l, lvt_of(reg), value, ev); return true;
     case REG_TIMER_INITIAL:
         if (!is_tsc_deadline(l)) {
             l->s.timer_initial = value;
             start_countdown(l, l->config.ops->now(l->config.opaque), ev);
         }
         return true;
-    case REG_TIMER_DIVIDE:
-        set_divide(l, value, ev);
-        return true;
-    default:
-        return false;
+    case REG_TIMER_DIVIDE: set_divide(l, value, ev); return true;
+    default: return false;
     }
 }
 
@@ -803,8 +749,8 @@ bool lapic_claims(const struct lapic *l, gpa_t gpa)
 }
 
 /*
- * Only 32-bit accesses to the start of a register are defined (11.4.1); narrower and other ones read
- * their part of it, or of the reserved rest, which is zero. Wider ones likewise get 32 bits.
+ * Only 32-bit accesses to the start of a register are defined (11.4.1); narrower and other ones
+ * read their part of it, or of the reserved rest, which is zero. Wider ones likewise get 32 bits.
  */
 u64 lapic_mmio_read(struct lapic *l, u32 offset, unsigned size)
 {
@@ -814,17 +760,10 @@ u64 lapic_mmio_read(struct lapic *l, u32 offset, unsigned size)
     lapic_lock(l);
     switch (reg) {
     case REG_APR: /* history: no bus arbitrates by it any more */
-    case REG_RRD:
-        break;
-    case REG_DFR:
-        value = l->s.dfr;
-        break;
-    case REG_ICR:
-        value = (u32)l->s.icr;
-        break;
-    case REG_ICR_HIGH:
-        value = (u32)(l->s.icr >> 32);
-        break;
+    case REG_RRD: break;
+    case REG_DFR: value = l->s.dfr; break;
+    case REG_ICR: value = (u32)l->s.icr; break;
+    case REG_ICR_HIGH: value = (u32)(l->s.icr >> 32); break;
     default:
         if (!read_common(l, reg, &value))
             raise_error(l, ESR_ILLEGAL_REGISTER);
@@ -837,7 +776,7 @@ u64 lapic_mmio_read(struct lapic *l, u32 offset, unsigned size)
     return size < 4 ? value & (BIT(size * 8) - 1) : value;
 }
 
-/* Narrow and misaligned writes are undefined (11.4.1): dropped. Of a wide one the low half counts. */
+/* Narrow and misaligned writes are undefined (11.4.1): dropped. Of a wide one, the low half. */
 void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
 {
     struct events ev = {0};
@@ -849,15 +788,9 @@ void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
         return;
     lapic_lock(l);
     switch (reg) {
-    case REG_LDR:
-        l->s.ldr = v & 0xff000000;
-        break;
-    case REG_DFR:
-        l->s.dfr = v | 0x0fffffff;
-        break;
-    case REG_ICR_HIGH:
-        l->s.icr = (u32)l->s.icr | (u64)(v & 0xff000000) << 32;
-        break;
+    case REG_LDR: l->s.ldr = v & 0xff000000; break;
+    case REG_DFR: l->s.dfr = v | 0x0fffffff; break;
+    case REG_ICR_HIGH: l->s.icr = (u32)l->s.icr | (u64)(v & 0xff000000) << 32; break;
     case REG_ICR:
         l->s.icr = (l->s.icr & ~0xffffffffull) | (v & ICR_LOW_WRITABLE);
         send = l->s.icr;
@@ -869,8 +802,7 @@ void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
     case REG_PPR:
     case REG_RRD:
     case REG_ISR ... REG_IRR + 7:
-    case REG_TIMER_CURRENT:
-        break; /* read-only */
+    case REG_TIMER_CURRENT: break; /* read-only */
     default:
         if (!write_common(l, reg, v, &ev))
             raise_error(l, ESR_ILLEGAL_REGISTER);
@@ -904,24 +836,17 @@ static bool x2apic_value_ok(const struct lapic *l, u32 reg, u64 value)
 {
     switch (reg) {
     case REG_TPR:
-    case REG_SELF_IPI:
-        return value <= 0xff;
+    case REG_SELF_IPI: return value <= 0xff;
     case REG_EOI:
-    case REG_ESR:
-        return value == 0;
-    case REG_SVR:
-        return !(value & ~(u64)SVR_WRITABLE);
-    case REG_ICR:
-        return !(value & 0xffffffff & ~(ICR_LOW_WRITABLE | ICR_STATUS));
+    case REG_ESR: return value == 0;
+    case REG_SVR: return !(value & ~(u64)SVR_WRITABLE);
+    case REG_ICR: return !(value & 0xffffffff & ~(ICR_LOW_WRITABLE | ICR_STATUS));
     case REG_LVT_TIMER ... REG_LVT_ERROR:
         /* The read-only bits may be written back as they were read. */
         return !(value & ~(u64)(lvt_mask(l, lvt_of(reg)) | LVT_STATUS | LVT_REMOTE_IRR));
-    case REG_TIMER_INITIAL:
-        return value <= UINT32_MAX;
-    case REG_TIMER_DIVIDE:
-        return !(value & ~0xbull);
-    default:
-        return false;
+    case REG_TIMER_INITIAL: return value <= UINT32_MAX;
+    case REG_TIMER_DIVIDE: return !(value & ~0xbull);
+    default: return false;
     }
 }
 

@@ -1,9 +1,10 @@
 /*
  * The local APIC of one software vCPU, and the bus that joins them (Intel SDM vol. 3, chapter 11).
  *
- * Threads: each APIC has a lock of its own. Messages (lapic_bus_deliver, lapic_set_lint0) may come from
- * any thread, with device locks held. All else belongs to the vCPU's thread, or to any one thread while
- * the vCPU is not running. No call holds two APICs' locks, and the callbacks run with none held.
+ * Threads: each APIC has a lock of its own. Messages (lapic_bus_deliver, lapic_set_lint0) may come
+ * from any thread, with device locks held. All else belongs to the vCPU's thread, or to any one
+ * thread while the vCPU is not running. No call holds two APICs' locks, and the callbacks run with
+ * none held.
  */
 #ifndef DOPPEL_ENGINE_SOFT_LAPIC_H
 #define DOPPEL_ENGINE_SOFT_LAPIC_H
@@ -50,7 +51,7 @@ struct lapic_bus *lapic_bus_create(void);
 /* All its members must be gone. */
 void lapic_bus_destroy(struct lapic_bus *bus);
 
-/* In the state after RESET; joins the bus (before any vCPU runs). Tells no event. NULL: no memory. */
+/* In the state after RESET, on the bus (before any vCPU runs). Tells no event. NULL: no memory. */
 struct lapic *lapic_create(struct lapic_bus *bus, const struct lapic_config *config);
 void lapic_destroy(struct lapic *l);
 

@@ -1,21 +1,22 @@
 /*
  * What the software processor offers.
  *
- * Two lists: what it does by itself, on every host; and what runs on the host's own units, offered where
- * the host has it (and where the host's OS lets the state be used: XCR0). Not offered: VMX, SVM, HLE and
- * RTM, CET, MPX, AMX, performance counters.
+ * Two lists: what it does by itself, on every host; and what runs on the host's own units, offered
+ * where the host has it (and where the host's OS lets the state be used: XCR0). Not offered: VMX,
+ * SVM, HLE and RTM, CET, MPX, AMX, performance counters.
  *
  * The "not affected" bits (AUTO_IBRS, BTC_NO, SRSO_NO; IA32_ARCH_CAPABILITIES): the sequences with
  * which a guest's kernel guards itself against its user mode are written for a processor's own
- * predictors and buffers. Guest code that is interpreted or translated doesn't meet those in the way that
- * they assume, so they cost much and guard nothing. The isolation of guest from host is the engine's and
- * doesn't rest on these bits.
+ * predictors and buffers. Guest code that is interpreted or translated doesn't meet those in the
+ * way that they assume, so they cost much and guard nothing. The isolation of guest from host is
+ * the engine's and doesn't rest on these bits.
  */
 #include "engine/soft/soft_cpuid.h"
 #include "x86/regs.h"
 
 #include <pthread.h>
 
+/* clang-format off: one name a line says no more */
 static const u8 own[] = {
     FEATURE_FPU, FEATURE_VME, FEATURE_DE, FEATURE_PSE, FEATURE_TSC, FEATURE_MSR, FEATURE_PAE,
     FEATURE_MCE, FEATURE_CX8, FEATURE_APIC, FEATURE_SEP, FEATURE_MTRR, FEATURE_PGE, FEATURE_MCA,
@@ -28,9 +29,11 @@ static const u8 own[] = {
     FEATURE_RDPID, FEATURE_PKS, FEATURE_FSRM, FEATURE_SPEC_CTRL, FEATURE_ARCH_CAPABILITIES,
     FEATURE_XSAVEOPT, FEATURE_XSAVEC, FEATURE_XGETBV1, FEATURE_XSAVES, FEATURE_LAHF64,
     FEATURE_CR8_LEGACY, FEATURE_LZCNT, FEATURE_PREFETCHW, FEATURE_TOPOEXT, FEATURE_SYSCALL,
-    FEATURE_NX, FEATURE_PAGE1GB, FEATURE_RDTSCP, FEATURE_LM, FEATURE_INVARIANT_TSC, FEATURE_BTC_NO,
-    FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE, FEATURE_AUTO_IBRS, FEATURE_SRSO_NO,
+    FEATURE_NX, FEATURE_PAGE1GB, FEATURE_RDTSCP, FEATURE_LM, FEATURE_INVARIANT_TSC,
+    FEATURE_BTC_NO, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE, FEATURE_AUTO_IBRS,
+    FEATURE_SRSO_NO,
 };
+/* clang-format on */
 
 /* `state`: what XCR0 must hold on the host for the feature to be usable there. */
 #define YMM (XCR0_SSE | XCR0_AVX)
