@@ -85,7 +85,7 @@ static const struct {
     {FEATURE_X2APIC, FEATURE_APIC},
 };
 
-/* clang-format off: one name a line says no more */
+/* clang-format off */
 
 /* Offered by `host` whenever the engine supports them, whatever the host has. */
 static const u8 synthetic[] = {

@@ -16,7 +16,7 @@
 
 #include <pthread.h>
 
-/* clang-format off: one name a line says no more */
+/* clang-format off */
 static const u8 own[] = {
     FEATURE_FPU, FEATURE_VME, FEATURE_DE, FEATURE_PSE, FEATURE_TSC, FEATURE_MSR, FEATURE_PAE,
     FEATURE_MCE, FEATURE_CX8, FEATURE_APIC, FEATURE_SEP, FEATURE_MTRR, FEATURE_PGE, FEATURE_MCA,
