@@ -26,6 +26,7 @@ struct rig {
         unsigned eois;
     } end[CPUS];
     u64 now;
+    atomic_uint senders; /* threads that still send */
 };
 
 static void on_wake(void *opaque, enum lapic_event event, u8 vector)
@@ -515,6 +516,7 @@ static void *send_messages(void *opaque)
 
     for (unsigned i = 0; i < MESSAGES; i++)
         lapic_bus_deliver(r->bus, MSI | 0xff << 12, 0x30 + i % 0xc0);
+    r->senders--;
     return NULL;
 }
 
@@ -524,6 +526,7 @@ static void *send_ipis(void *opaque)
 
     for (unsigned i = 0; i < MESSAGES; i++)
         ipi(r->apic[1], 0, 2u << 18 | (0x30 + i % 0xc0));
+    r->senders--;
     return NULL;
 }
 
@@ -534,9 +537,10 @@ static void messages_of_many_threads_all_arrive(void **state)
     pthread_t threads[2];
     unsigned taken = 0;
 
+    r->senders = 2;
     pthread_create(&threads[0], NULL, send_messages, r);
     pthread_create(&threads[1], NULL, send_ipis, r);
-    for (unsigned i = 0; i < 200000; i++) {
+    while (r->senders > 0 || lapic_has_interrupt(l)) {
         if (!lapic_has_interrupt(l))
             continue;
         assert_true(lapic_ack(l) >= 0x30);
