@@ -5,6 +5,7 @@
  * and withdrawn by clearing its start first. It runs on the thread's own stack: generated code is a leaf
  * that was called from C, so there is room. Signals sent by kill() are never taken for exceptions.
  */
+#define _GNU_SOURCE
 #include "host/trap.h"
 
 #include <errno.h>
@@ -15,6 +16,9 @@
 #include <ucontext.h>
 
 #define MAX_REGIONS 256
+
+/* #UD, #GP, #MF, #XM: what an instruction can raise by itself. A page fault is a bug of ours. */
+#define GUEST_VECTORS (BIT(6) | BIT(13) | BIT(16) | BIT(19))
 
 static struct region {
     _Atomic uintptr_t start;
@@ -51,9 +55,9 @@ static void pass_on(int sig, const siginfo_t *info)
 static void on_exception(int sig, siginfo_t *info, void *context)
 {
     greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
-    const struct region *r = info->si_code > 0 ? find((uintptr_t)regs[REG_RIP]) : NULL;
+    const struct region *r = find((uintptr_t)regs[REG_RIP]);
 
-    if (!r) {
+    if (!r || info->si_code <= 0 || !(GUEST_VECTORS & BIT(regs[REG_TRAPNO]))) {
         pass_on(sig, info);
         return;
     }
