@@ -242,6 +242,19 @@ static int create_cpus(struct machine *m, struct error *err)
 }
 
 /*
+ * A direct boot skips the firmware, so the first processor is left as firmware leaves it: MTRRs on with
+ * write-back as the default, the local APIC enabled with the 8259 pair behind LINT0 and NMI at LINT1
+ * (MultiProcessor Specification 1.4, 3.6.2.1: virtual wire mode).
+ */
+static void leave_as_firmware(struct cpu *cpu, struct lapic_state *apic)
+{
+    cpu->msr.mtrr_def_type = 0xc06;
+    apic->svr = 0x1ff;
+    apic->lvt[LVT_LINT0] = 0x700;
+    apic->lvt[LVT_LINT1] = 0x400;
+}
+
+/*
  * The firmware's part in a direct boot: processors reset, tables and kernel in memory, the first
  * processor at its entry.
  */
@@ -265,6 +278,7 @@ static int load(struct machine *m, struct error *err)
     if (ret)
         return ret;
     m->ops->vcpu_get_state(first, &cpu, &apic);
+    leave_as_firmware(&cpu, &apic);
     ret = loader_load(&request, &cpu, err);
     if (ret)
         return ret;
@@ -287,9 +301,14 @@ static int create_requests(struct machine *m, struct error *err)
 struct machine *machine_create(const struct machine_config *config, struct event_loop *loop,
                                struct error *err)
 {
-    static int (*const steps[])(struct machine *m, struct error *err) = {
-        create_requests, create_processor_model, create_buses, create_engine,
-        create_board,    create_cpus,            load,
+    static int (*const steps[])(struct machine * m, struct error * err) = {
+        create_requests,
+        create_processor_model,
+        create_buses,
+        create_engine,
+        create_board,
+        create_cpus,
+        load,
     };
     struct machine *m = calloc(1, sizeof(*m));
 

@@ -107,11 +107,16 @@ void soft_take_posts(struct soft_vcpu *v)
 
 /* --- Events --- */
 
-static void poll_timer(struct soft_vcpu *v)
+/* What is looked at once in a while. Between blocks. */
+static void poll(struct soft_vcpu *v)
 {
     u64 time;
 
     v->poll = POLL_BLOCKS;
+    if (unlikely(host_exec_full(v))) {
+        block_cache_flush(v);
+        host_exec_restart(v);
+    }
     if (v->timer_deadline == UINT64_MAX)
         return;
     time = now(v);
@@ -121,10 +126,20 @@ static void poll_timer(struct soft_vcpu *v)
     }
 }
 
+void soft_set_signature(struct soft_vcpu *v)
+{
+    struct cpuid_dynamic dynamic = {.index = v->index};
+    struct cpuid_regs regs;
+
+    cpuid_model_query(v->cpuid, &dynamic, 1, 0, &regs);
+    v->cpu.gpr[RDX] = regs.eax;
+}
+
 /* INIT and start-up IPI (SDM vol. 3, 8.4). */
 static void take_init(struct soft_vcpu *v)
 {
     cpu_init(&v->cpu);
+    soft_set_signature(v);
     lapic_init(v->lapic);
     v->aflags = aflags_from_eflags(v->cpu.rflags);
     soft_tlb_flush(v);
@@ -314,7 +329,7 @@ static void sleep_or_stop(struct soft_vcpu *v)
     v->stats.exits_halt++;
     wait_for_attention(v);
     v->poll = 0;
-    poll_timer(v);
+    poll(v);
 }
 
 void soft_run(struct soft_vcpu *v)
@@ -345,7 +360,7 @@ void soft_run(struct soft_vcpu *v)
                 break;
         }
         if (unlikely(v->poll-- == 0))
-            poll_timer(v);
+            poll(v);
         if (unlikely(v->cpu.activity != CPU_RUNNING))
             sleep_or_stop(v);
         else if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed) & ATTN_SHADOW))

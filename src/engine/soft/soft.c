@@ -163,6 +163,7 @@ static void soft_vcpu_reset(struct vcpu *vcpu)
     struct soft_vcpu *v = vcpu_of(vcpu);
 
     cpu_reset(&v->cpu, v->index);
+    soft_set_signature(v);
     lapic_reset(v->lapic);
     v->aflags = aflags_from_eflags(v->cpu.rflags);
     v->cur = &insn_none;
@@ -267,6 +268,8 @@ static int soft_set_state(struct vcpu *vcpu, const struct cpu *cpu, const struct
 
     if (r < 0)
         return r;
+    lapic_set_tsc_offset(v->lapic, cpu->tsc_offset);
+    lapic_set_lint0(v->lapic, atomic_load(&v->engine->extint));
     v->cpu = *cpu;
     v->cpu.gpr[GPR_ZERO] = 0;
     soft_flags_set(v, cpu->rflags);
@@ -289,6 +292,7 @@ static void soft_set_extint(struct engine *engine, bool level)
 {
     struct soft_engine *e = engine_of(engine);
 
+    atomic_store(&e->extint, level);
     for (unsigned n = 0; n < e->nvcpus; n++)
         if (e->vcpus[n])
             lapic_set_lint0(e->vcpus[n]->lapic, level);

@@ -172,11 +172,16 @@ struct soft_engine {
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     bool dirty_logging;
     _Atomic bool a20;
+    _Atomic bool extint; /* the level at every LINT0 */
     pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */
     u64 tsc_hz;
 };
 
 extern const struct insn insn_none;
+
+/* --- run.c --- */
+/* RESET and INIT leave the processor's signature in EDX (SDM vol. 3, table 9-1). */
+void soft_set_signature(struct soft_vcpu *v);
 
 /* --- mode.c --- */
 void soft_mode_changed(struct soft_vcpu *v);
