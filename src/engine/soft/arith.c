@@ -7,7 +7,6 @@
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
 
-
 /* --- The operations, on values and on memory under LOCK --- */
 
 #define PLAIN(name, bits)                                                                          \
@@ -15,7 +14,7 @@
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__(#name " %[b], %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : [b] "q"(b) : "cc");       \
+        __asm__(#name " %[b], %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : [b] "q"(b) : "cc");   \
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
@@ -23,7 +22,7 @@
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__ volatile("lock " #name " %[b], %[p]" ASM_SAVE_FLAGS                                    \
+        __asm__ volatile("lock " #name " %[b], %[p]" ASM_SAVE_FLAGS                                \
                          : [p] "+m"(*p), "=&a"(f)                                                  \
                          : [b] "q"(b)                                                              \
                          : "cc", "memory");                                                        \
@@ -35,7 +34,7 @@
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__("bt $8, %[carry]\n\t" #name " %[b], %[a]" ASM_SAVE_FLAGS                               \
+        __asm__("bt $8, %[carry]\n\t" #name " %[b], %[a]" ASM_SAVE_FLAGS                           \
                 : [a] "+q"(a), "=&a"(f)                                                            \
                 : [b] "q"(b), [carry] "r"(v->aflags)                                               \
                 : "cc");                                                                           \
@@ -46,7 +45,7 @@
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__ volatile("bt $8, %[carry]\n\tlock " #name " %[b], %[p]" ASM_SAVE_FLAGS                 \
+        __asm__ volatile("bt $8, %[carry]\n\tlock " #name " %[b], %[p]" ASM_SAVE_FLAGS             \
                          : [p] "+m"(*p), "=&a"(f)                                                  \
                          : [b] "q"(b), [carry] "r"(v->aflags)                                      \
                          : "cc", "memory");                                                        \
@@ -69,7 +68,7 @@ ALL_SIZES(WITH_CARRY, sbb)
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__(#name " %[b], %[a]" ASM_SAVE_FLAGS : "=&a"(f) : [a] "q"(a), [b] "q"(b) : "cc");        \
+        __asm__(#name " %[b], %[a]" ASM_SAVE_FLAGS : "=&a"(f) : [a] "q"(a), [b] "q"(b) : "cc");    \
         v->aflags = f;                                                                             \
     }
 ALL_SIZES(COMPARE, cmp)
@@ -80,9 +79,8 @@ ALL_SIZES(COMPARE, test)
 #define UPDATE_FORMS(name, bits)                                                                   \
     static void name##_rr##bits(struct soft_vcpu *v, const struct insn *i)                         \
     {                                                                                              \
-        reg_set##bits(                                                                             \
-            v, i->dst,                                                                             \
-            alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));              \
+        reg_set##bits(v, i->dst,                                                                   \
+                      alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));    \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static void name##_rm##bits(struct soft_vcpu *v, const struct insn *i)                         \
@@ -94,8 +92,7 @@ ALL_SIZES(COMPARE, test)
     }                                                                                              \
     static void name##_ri##bits(struct soft_vcpu *v, const struct insn *i)                         \
     {                                                                                              \
-        reg_set##bits(v, i->dst,                                                                   \
-                      alu_##name##bits(v, reg_get##bits(v, i->dst), (u##bits)i->imm));             \
+        reg_set##bits(v, i->dst, alu_##name##bits(v, reg_get##bits(v, i->dst), (u##bits)i->imm));  \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static u64 name##_slow##bits(struct soft_vcpu *v, const struct insn *i, u64 old, u64 b)        \
@@ -186,7 +183,10 @@ ALL_SIZES(UPDATE_FORMS, xor)
 ALL_SIZES(COMPARE_FORMS, cmp)
 ALL_SIZES(COMPARE_FORMS, test)
 
-#define SIZES(prefix) {prefix##8, prefix##16, prefix##32, prefix##64}
+#define SIZES(prefix)                                                                              \
+    {                                                                                              \
+        prefix##8, prefix##16, prefix##32, prefix##64                                              \
+    }
 #define UPDATE_ENTRY(name)                                                                         \
     [BINARY_##name] = {                                                                            \
         [FORM_RR] = SIZES(name##_rr),           [FORM_RM] = SIZES(name##_rm),                      \
@@ -201,19 +201,20 @@ ALL_SIZES(COMPARE_FORMS, test)
     }
 
 insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
-    UPDATE_ENTRY(add), UPDATE_ENTRY(or),  UPDATE_ENTRY(adc),  UPDATE_ENTRY(sbb),   UPDATE_ENTRY(and),
-    UPDATE_ENTRY(sub), UPDATE_ENTRY(xor), COMPARE_ENTRY(cmp), COMPARE_ENTRY(test),
+    UPDATE_ENTRY(add), UPDATE_ENTRY(or),   UPDATE_ENTRY(adc),
+    UPDATE_ENTRY(sbb), UPDATE_ENTRY(and),  UPDATE_ENTRY(sub),
+    UPDATE_ENTRY(xor), COMPARE_ENTRY(cmp), COMPARE_ENTRY(test),
 };
 
 /* --- One operand --- */
 
 /* INC and DEC leave CF alone. suffix: the operand's size, which a memory operand doesn't tell. */
-#define STEP(name, bits, suffix)                                                                           \
+#define STEP(name, bits, suffix)                                                                   \
     static inline u##bits alu_##name##bits(struct soft_vcpu *v, u##bits a)                         \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__(#name " %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : : "cc");                        \
+        __asm__(#name " %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : : "cc");                    \
         v->aflags = (f & ~AFLAG_CF) | (v->aflags & AFLAG_CF);                                      \
         return a;                                                                                  \
     }                                                                                              \
@@ -221,19 +222,19 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__ volatile("lock " #name #suffix " %[p]" ASM_SAVE_FLAGS                                          \
+        __asm__ volatile("lock " #name #suffix " %[p]" ASM_SAVE_FLAGS                              \
                          : [p] "+m"(*p), "=&a"(f)                                                  \
                          :                                                                         \
                          : "cc", "memory");                                                        \
         v->aflags = (f & ~AFLAG_CF) | (v->aflags & AFLAG_CF);                                      \
     }
 
-#define NEGATE(name, bits, suffix)                                                                         \
+#define NEGATE(name, bits, suffix)                                                                 \
     static inline u##bits alu_##name##bits(struct soft_vcpu *v, u##bits a)                         \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__(#name " %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : : "cc");                        \
+        __asm__(#name " %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : : "cc");                    \
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
@@ -241,21 +242,21 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__ volatile("lock " #name #suffix " %[p]" ASM_SAVE_FLAGS                                          \
+        __asm__ volatile("lock " #name #suffix " %[p]" ASM_SAVE_FLAGS                              \
                          : [p] "+m"(*p), "=&a"(f)                                                  \
                          :                                                                         \
                          : "cc", "memory");                                                        \
         v->aflags = f;                                                                             \
     }
 
-#define COMPLEMENT(name, bits, suffix)                                                                     \
+#define COMPLEMENT(name, bits, suffix)                                                             \
     static inline u##bits alu_##name##bits(struct soft_vcpu *v, u##bits a)                         \
     {                                                                                              \
-        return (u##bits)~a;                                                                        \
+        return (u##bits) ~a;                                                                       \
     }                                                                                              \
     static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p)                        \
     {                                                                                              \
-        __asm__ volatile("lock " #name #suffix " %[p]" : [p] "+m"(*p) : : "memory");                       \
+        __asm__ volatile("lock " #name #suffix " %[p]" : [p] "+m"(*p) : : "memory");               \
     }
 
 #define UNARY_FORMS(name, bits)                                                                    \
@@ -304,7 +305,8 @@ ALL_SIZES(UNARY_FORMS, not )
 
 #define UNARY_ENTRY(name)                                                                          \
     [UNARY_##name] = {                                                                             \
-        [FORM_RR] = SIZES(name##_r), [FORM_MR] = SIZES(name##_m),                                  \
+        [FORM_RR] = SIZES(name##_r),                                                               \
+        [FORM_MR] = SIZES(name##_m),                                                               \
         [FORM_LOCK_MR] = SIZES(name##_lock_m),                                                     \
     }
 

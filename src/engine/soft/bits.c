@@ -4,7 +4,6 @@
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
 
-
 /* --- BT, BTS, BTR, BTC --- */
 
 /* Only CF is defined; the others are as the host leaves them. */
@@ -13,7 +12,7 @@
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS #name " %[n], %[a]" ASM_SAVE_FLAGS                                          \
+        __asm__(ASM_LOAD_FLAGS #name " %[n], %[a]" ASM_SAVE_FLAGS                                  \
                 : [a] "+r"(a), "+a"(f)                                                             \
                 : [n] "r"(n)                                                                       \
                 : "cc");                                                                           \
@@ -24,7 +23,7 @@
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__ volatile(ASM_LOAD_FLAGS "lock " #name " %[n], %[p]" ASM_SAVE_FLAGS                         \
+        __asm__ volatile(ASM_LOAD_FLAGS "lock " #name " %[n], %[p]" ASM_SAVE_FLAGS                 \
                          : [p] "+m"(*p), "+a"(f)                                                   \
                          : [n] "r"((u##bits)(n & ((bits)-1)))                                      \
                          : "cc", "memory");                                                        \
@@ -36,15 +35,13 @@
     }                                                                                              \
     static void name##_rr##bits(struct soft_vcpu *v, const struct insn *i)                         \
     {                                                                                              \
-        reg_set##bits(                                                                             \
-            v, i->dst,                                                                             \
-            alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));              \
+        reg_set##bits(v, i->dst,                                                                   \
+                      alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));    \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static void name##_ri##bits(struct soft_vcpu *v, const struct insn *i)                         \
     {                                                                                              \
-        reg_set##bits(v, i->dst,                                                                   \
-                      alu_##name##bits(v, reg_get##bits(v, i->dst), (u##bits)i->imm));             \
+        reg_set##bits(v, i->dst, alu_##name##bits(v, reg_get##bits(v, i->dst), (u##bits)i->imm));  \
         NEXT(v, i);                                                                                \
     }
 
@@ -117,7 +114,7 @@ static inline gva_t bit_string_linear(struct soft_vcpu *v, const struct insn *i,
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS "bt %[n], %[a]" ASM_SAVE_FLAGS                                              \
+        __asm__(ASM_LOAD_FLAGS "bt %[n], %[a]" ASM_SAVE_FLAGS                                      \
                 : "+a"(f)                                                                          \
                 : [a] "r"(a), [n] "r"(n)                                                           \
                 : "cc");                                                                           \
@@ -160,7 +157,10 @@ BIT_TEST(16)
 BIT_TEST(32)
 BIT_TEST(64)
 
-#define SIZES(prefix) {NULL, prefix##16, prefix##32, prefix##64}
+#define SIZES(prefix)                                                                              \
+    {                                                                                              \
+        NULL, prefix##16, prefix##32, prefix##64                                                   \
+    }
 #define BIT_ENTRY(name)                                                                            \
     [BIT_##name] = {                                                                               \
         [FORM_RR] = SIZES(name##_rr),           [FORM_RI] = SIZES(name##_ri),                      \
@@ -187,7 +187,7 @@ insn_fn *const bit_fns[BIT_COUNT][FORMS][4] = {
         u##bits a = reg_get##bits(v, i->dst);                                                      \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS #name " %[b], %[a]" ASM_SAVE_FLAGS                                          \
+        __asm__(ASM_LOAD_FLAGS #name " %[b], %[a]" ASM_SAVE_FLAGS                                  \
                 : [a] "+r"(a), "+a"(f)                                                             \
                 : [b] "r"(b)                                                                       \
                 : "cc");                                                                           \
@@ -236,7 +236,7 @@ insn_fn *const scan_fns[SCAN_COUNT][FORMS][4] = {
         u##bits d = 0;                                                                             \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS text ASM_SAVE_FLAGS                                                         \
+        __asm__(ASM_LOAD_FLAGS text ASM_SAVE_FLAGS                                                 \
                 : [d] "+r"(d), "+a"(f)                                                             \
                 : [rm] "r"(rm), [o] "r"(other)                                                     \
                 : "cc");                                                                           \
@@ -274,7 +274,7 @@ BMI_3_BOTH(shrx, "shrx %[o], %[rm], %[d]")
         u##bits d;                                                                                 \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS #name " %[rm], %[d]" ASM_SAVE_FLAGS                                         \
+        __asm__(ASM_LOAD_FLAGS #name " %[rm], %[d]" ASM_SAVE_FLAGS                                 \
                 : [d] "=&r"(d), "+a"(f)                                                            \
                 : [rm] "r"(rm)                                                                     \
                 : "cc");                                                                           \
@@ -355,9 +355,8 @@ BMI_RORX(64)
     }                                                                                              \
     static void name##_r##bits(struct soft_vcpu *v, const struct insn *i)                          \
     {                                                                                              \
-        reg_set##bits(                                                                             \
-            v, i->dst,                                                                             \
-            bmi_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));              \
+        reg_set##bits(v, i->dst,                                                                   \
+                      bmi_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src)));    \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static void name##_m##bits(struct soft_vcpu *v, const struct insn *i)                          \

@@ -15,10 +15,10 @@
 
 struct block {
     u32 mode;
-    u16 count;   /* instructions, not counting the one that leaves the block */
-    u16 bytes;   /* of guest code */
-    gpa_t gpa;   /* of the first byte */
-    gpa_t gpa2;  /* page of the bytes beyond gpa's page; 0: none */
+    u16 count;  /* instructions, not counting the one that leaves the block */
+    u16 bytes;  /* of guest code */
+    gpa_t gpa;  /* of the first byte */
+    gpa_t gpa2; /* page of the bytes beyond gpa's page; 0: none */
     struct block *hash_next;
     struct block *page_next, *page2_next;
     struct insn insns[];

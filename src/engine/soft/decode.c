@@ -556,10 +556,9 @@ static void init_decoder(const struct soft_vcpu *v, ZydisDecoder *d)
     if (code == MODE_CODE64)
         ZydisDecoderInit(d, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     else if (!soft_protected(v))
-        ZydisDecoderInit(d,
-                         code == MODE_CODE32 ? ZYDIS_MACHINE_MODE_LEGACY_32
-                                             : ZYDIS_MACHINE_MODE_REAL_16,
-                         code == MODE_CODE32 ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_16);
+        ZydisDecoderInit(
+            d, code == MODE_CODE32 ? ZYDIS_MACHINE_MODE_LEGACY_32 : ZYDIS_MACHINE_MODE_REAL_16,
+            code == MODE_CODE32 ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_16);
     else if (code == MODE_CODE32)
         ZydisDecoderInit(d, ZYDIS_MACHINE_MODE_LEGACY_32, ZYDIS_STACK_WIDTH_32);
     else
@@ -589,8 +588,8 @@ enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n,
         return DECODE_SHORT;
     *out = (struct insn){.base = GPR_ZERO, .index = GPR_ZERO, .offset = (u16)offset};
     if (!ZYAN_SUCCESS(status)) {
-        bool too_long = status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG ||
-                        status == ZYDIS_STATUS_NO_MORE_DATA;
+        bool too_long =
+            status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || status == ZYDIS_STATUS_NO_MORE_DATA;
 
         out->fn = too_long ? raise_gp : raise_ud;
         out->len = 1;

@@ -41,7 +41,7 @@ static inline void fall_through(struct soft_vcpu *v, const struct insn *i)
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        if (CONDITION_##even(f) != (negate))                                                           \
+        if (CONDITION_##even(f) != (negate))                                                       \
             branch(v, i, next_ip(v, i) + i->imm);                                                  \
         else                                                                                       \
             fall_through(v, i);                                                                    \
@@ -145,7 +145,8 @@ static inline void loop_if(struct soft_vcpu *v, const struct insn *i, bool condi
 {
     u64 count = reg_get_asize(v, RCX, i->asize) - 1;
     bool taken = reg_get_asize(v, RCX, i->asize) != 1 && condition;
-    u64 target = taken ? check_target(v, i, next_ip(v, i) + i->imm) : soft_ip_mask(v, next_ip(v, i));
+    u64 target =
+        taken ? check_target(v, i, next_ip(v, i) + i->imm) : soft_ip_mask(v, next_ip(v, i));
 
     reg_set_asize(v, RCX, count, i->asize);
     v->cpu.gpr[GPR_RIP] = target;

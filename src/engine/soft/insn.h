@@ -20,29 +20,31 @@ enum insn_address {
 };
 
 #define INSN_LOCK 0x01
-#define INSN_REP 0x02    /* F3 */
-#define INSN_REPNE 0x04  /* F2 */
-#define INSN_MEM 0x08    /* the r/m operand (or the only explicit one) is memory */
-#define INSN_NO_FLAGS 0x10 /* the flags it sets are dead: the next instruction overwrites them all */
+#define INSN_REP 0x02   /* F3 */
+#define INSN_REPNE 0x04 /* F2 */
+#define INSN_MEM 0x08   /* the r/m operand (or the only explicit one) is memory */
+#define INSN_NO_FLAGS                                                                              \
+    0x10 /* the flags it sets are dead: the next instruction overwrites them all */
 
 struct insn {
     insn_fn *fn;
-    u64 imm;      /* immediate, sign-extended to 64 bits; of a relative branch: the displacement */
-    s64 disp;     /* of the memory operand; with GPR_RIP as base it counts from the block's start */
+    u64 imm;  /* immediate, sign-extended to 64 bits; of a relative branch: the displacement */
+    s64 disp; /* of the memory operand; with GPR_RIP as base it counts from the block's start */
     u8 base, index; /* indexes into cpu.gpr; GPR_ZERO when absent */
-    u8 scale;     /* shift: 0 to 3 */
-    u8 seg;       /* enum segreg, overrides applied */
-    u8 address;   /* enum insn_address */
-    u8 asize;     /* address size in bytes: 2, 4, 8 */
-    u8 osize;     /* operand size in bytes: 1, 2, 4, 8 */
-    u8 len;       /* of the instruction, in bytes: 1 to 15 */
-    u16 offset;   /* of its first byte from the block's start */
-    u8 flags;     /* INSN_* */
-    u8 dst, src;  /* integer handlers: register numbers; of 8-bit registers: byte offset in cpu.gpr */
-    u8 reg;       /* ModRM.reg, extended by REX/VEX; or the register number in the opcode */
-    u8 rm;        /* ModRM.rm as a register (no INSN_MEM), extended */
-    u8 vvvv;      /* VEX/EVEX.vvvv */
-    u8 imm2;      /* a second immediate (ENTER); condition code of Jcc, SETcc, CMOVcc */
+    u8 scale;       /* shift: 0 to 3 */
+    u8 seg;         /* enum segreg, overrides applied */
+    u8 address;     /* enum insn_address */
+    u8 asize;       /* address size in bytes: 2, 4, 8 */
+    u8 osize;       /* operand size in bytes: 1, 2, 4, 8 */
+    u8 len;         /* of the instruction, in bytes: 1 to 15 */
+    u16 offset;     /* of its first byte from the block's start */
+    u8 flags;       /* INSN_* */
+    u8 dst,
+        src; /* integer handlers: register numbers; of 8-bit registers: byte offset in cpu.gpr */
+    u8 reg;  /* ModRM.reg, extended by REX/VEX; or the register number in the opcode */
+    u8 rm;   /* ModRM.rm as a register (no INSN_MEM), extended */
+    u8 vvvv; /* VEX/EVEX.vvvv */
+    u8 imm2; /* a second immediate (ENTER); condition code of Jcc, SETcc, CMOVcc */
     u16 selector; /* of a far pointer in the instruction */
     union {
         const void *ext; /* what the handler needs besides (host_exec: its thunk) */

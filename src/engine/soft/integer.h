@@ -45,8 +45,22 @@ enum scan_op { SCAN_bsf, SCAN_bsr, SCAN_tzcnt, SCAN_lzcnt, SCAN_popcnt, SCAN_COU
 extern insn_fn *const scan_fns[SCAN_COUNT][FORMS][4];
 /* BMI1, BMI2 and ADX; [0]: 32 bits, [1]: 64. FORM_RR or FORM_RM says where the r/m operand is. */
 enum bmi_op {
-    BMI_andn, BMI_bextr, BMI_blsi, BMI_blsmsk, BMI_blsr, BMI_bzhi, BMI_mulx, BMI_pdep, BMI_pext,
-    BMI_rorx, BMI_sarx, BMI_shlx, BMI_shrx, BMI_adcx, BMI_adox, BMI_COUNT,
+    BMI_andn,
+    BMI_bextr,
+    BMI_blsi,
+    BMI_blsmsk,
+    BMI_blsr,
+    BMI_bzhi,
+    BMI_mulx,
+    BMI_pdep,
+    BMI_pext,
+    BMI_rorx,
+    BMI_sarx,
+    BMI_shlx,
+    BMI_shrx,
+    BMI_adcx,
+    BMI_adox,
+    BMI_COUNT,
 };
 extern insn_fn *const bmi_fns[BMI_COUNT][2][2]; /* [op][memory][64 bits] */
 extern insn_fn *const crc32_fns[2][4];          /* [memory][source size] */
@@ -87,7 +101,7 @@ insn_fn op_jrcxz, op_loop, op_loope, op_loopne;
 
 /* String instructions (string.c): [size] */
 extern insn_fn *const movs_fns[4], *const stos_fns[4], *const lods_fns[4], *const scas_fns[4],
-    *const cmps_fns[4];
+                                                                               *const cmps_fns[4];
 
 /* Evaluates condition code cc (0 to 15, as in Jcc's opcode) on arithmetic flags. */
 bool condition(u32 aflags, unsigned cc);

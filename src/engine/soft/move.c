@@ -6,8 +6,14 @@
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
 
-#define SIZES(prefix) {prefix##8, prefix##16, prefix##32, prefix##64}
-#define WIDE_SIZES(prefix) {NULL, prefix##16, prefix##32, prefix##64}
+#define SIZES(prefix)                                                                              \
+    {                                                                                              \
+        prefix##8, prefix##16, prefix##32, prefix##64                                              \
+    }
+#define WIDE_SIZES(prefix)                                                                         \
+    {                                                                                              \
+        NULL, prefix##16, prefix##32, prefix##64                                                   \
+    }
 #define ALL(M) M(8) M(16) M(32) M(64)
 #define WIDE(M) M(16) M(32) M(64)
 
@@ -136,10 +142,7 @@ insn_fn *const xchg_fns[FORMS][4] = {
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__("add %[b], %[a]" ASM_SAVE_FLAGS                                              \
-                : [a] "+q"(a), "=&a"(f)                                                            \
-                : [b] "q"(b)                                                                       \
-                : "cc");                                                                           \
+        __asm__("add %[b], %[a]" ASM_SAVE_FLAGS : [a] "+q"(a), "=&a"(f) : [b] "q"(b) : "cc");      \
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
@@ -165,7 +168,7 @@ insn_fn *const xchg_fns[FORMS][4] = {
         u16 f;                                                                                     \
                                                                                                    \
         if (likely(p)) {                                                                           \
-            __asm__ volatile("lock xadd %[b], %[p]" ASM_SAVE_FLAGS                           \
+            __asm__ volatile("lock xadd %[b], %[p]" ASM_SAVE_FLAGS                                 \
                              : [p] "+m"(*p), [b] "+q"(b), "=&a"(f)                                 \
                              :                                                                     \
                              : "cc", "memory");                                                    \
@@ -188,7 +191,7 @@ insn_fn *const xadd_fns[FORMS][4] = {
         u##bits expected = reg_get##bits(v, RAX);                                                  \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__("cmp %[b], %[a]" ASM_SAVE_FLAGS                                              \
+        __asm__("cmp %[b], %[a]" ASM_SAVE_FLAGS                                                    \
                 : "=&a"(f)                                                                         \
                 : [a] "q"(expected), [b] "q"(old)                                                  \
                 : "cc");                                                                           \
@@ -333,8 +336,8 @@ void op_cmpxchg16b(struct soft_vcpu *v, const struct insn *i)
         NEXT(v, i);                                                                                \
     }
 WIDE(MOVBE)
-insn_fn *const movbe_fns[FORMS][4] = {[FORM_RM] = WIDE_SIZES(movbe_rm),
-                                      [FORM_MR] = WIDE_SIZES(movbe_mr)};
+insn_fn *const movbe_fns[FORMS][4] = {
+    [FORM_RM] = WIDE_SIZES(movbe_rm), [FORM_MR] = WIDE_SIZES(movbe_mr)};
 
 /* Undefined by the manual; processors clear the register's low half. */
 void op_bswap16(struct soft_vcpu *v, const struct insn *i)
@@ -395,7 +398,7 @@ bool condition(u32 f, unsigned cc)
         u32 f = v->aflags;                                                                         \
                                                                                                    \
         reg_set##bits(v, i->dst,                                                                   \
-                      reg_get##bits(v, CONDITION_##even(f) != (negate) ? i->src : i->dst));            \
+                      reg_get##bits(v, CONDITION_##even(f) != (negate) ? i->src : i->dst));        \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static void cmov##number##_m##bits(struct soft_vcpu *v, const struct insn *i)                  \
@@ -404,7 +407,7 @@ bool condition(u32 f, unsigned cc)
         u32 f = v->aflags;                                                                         \
                                                                                                    \
         reg_set##bits(v, i->dst,                                                                   \
-                      CONDITION_##even(f) != (negate) ? value : reg_get##bits(v, i->dst));             \
+                      CONDITION_##even(f) != (negate) ? value : reg_get##bits(v, i->dst));         \
         NEXT(v, i);                                                                                \
     }
 #define CMOV_PAIR(even, odd)                                                                       \
@@ -422,10 +425,13 @@ CMOV_PAIR(8, 9)
 CMOV_PAIR(10, 11)
 CMOV_PAIR(12, 13)
 CMOV_PAIR(14, 15)
-#define CMOV_ENTRY(n) {WIDE_SIZES(cmov##n##_r), WIDE_SIZES(cmov##n##_m)}
+#define CMOV_ENTRY(n)                                                                              \
+    {                                                                                              \
+        WIDE_SIZES(cmov##n##_r), WIDE_SIZES(cmov##n##_m)                                           \
+    }
 insn_fn *const cmov_fns[16][2][4] = {
-    CMOV_ENTRY(0),  CMOV_ENTRY(1),  CMOV_ENTRY(2),  CMOV_ENTRY(3), CMOV_ENTRY(4),  CMOV_ENTRY(5),
-    CMOV_ENTRY(6),  CMOV_ENTRY(7),  CMOV_ENTRY(8),  CMOV_ENTRY(9), CMOV_ENTRY(10), CMOV_ENTRY(11),
+    CMOV_ENTRY(0),  CMOV_ENTRY(1),  CMOV_ENTRY(2),  CMOV_ENTRY(3),  CMOV_ENTRY(4),  CMOV_ENTRY(5),
+    CMOV_ENTRY(6),  CMOV_ENTRY(7),  CMOV_ENTRY(8),  CMOV_ENTRY(9),  CMOV_ENTRY(10), CMOV_ENTRY(11),
     CMOV_ENTRY(12), CMOV_ENTRY(13), CMOV_ENTRY(14), CMOV_ENTRY(15),
 };
 

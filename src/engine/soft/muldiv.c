@@ -6,7 +6,6 @@
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
 
-
 /*
  * The one-operand forms need the accumulator in AX, EDX:EAX or RDX:RAX and the flags through AX too, so
  * flags are moved by way of another register.
@@ -149,7 +148,7 @@ insn_fn *const muldiv_fns[MULDIV_COUNT][2][4] = {ENTRY(mul), ENTRY(imul), ENTRY(
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__("imul %[b], %[a]" ASM_SAVE_FLAGS : [a] "+r"(a), "=&a"(f) : [b] "r"(b) : "cc");         \
+        __asm__("imul %[b], %[a]" ASM_SAVE_FLAGS : [a] "+r"(a), "=&a"(f) : [b] "r"(b) : "cc");     \
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \

@@ -24,8 +24,8 @@ static inline u64 insn_offset(const struct soft_vcpu *v, const struct insn *i)
 }
 
 /* Linear address of i's memory operand for an access of `size` bytes. */
-static inline __attribute__((always_inline)) gva_t insn_linear(struct soft_vcpu *v, const struct insn *i, unsigned size,
-                                unsigned access)
+static inline __attribute__((always_inline)) gva_t
+insn_linear(struct soft_vcpu *v, const struct insn *i, unsigned size, unsigned access)
 {
     if (likely(i->address == ADDRESS_FLAT))
         return v->cpu.gpr[i->base] + (v->cpu.gpr[i->index] << i->scale) + (u64)i->disp +
@@ -50,7 +50,7 @@ void soft_set_real_segment(struct soft_vcpu *v, enum segreg seg, u16 selector);
 
 /* A task switch (vol. 3, 7.3). source: how it came about. next_ip: saved in the old TSS. */
 enum task_switch_source { TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE };
-void soft_task_switch(struct soft_vcpu *v, u16 selector, enum task_switch_source source, u64 next_ip,
-                      bool has_error, u32 error);
+void soft_task_switch(struct soft_vcpu *v, u16 selector, enum task_switch_source source,
+                      u64 next_ip, bool has_error, u32 error);
 
 #endif

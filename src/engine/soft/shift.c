@@ -5,13 +5,12 @@
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
 
-
 #define SHIFT(name, bits)                                                                          \
     static inline u##bits alu_##name##bits(struct soft_vcpu *v, u##bits a, u8 count)               \
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS #name " %%cl, %[a]" ASM_SAVE_FLAGS                                          \
+        __asm__(ASM_LOAD_FLAGS #name " %%cl, %[a]" ASM_SAVE_FLAGS                                  \
                 : [a] "+q"(a), "+a"(f)                                                             \
                 : "c"(count)                                                                       \
                 : "cc");                                                                           \
@@ -58,7 +57,10 @@
 
 SHIFT_OPS(ALL_SIZES)
 
-#define SIZES(prefix) {prefix##8, prefix##16, prefix##32, prefix##64}
+#define SIZES(prefix)                                                                              \
+    {                                                                                              \
+        prefix##8, prefix##16, prefix##32, prefix##64                                              \
+    }
 #define ENTRY(name)                                                                                \
     [SHIFT_##name] = {[FORM_RI] = SIZES(name##_r_imm),                                             \
                       [FORM_RR] = SIZES(name##_r_cl),                                              \
@@ -74,7 +76,7 @@ insn_fn *const shift_fns[SHIFT_COUNT][FORMS][4] = {SHIFT_OPS(ENTRY)};
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__(ASM_LOAD_FLAGS #name " %%cl, %[b], %[a]" ASM_SAVE_FLAGS                                    \
+        __asm__(ASM_LOAD_FLAGS #name " %%cl, %[b], %[a]" ASM_SAVE_FLAGS                            \
                 : [a] "+r"(a), "+a"(f)                                                             \
                 : [b] "r"(b), "c"(count)                                                           \
                 : "cc");                                                                           \
@@ -83,9 +85,9 @@ insn_fn *const shift_fns[SHIFT_COUNT][FORMS][4] = {SHIFT_OPS(ENTRY)};
     }                                                                                              \
     static void name##_r_imm##bits(struct soft_vcpu *v, const struct insn *i)                      \
     {                                                                                              \
-        reg_set##bits(v, i->dst,                                                                   \
-                      alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src),      \
-                                       (u8)i->imm));                                               \
+        reg_set##bits(                                                                             \
+            v, i->dst,                                                                             \
+            alu_##name##bits(v, reg_get##bits(v, i->dst), reg_get##bits(v, i->src), (u8)i->imm));  \
         NEXT(v, i);                                                                                \
     }                                                                                              \
     static void name##_r_cl##bits(struct soft_vcpu *v, const struct insn *i)                       \
@@ -127,7 +129,10 @@ DOUBLE(shrd, 16)
 DOUBLE(shrd, 32)
 DOUBLE(shrd, 64)
 
-#define WIDE_SIZES(prefix) {NULL, prefix##16, prefix##32, prefix##64}
+#define WIDE_SIZES(prefix)                                                                         \
+    {                                                                                              \
+        NULL, prefix##16, prefix##32, prefix##64                                                   \
+    }
 #define DOUBLE_TABLE(name)                                                                         \
     insn_fn *const name##_fns[FORMS][4] = {                                                        \
         [FORM_RI] = WIDE_SIZES(name##_r_imm),                                                      \

@@ -2,10 +2,13 @@
  * The stack: PUSH, POP, PUSHA, POPA, ENTER, LEAVE. The 64-bit forms are for 64-bit mode only, where the
  * stack is flat; all others go through soft_push and soft_pop.
  */
-#include "engine/soft/integer.h"
 #include "engine/soft/stack.h"
+#include "engine/soft/integer.h"
 
-#define WIDE_SIZES(prefix) {NULL, prefix##16, prefix##32, prefix##64}
+#define WIDE_SIZES(prefix)                                                                         \
+    {                                                                                              \
+        NULL, prefix##16, prefix##32, prefix##64                                                   \
+    }
 
 static void push_reg64(struct soft_vcpu *v, const struct insn *i)
 {

@@ -11,8 +11,8 @@
 
 #define CHUNK_BYTES 65536u
 
-static inline gva_t string_linear(struct soft_vcpu *v, const struct insn *i, unsigned seg, u64 offset,
-                                  unsigned size, unsigned access)
+static inline gva_t string_linear(struct soft_vcpu *v, const struct insn *i, unsigned seg,
+                                  u64 offset, unsigned size, unsigned access)
 {
     if (likely(i->address == ADDRESS_FLAT))
         return offset + v->seg_base[seg];
@@ -142,10 +142,7 @@ static u64 fill_run(struct soft_vcpu *v, const struct insn *i, unsigned size, u6
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
-        __asm__("cmp %[b], %[a]" ASM_SAVE_FLAGS                                              \
-                : "=&a"(f)                                                                         \
-                : [a] "q"(a), [b] "q"(b)                                                           \
-                : "cc");                                                                           \
+        __asm__("cmp %[b], %[a]" ASM_SAVE_FLAGS : "=&a"(f) : [a] "q"(a), [b] "q"(b) : "cc");       \
         v->aflags = f;                                                                             \
     }                                                                                              \
     static inline void scas_one##bits(struct soft_vcpu *v, const struct insn *i, s64 step)         \
@@ -164,7 +161,7 @@ static u64 fill_run(struct soft_vcpu *v, const struct insn *i, unsigned size, u6
         advance(v, i, RSI, step);                                                                  \
         advance(v, i, RDI, step);                                                                  \
     }                                                                                              \
-    STRING_MOVE(movs, bits, copy_run(v, i, (bits) / 8, count), advance(v, i, RSI, (s64)n * step))  \
+    STRING_MOVE(movs, bits, copy_run(v, i, (bits) / 8, count), advance(v, i, RSI, (s64)n *step))   \
     STRING_MOVE(stos, bits, fill_run(v, i, (bits) / 8, count), (void)0)                            \
     STRING_MOVE(lods, bits, 0, (void)0)                                                            \
     STRING_COMPARE(scas, bits)                                                                     \
@@ -191,7 +188,7 @@ static u64 fill_run(struct soft_vcpu *v, const struct insn *i, unsigned size, u6
             n = v->mode & MODE_SINGLE ? 0 : (run);                                                 \
             if (n) {                                                                               \
                 if (#name[0] != 'l')                                                               \
-                    advance(v, i, RDI, (s64)n * step);                                             \
+                    advance(v, i, RDI, (s64)n *step);                                              \
                 also;                                                                              \
             } else {                                                                               \
                 name##_one##bits(v, i, step);                                                      \
@@ -233,7 +230,10 @@ STRING(16)
 STRING(32)
 STRING(64)
 
-#define SIZES(name) {name##8, name##16, name##32, name##64}
+#define SIZES(name)                                                                                \
+    {                                                                                              \
+        name##8, name##16, name##32, name##64                                                      \
+    }
 insn_fn *const movs_fns[4] = SIZES(movs);
 insn_fn *const stos_fns[4] = SIZES(stos);
 insn_fn *const lods_fns[4] = SIZES(lods);
