@@ -23,9 +23,10 @@
 
 /* --- Raising --- */
 
+/* v->cur stays, for the run loop to see how far the block came. */
 static _Noreturn void unwind(struct soft_vcpu *v, u8 vector, bool has_error, u32 error)
 {
-    soft_set_ip(v, soft_ip(v));
+    v->cpu.gpr[GPR_RIP] = soft_ip(v);
     v->cpu.db_pending = 0;
     v->raised.vector = vector;
     v->raised.has_error = has_error;

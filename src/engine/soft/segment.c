@@ -491,7 +491,7 @@ void op_lar(struct soft_vcpu *v, const struct insn *i)
     selector = (u16)insn_read_rm(v, i, 2);
     ok = visible_descriptor(v, selector, types, &d);
     if (ok)
-        write_gpr(v, i->reg, (d >> 32) & (i->osize == 2 ? 0xff00 : 0xf0ff00), i->osize);
+        write_gpr(v, i->reg, (d >> 32) & (i->osize == 2 ? 0xff00 : 0xffff00), i->osize);
     set_zf(v, ok);
 }
 
