@@ -389,7 +389,7 @@ static bool fits_limit(const struct soft_vcpu *v, const struct block *b)
     return segment_left(v, soft_ip(v)) >= b->bytes;
 }
 
-static struct block *find_slow(struct soft_vcpu *v, gva_t lin)
+static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gva_t lin)
 {
     struct block_cache *c = v->blocks;
     struct lookup *l = lookup_slot(c, lin);

@@ -29,6 +29,10 @@ static void run_and_leave(struct soft_vcpu *v, const struct insn *i)
     i->run(v, i);
     if (v->cur == i)
         soft_set_ip(v, soft_next_ip(v));
+    if (v->leave || v->cpu.activity != CPU_RUNNING)
+        atomic_fetch_or(&v->attention, ATTN_LEFT);
+    if (v->irq_waiting && (v->cpu.rflags & EFLAGS_IF))
+        atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
 }
 
 static void raise_ud(struct soft_vcpu *v, const struct insn *i)

@@ -47,8 +47,8 @@ static struct place place_of(struct soft_vcpu *v, gpa_t gpa)
         return p;
     p.host = slot->host + (gpa - slot->gpa);
     p.rom = slot->flags & MEMORY_ROM;
-    p.code_lines = &e->code_lines[slot - e->config.memory->slots][(gpa - slot->gpa) >>
-                                                                  GUEST_PAGE_SHIFT];
+    p.code_lines =
+        &e->code_lines[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
     return p;
 }
 
@@ -91,15 +91,15 @@ static void mmio_write(struct soft_vcpu *v, gpa_t gpa, u64 value, unsigned size)
 enum paging { PAGING_32, PAGING_PAE, PAGING_4, PAGING_5 };
 
 struct walk {
-    gpa_t gpa;      /* of lin */
-    bool user;      /* U in every entry */
-    bool writable;  /* W in every entry */
-    bool exec;      /* NX in none */
+    gpa_t gpa;     /* of lin */
+    bool user;     /* U in every entry */
+    bool writable; /* W in every entry */
+    bool exec;     /* NX in none */
     bool global;
-    bool dirty;     /* D was set before */
+    bool dirty; /* D was set before */
     unsigned pkey;
-    bool keyed;     /* 4- and 5-level paging */
-    u64 page_mask;  /* size of the leaf - 1 */
+    bool keyed;    /* 4- and 5-level paging */
+    u64 page_mask; /* size of the leaf - 1 */
     /* The entries used, for A and D: where they are and what was read. */
     struct {
         gpa_t gpa;
@@ -135,8 +135,8 @@ static bool update_entry(struct soft_vcpu *v, gpa_t gpa, unsigned size, u64 seen
     if (size == 4) {
         u32 old = (u32)seen;
 
-        done = atomic_compare_exchange_strong((_Atomic u32 *)(void *)p.host, &old,
-                                              (u32)(seen | bits));
+        done =
+            atomic_compare_exchange_strong((_Atomic u32 *)(void *)p.host, &old, (u32)(seen | bits));
     } else {
         u64 old = seen;
 
@@ -298,8 +298,7 @@ static _Noreturn void page_fault(struct soft_vcpu *v, gva_t lin, enum tlb_kind k
     if (kind == TLB_USER)
         error |= PF_U;
     if ((access & ACCESS_EXEC) &&
-        ((v->cpu.cr4 & CR4_SMEP) ||
-         ((v->cpu.msr.efer & EFER_NXE) && (v->cpu.cr4 & CR4_PAE))))
+        ((v->cpu.cr4 & CR4_SMEP) || ((v->cpu.msr.efer & EFER_NXE) && (v->cpu.cr4 & CR4_PAE))))
         error |= PF_I;
     soft_raise_page_fault(v, lin, error);
 }
@@ -380,8 +379,8 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
     /* A page's first write since the dirty log was read must come here: only a write sets the tag. */
     can_write = can_write && !p.rom && !atomic_load_explicit(p.code_lines, memory_order_relaxed) &&
                 (write || !v->engine->dirty_logging);
-    e->read_tag = can_read ? page : TLB_NO_TAG;
-    e->write_tag = can_write ? page : TLB_NO_TAG;
+    e->read_tag = can_read ? page : page ^ GUEST_PAGE_SIZE;
+    e->write_tag = can_write ? page : page ^ GUEST_PAGE_SIZE;
     e->addend = (u64)(uintptr_t)p.host - lin;
     e->info = (p.gpa & ~(GUEST_PAGE_SIZE - 1)) | info;
     return p;
@@ -618,9 +617,11 @@ const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)
 
 /* --- Forgetting --- */
 
-static void clear_entry(struct tlb_entry *e)
+static void clear_entry(struct tlb *tlb, unsigned n)
 {
-    e->read_tag = e->write_tag = TLB_NO_TAG;
+    struct tlb_entry *e = &tlb->entries[n];
+
+    e->read_tag = e->write_tag = TLB_NO_TAG(n);
     e->info = 0;
 }
 
@@ -632,7 +633,7 @@ void soft_tlb_flush(struct soft_vcpu *v)
     v->large_high = 0;
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
-            clear_entry(&v->tlbs[k].entries[n]);
+            clear_entry(&v->tlbs[k], n);
 }
 
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
@@ -642,7 +643,7 @@ void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
             if (!(v->tlbs[k].entries[n].info & TLB_INFO_GLOBAL))
-                clear_entry(&v->tlbs[k].entries[n]);
+                clear_entry(&v->tlbs[k], n);
 }
 
 /* Large pages are held as entries of 4 KiB; all of the one that holds lin have to go. */
@@ -652,12 +653,13 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++) {
-            struct tlb_entry *e = &v->tlbs[k].entries[n];
-            u64 differ = (e->read_tag != TLB_NO_TAG ? e->read_tag : e->write_tag) ^ lin;
+            const struct tlb_entry *e = &v->tlbs[k].entries[n];
+            /* A tag that isn't valid is a page of the next slot, still of the same large page. */
+            u64 differ = e->read_tag ^ lin;
 
             if (((e->info & TLB_INFO_LARGE) && differ < large) ||
                 ((e->info & TLB_INFO_HUGE) && differ < GIB(1)))
-                clear_entry(e);
+                clear_entry(&v->tlbs[k], n);
         }
 }
 
@@ -667,7 +669,7 @@ void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
     if (lin >= v->large_low && lin <= v->large_high)
         flush_large(v, lin);
     for (unsigned k = 0; k < TLB_KINDS; k++)
-        clear_entry(tlb_slot(&v->tlbs[k], lin));
+        clear_entry(&v->tlbs[k], (lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1));
 }
 
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
@@ -675,14 +677,14 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
             if ((v->tlbs[k].entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
-                v->tlbs[k].entries[n].write_tag = TLB_NO_TAG;
+                v->tlbs[k].entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)
 {
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
-            v->tlbs[k].entries[n].write_tag = TLB_NO_TAG;
+            v->tlbs[k].entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3)

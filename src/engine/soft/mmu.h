@@ -79,9 +79,7 @@ bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3);
 
 static inline bool soft_canonical(const struct soft_vcpu *v, gva_t lin)
 {
-    unsigned shift = v->cpu.cr4 & CR4_LA57 ? 7 : 16;
-
-    return (gva_t)((s64)(lin << shift) >> shift) == lin;
+    return (gva_t)((s64)(lin << v->canonical_shift) >> v->canonical_shift) == lin;
 }
 
 static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
@@ -91,8 +89,8 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
 
 /* Fast accesses of the integer handlers: a hit is a handful of instructions, a miss is soft_load. */
 #define DEFINE_FAST_ACCESS(bits)                                                                   \
-    static inline __attribute__((always_inline)) u##bits mem_load##bits(                           \
-        struct soft_vcpu *v, const struct insn *i, gva_t lin)                                      \
+    static inline __attribute__((always_inline))                                                   \
+    u##bits mem_load##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin)                   \
     {                                                                                              \
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);                                         \
         u##bits value;                                                                             \

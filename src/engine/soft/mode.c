@@ -50,6 +50,7 @@ void soft_mode_changed(struct soft_vcpu *v)
         v->seg_base[s] = flat ? 0 : cpu->seg[s].base;
     }
 
+    v->canonical_shift = cpu->cr4 & CR4_LA57 ? 7 : 16;
     v->tlb_kind = cpl == 3                                             ? TLB_USER
                   : (cpu->cr4 & CR4_SMAP) && (cpu->rflags & EFLAGS_AC) ? TLB_KERNEL_AC
                                                                        : TLB_KERNEL;

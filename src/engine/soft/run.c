@@ -43,7 +43,7 @@ static void leave(struct soft_vcpu *v, enum vcpu_exit_reason reason)
 
 static bool may_wake(const struct soft_vcpu *v)
 {
-    return atomic_load(&v->attention) & ~ATTN_SHADOW;
+    return atomic_load(&v->attention) & ~(ATTN_SHADOW | ATTN_LEFT);
 }
 
 /* HLT: sleeps until attention is called for, or the APIC timer is due. */
@@ -246,6 +246,15 @@ static void run_block(struct soft_vcpu *v)
     b->insns[0].fn(v, &b->insns[0]);
 }
 
+/* Runs blocks until something calls for attention or the poll is due. */
+static void run_undisturbed(struct soft_vcpu *v)
+{
+    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
+        v->poll--;
+        run_block(v);
+    }
+}
+
 /* Those that enter a handler with TF clear: no single-step trap follows them. */
 static bool suppresses_step(const struct insn *i)
 {
@@ -354,19 +363,16 @@ void soft_run(struct soft_vcpu *v)
         deliver_raised(v);
     }
     while (!v->leave) {
-        if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed))) {
-            attend(v);
-            if (v->leave)
-                break;
-        }
-        if (unlikely(v->poll-- == 0))
+        run_undisturbed(v);
+        if (v->poll == 0)
             poll(v);
-        if (unlikely(v->cpu.activity != CPU_RUNNING))
+        attend(v);
+        if (v->leave)
+            break;
+        if (v->cpu.activity != CPU_RUNNING)
             sleep_or_stop(v);
-        else if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed) & ATTN_SHADOW))
+        else if (atomic_load_explicit(&v->attention, memory_order_relaxed) & ATTN_SHADOW)
             careful_step(v);
-        else
-            run_block(v);
     }
     soft_fpu_sync(v);
 }

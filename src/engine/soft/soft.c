@@ -45,8 +45,8 @@ static void soft_support(struct cpuid_support *out)
 
 static void *map_zeroed(size_t n)
 {
-    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-                   0);
+    void *p =
+        mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
     return p == MAP_FAILED ? NULL : p;
 }
@@ -201,7 +201,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     v->timer_deadline = UINT64_MAX;
     v->cur = &insn_none;
     for (unsigned n = 0; n < TLB_SIZE; n++)
-        v->tlb_none.entries[n].read_tag = v->tlb_none.entries[n].write_tag = TLB_NO_TAG;
+        v->tlb_none.entries[n].read_tag = v->tlb_none.entries[n].write_tag = TLB_NO_TAG(n);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&v->wait_lock, NULL);

@@ -36,26 +36,27 @@ struct block_cache;
 #define MODE_CODE32 0x01u
 #define MODE_CODE64 0x02u
 #define MODE_CODE_MASK 0x03u
-#define MODE_STACK32 0x04u /* SS.B: PUSH, POP, CALL use ESP (64-bit mode always uses RSP) */
-#define MODE_USER 0x08u    /* CPL 3 */
-#define MODE_SINGLE 0x10u  /* one instruction a block: TF, code breakpoints, interrupt shadow */
+#define MODE_STACK32 0x04u   /* SS.B: PUSH, POP, CALL use ESP (64-bit mode always uses RSP) */
+#define MODE_USER 0x08u      /* CPL 3 */
+#define MODE_SINGLE 0x10u    /* one instruction a block: TF, code breakpoints, interrupt shadow */
 #define MODE_PROTECTED 0x20u /* CR0.PE and not EFLAGS.VM */
 
 /* Which translations an access uses. Tags of one never serve another. */
 enum tlb_kind {
-    TLB_KERNEL,       /* CPL 0 to 2, or implicit supervisor access, SMAP in force */
-    TLB_KERNEL_AC,    /* CPL 0 to 2 with EFLAGS.AC set, or no SMAP */
-    TLB_USER,         /* CPL 3 */
+    TLB_KERNEL,    /* CPL 0 to 2, or implicit supervisor access, SMAP in force */
+    TLB_KERNEL_AC, /* CPL 0 to 2 with EFLAGS.AC set, or no SMAP */
+    TLB_USER,      /* CPL 3 */
     TLB_KINDS,
 };
 
 #define TLB_BITS 10
 #define TLB_SIZE (1u << TLB_BITS)
-#define TLB_NO_TAG 1ULL /* matches no access: tags are page-aligned */
+/* What slot n holds for "nothing": a page of the next slot, which no access looks up here. */
+#define TLB_NO_TAG(n) ((u64)((n) ^ 1) << GUEST_PAGE_SHIFT)
 
 /* One page. An access at `lin` hits when (lin ^ tag) <= 4096 - size: same page, and not across it. */
 struct tlb_entry {
-    u64 read_tag;  /* linear address of the page, or TLB_NO_TAG */
+    u64 read_tag;  /* linear address of the page, or TLB_NO_TAG(slot) */
     u64 write_tag; /* also: D set, no decoded code in the page, no dirty logging due */
     u64 addend;    /* host address = lin + addend */
     u64 info;      /* guest-physical page address | TLB_INFO_* */
@@ -88,37 +89,40 @@ struct soft_post {
 enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
 
 /* Reasons to look up from guest code (v->attention). Set by any thread, cleared by the vCPU. */
-#define ATTN_INTERRUPT 0x01u  /* the local APIC or ExtINT may have something */
+#define ATTN_INTERRUPT 0x01u /* the local APIC or ExtINT may have something */
 #define ATTN_NMI 0x02u
 #define ATTN_INIT 0x04u
 #define ATTN_SIPI 0x08u
 #define ATTN_KICK 0x10u
-#define ATTN_SHADOW 0x20u     /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
-#define ATTN_POSTS 0x40u      /* others wrote memory that may hold decoded code (v->posts) */
+#define ATTN_SHADOW 0x20u /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
+#define ATTN_POSTS 0x40u  /* others wrote memory that may hold decoded code (v->posts) */
+#define ATTN_LEFT 0x80u /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
 
 struct soft_vcpu {
     struct cpu cpu; /* first: handlers index it */
 
     /* Hot: derived from the state by soft_mode_changed */
-    u32 aflags;               /* arithmetic flags, see flags.h */
-    u32 mode;                 /* MODE_* */
-    struct tlb *tlb;          /* the TLB for accesses at the current privilege (maybe tlb_none) */
-    enum tlb_kind tlb_kind;   /* how accesses at the current privilege translate */
-    u64 seg_base[SEG_COUNT];  /* effective: 0 for ES, CS, SS, DS in 64-bit mode */
+    u32 aflags;              /* arithmetic flags, see flags.h */
+    u32 mode;                /* MODE_* */
+    struct tlb *tlb;         /* the TLB for accesses at the current privilege (maybe tlb_none) */
+    enum tlb_kind tlb_kind;  /* how accesses at the current privilege translate */
+    u64 seg_base[SEG_COUNT]; /* effective: 0 for ES, CS, SS, DS in 64-bit mode */
     const struct insn *cur;
+    u8 canonical_shift; /* 64 less the width of a linear address */
     _Atomic u32 attention;
     u8 class_fault[FPU_CLASSES]; /* 0, or EXC_UD or EXC_NM */
     u64 icount;
 
     /* Translation */
     struct tlb tlbs[TLB_KINDS];
-    struct tlb tlb_none;      /* never filled: #AC checks and data breakpoints see every access */
+    struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
     struct fetch_entry fetches[FETCH_ENTRIES];
-    u64 map_generation;       /* changes whenever any translation may have */
-    gva_t large_low, large_high; /* TLB entries of large pages lie in between since the last flush */
+    u64 map_generation; /* changes whenever any translation may have */
+    gva_t large_low,
+        large_high; /* TLB entries of large pages lie in between since the last flush */
     struct block_cache *blocks;
-    bool align_check;         /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
-    bool data_breakpoints;    /* DR7 enables one */
+    bool align_check;      /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
+    bool data_breakpoints; /* DR7 enables one */
 
     /* Configuration and neighbours */
     struct soft_engine *engine;
@@ -126,7 +130,7 @@ struct soft_vcpu {
     struct lapic *lapic;
     unsigned index;
     unsigned phys_bits;
-    gpa_t a20_mask;           /* all ones, or bit 20 clear */
+    gpa_t a20_mask; /* all ones, or bit 20 clear */
 
     /* Unwinding from a fault to the run loop */
     jmp_buf unwind;
@@ -139,11 +143,11 @@ struct soft_vcpu {
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
 
-    struct vcpu_exit *exit;   /* where the run loop's exit goes */
-    bool leave;               /* vcpu_run must return with *exit */
-    bool irq_waiting;         /* an interrupt was seen that could not be taken then */
-    unsigned poll;            /* blocks to go until the APIC timer is looked at */
-    u64 timer_deadline;       /* the APIC timer's, in VM ns; UINT64_MAX: none */
+    struct vcpu_exit *exit;    /* where the run loop's exit goes */
+    bool leave;                /* vcpu_run must return with *exit */
+    bool irq_waiting;          /* an interrupt was seen that could not be taken then */
+    unsigned poll;             /* blocks to go until the APIC timer is looked at */
+    u64 timer_deadline;        /* the APIC timer's, in VM ns; UINT64_MAX: none */
     const struct block *block; /* the one that runs, for counting instructions */
 
     struct engine_stats stats;
@@ -172,7 +176,7 @@ struct soft_engine {
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     bool dirty_logging;
     _Atomic bool a20;
-    _Atomic bool extint; /* the level at every LINT0 */
+    _Atomic bool extint;        /* the level at every LINT0 */
     pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */
     u64 tsc_hz;
 };
