@@ -161,4 +161,7 @@ void op_mov_to_dr(struct soft_vcpu *v, const struct insn *i)
         value = (value & DR7_WRITABLE) | DR7_FIXED;
     v->cpu.dr[n] = value;
     soft_mode_changed(v);
+    /* Data breakpoints trap behind the very instruction: one at a time from now on. */
+    if (v->data_breakpoints)
+        atomic_fetch_or(&v->attention, ATTN_SHADOW);
 }
