@@ -505,7 +505,9 @@ static void add_alignment(struct thunk_spec *s, const ZydisDecodedInstruction *z
             s->mem_align = (u8)s->mem_size;
         return;
     }
-    if (s->mem_size != 16 || (s->flags & THUNK_X87) || is_unaligned_legacy(zi->mnemonic))
+    /* SHA: whether it checks is the processor's choice, and only the host knows. */
+    if (s->mem_size != 16 || is_unaligned_legacy(zi->mnemonic) ||
+        zi->meta.isa_set == ZYDIS_ISA_SET_SHA)
         return;
     s->mem_align = 16;
     if (zi->meta.exception_class != ZYDIS_EXCEPTION_CLASS_SSE1)
@@ -625,8 +627,8 @@ static enum fpu_class class_of(const struct thunk_spec *s, const ZydisDecodedIns
         return FPU_AVX512;
     if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_VEX)
         return FPU_AVX;
-    if (zi->meta.isa_ext == ZYDIS_ISA_EXT_X87 || zi->meta.isa_set == ZYDIS_ISA_SET_SSE3X87)
-        return FPU_X87;
+    if (zi->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT)
+        return FPU_X87; /* the one-byte opcodes here are D8 to DF */
     if ((s->flags & THUNK_X87) && !s->vec_in)
         return FPU_MMX;
     return FPU_SSE;
