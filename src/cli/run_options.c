@@ -128,7 +128,8 @@ static const struct option options[] = {
     {"--disk", "FILE[,...]", "a disk (not in this build)", set_disk},
     {"--net", "WHAT", "a network card (not in this build)", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
-    {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1", set_debug_exit},
+    {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
+     set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
 };
@@ -219,12 +220,14 @@ void cli_run_help(FILE *out)
 
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }
-    fputs("\n"
-          "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
-          "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
-          "fault or a reset under --no-reboot; with --debug-exit, what the guest chose.\n"
-          "\n"
-          "example:\n"
-          "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0 --memory 1G\n",
-          out);
+    fputs(
+        "\n"
+        "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
+        "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
+        "fault or a reset under --no-reboot; with --debug-exit, what the guest chose.\n"
+        "\n"
+        "example:\n"
+        "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0 --memory "
+        "1G\n",
+        out);
 }

@@ -20,16 +20,25 @@ static double cpu_seconds(void)
 
 static json_t *exits(const struct machine_stats *s)
 {
-    return json_pack("{sI sI sI sI sI sI sI sI sI}",                          /* clang-format off */
-                     "port", (json_int_t)s->engine.exits_port,
-                     "mmio", (json_int_t)s->engine.exits_mmio,
-                     "interrupt", (json_int_t)s->engine.exits_interrupt,
-                     "exception", (json_int_t)s->engine.exits_exception,
-                     "irq_window", (json_int_t)s->engine.exits_irq_window,
-                     "halt", (json_int_t)(s->engine.exits_halt + s->exits[VCPU_EXIT_HALT]),
-                     "kicked", (json_int_t)s->exits[VCPU_EXIT_KICKED],
-                     "hypercall", (json_int_t)s->exits[VCPU_EXIT_HYPERCALL],
-                     "shutdown", (json_int_t)s->exits[VCPU_EXIT_SHUTDOWN]);   /* clang-format on */
+    const struct {
+        const char *name;
+        u64 count;
+    } counts[] = {
+        {"port", s->engine.exits_port},
+        {"mmio", s->engine.exits_mmio},
+        {"interrupt", s->engine.exits_interrupt},
+        {"exception", s->engine.exits_exception},
+        {"irq_window", s->engine.exits_irq_window},
+        {"halt", s->engine.exits_halt + s->exits[VCPU_EXIT_HALT]},
+        {"kicked", s->exits[VCPU_EXIT_KICKED]},
+        {"hypercall", s->exits[VCPU_EXIT_HYPERCALL]},
+        {"shutdown", s->exits[VCPU_EXIT_SHUTDOWN]},
+    };
+    json_t *json = json_object();
+
+    for (size_t i = 0; json && i < ARRAY_SIZE(counts); i++)
+        json_object_set_new(json, counts[i].name, json_integer((json_int_t)counts[i].count));
+    return json;
 }
 
 /* Seconds from the process's start to the first guest instruction; null when none was run. */
@@ -43,28 +52,40 @@ static json_t *first_instruction(const struct vm_stats *stats)
 int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struct error *err)
 {
     const struct engine_stats *e = &stats->machine.engine;
-    json_t *json = json_pack("{ss ss si sf sf so sI so sI sI sI sI sI sI sI}", /* clang-format off */
-                             "name", stats->name,
-                             "engine", stats->engine,
-                             "status", stats->status,
-                             "wall_seconds", seconds(stats->end_ns - stats->begin_ns),
-                             "cpu_seconds", cpu_seconds(),
-                             "first_instruction_seconds", first_instruction(stats),
-                             "instructions", (json_int_t)e->instructions,
-                             "exits", exits(&stats->machine),
-                             "blocks_decoded", (json_int_t)e->blocks_decoded,
-                             "blocks_translated", (json_int_t)e->blocks_translated,
-                             "cache_bytes", (json_int_t)e->cache_bytes,
-                             "tlb_misses", (json_int_t)e->tlb_misses,
-                             "tlb_flushes", (json_int_t)e->tlb_flushes,
-                             "smc_invalidations", (json_int_t)e->smc_invalidations,
-                             "resets", (json_int_t)stats->machine.resets); /* clang-format on */
+    const struct {
+        const char *name;
+        json_t *value;
+    } members[] = {
+        {"name", json_string(stats->name)},
+        {"engine", json_string(stats->engine)},
+        {"status", json_integer(stats->status)},
+        {"wall_seconds", json_real(seconds(stats->end_ns - stats->begin_ns))},
+        {"cpu_seconds", json_real(cpu_seconds())},
+        {"first_instruction_seconds", first_instruction(stats)},
+        {"instructions", json_integer((json_int_t)e->instructions)},
+        {"exits", exits(&stats->machine)},
+        {"blocks_decoded", json_integer((json_int_t)e->blocks_decoded)},
+        {"blocks_translated", json_integer((json_int_t)e->blocks_translated)},
+        {"cache_bytes", json_integer((json_int_t)e->cache_bytes)},
+        {"tlb_misses", json_integer((json_int_t)e->tlb_misses)},
+        {"tlb_flushes", json_integer((json_int_t)e->tlb_flushes)},
+        {"smc_invalidations", json_integer((json_int_t)e->smc_invalidations)},
+        {"resets", json_integer((json_int_t)stats->machine.resets)},
+    };
+    json_t *json = json_object();
+    bool complete = json;
     bool written;
 
-    if (!json)
+    /* Takes each value, also where it fails. */
+    for (size_t i = 0; i < ARRAY_SIZE(members); i++)
+        complete &= !json_object_set_new(json, members[i].name, members[i].value);
+    if (!complete) {
+        json_decref(json);
         return error_host(err, ENOMEM, "%s: cannot make the statistics", path);
+    }
     errno = 0;
-    written = !json_dumpf(json, out, JSON_INDENT(2)) && fputc('\n', out) != EOF && !fflush(out);
+    written = !json_dumpf(json, out, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) &&
+              fputc('\n', out) != EOF && !fflush(out);
     json_decref(json);
     return written ? 0 : error_host(err, errno ? errno : EIO, "%s: cannot write", path);
 }

@@ -25,7 +25,7 @@ struct vm_config {
     const char *kernel; /* path */
     const char *initrd; /* path, or NULL */
     const char *append;
-    const char *serial; /* as chardev_open takes it */
+    const char *serial;  /* as chardev_open takes it */
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

@@ -278,8 +278,7 @@ static int create_com1(struct board *b, struct error *err)
     if (!b->com1)
         return -EIO;
     if (chr) {
-        struct chardev_handlers handlers = {com1_can_receive, com1_receive, com1_writable,
-                                            b->com1};
+        struct chardev_handlers handlers = {com1_can_receive, com1_receive, com1_writable, b->com1};
 
         chardev_attach(chr, &handlers);
     }
@@ -352,9 +351,9 @@ static int create_fw_cfg(struct board *b, struct error *err)
 struct board *board_create(const struct board_config *config, struct error *err)
 {
     /* Interrupt controllers first: the others may raise their lines from the start. */
-    static int (*const steps[])(struct board *b, struct error *err) = {
-        create_pic,     create_ioapic,  create_pit,     create_hpet,    create_rtc,   create_com1,
-        create_i8042,   create_sysport, create_acpi_pm, create_pvpanic, create_fw_cfg,
+    static int (*const steps[])(struct board * b, struct error * err) = {
+        create_pic,   create_ioapic,  create_pit,     create_hpet,    create_rtc,    create_com1,
+        create_i8042, create_sysport, create_acpi_pm, create_pvpanic, create_fw_cfg,
     };
     struct board *b = calloc(1, sizeof(*b));
 

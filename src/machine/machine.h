@@ -31,11 +31,11 @@ struct machine_config {
 enum machine_end_reason {
     MACHINE_END_NONE,
     MACHINE_END_POWER_OFF,
-    MACHINE_END_RESET,        /* under no_reboot */
+    MACHINE_END_RESET, /* under no_reboot */
     MACHINE_END_TRIPLE_FAULT,
-    MACHINE_END_DEBUG_EXIT,   /* value: the exit status */
-    MACHINE_END_QUIT,         /* machine_quit */
-    MACHINE_END_ERROR,        /* error says why */
+    MACHINE_END_DEBUG_EXIT, /* value: the exit status */
+    MACHINE_END_QUIT,       /* machine_quit */
+    MACHINE_END_ERROR,      /* error says why */
 };
 
 struct machine_end {

@@ -24,7 +24,8 @@ static int check_size(u64 size, struct error *err)
     if (size % GUEST_PAGE_SIZE)
         return error_input(err, "memory comes in pages of 4 KiB: give a multiple of 4K");
     if (host && size > host)
-        return error_input(err, "this host has %llu MiB of memory and swap, not %llu MiB: give less",
+        return error_input(err,
+                           "this host has %llu MiB of memory and swap, not %llu MiB: give less",
                            (unsigned long long)(host >> 20), (unsigned long long)(size >> 20));
     return 0;
 }

@@ -71,9 +71,9 @@ static enum verdict handle_debug(struct vcpu_thread *t, const struct vcpu_exit *
 
 static enum verdict (*const handlers[VCPU_EXIT_REASONS])(struct vcpu_thread *t,
                                                          const struct vcpu_exit *exit) = {
-    [VCPU_EXIT_KICKED] = handle_kicked,       [VCPU_EXIT_HALT] = handle_halt,
-    [VCPU_EXIT_SHUTDOWN] = handle_stop,       [VCPU_EXIT_HYPERCALL] = handle_hypercall,
-    [VCPU_EXIT_DEBUG] = handle_debug,         [VCPU_EXIT_ERROR] = handle_stop,
+    [VCPU_EXIT_KICKED] = handle_kicked, [VCPU_EXIT_HALT] = handle_halt,
+    [VCPU_EXIT_SHUTDOWN] = handle_stop, [VCPU_EXIT_HYPERCALL] = handle_hypercall,
+    [VCPU_EXIT_DEBUG] = handle_debug,   [VCPU_EXIT_ERROR] = handle_stop,
 };
 
 /* Parks while that is wanted. False when the thread is to end. */

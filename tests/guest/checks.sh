@@ -72,7 +72,9 @@ check rtc "$(hwclock -r >/dev/null && echo read)" read
 check interrupts "$(awk '/ttyS0/ && $2 > 0 { print "counted" }' /proc/interrupts)" counted
 check kernel-log \
     "$(dmesg | grep -E 'WARNING:|BUG|Call Trace|Oops|unchecked MSR|stall|lockup|ACPI.*(Error|Warning)|[Uu]nstable|nobody cared|disabled? irq' | head -n 3)" ""
-check kernel-errors "$(dmesg -r | grep -E '^<[0-3]>' | head -n 3)" ""
+# The machine has no PCI, and Linux calls that fatal.
+check kernel-errors \
+    "$(dmesg -r | grep -E '^<[0-3]>' | grep -v 'PCI: Fatal: No config space access' | head -n 3)" ""
 
 # The host takes the time between these two lines, and compares.
 echo "clock: $(cut -d' ' -f1 /proc/uptime) $(date +%s)"

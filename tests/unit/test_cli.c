@@ -32,12 +32,17 @@ static void test_sizes(void **state)
         const char *text;
         u64 size;
     } good[] = {
-        {"1K", KIB(1)}, {"512M", MIB(512)}, {"2G", GIB(2)}, {"10T", GIB(10240)}, {"0M", 0},
-        {"007M", MIB(7)}, {"16777215T", 16777215ULL << 40},
+        {"1K", KIB(1)},
+        {"512M", MIB(512)},
+        {"2G", GIB(2)},
+        {"10T", GIB(10240)},
+        {"0M", 0},
+        {"007M", MIB(7)},
+        {"16777215T", 16777215ULL << 40},
     };
     static const char *const bad[] = {
-        "", "0", "512", "M", "512m", "512MB", " 512M", "512 M", "-1G", "+1G", "0x10M", "1.5G",
-        "16777216T", "99999999999999999999M",
+        "",      "0",   "512", "M",     "512m", "512MB",     " 512M",
+        "512 M", "-1G", "+1G", "0x10M", "1.5G", "16777216T", "99999999999999999999M",
     };
 
     for (size_t i = 0; i < ARRAY_SIZE(good); i++) {
@@ -59,8 +64,8 @@ static void test_sizes(void **state)
 
 static void test_numbers(void **state)
 {
-    static const char *const bad[] = {"", "-1", "+1", " 1", "1 ", "0x", "0xg", "1e3", "256", "0",
-                                      "0x-1", "99999999999999999999"};
+    static const char *const bad[] = {"",    "-1",  "+1",  " 1", "1 ",   "0x",
+                                      "0xg", "1e3", "256", "0",  "0x-1", "99999999999999999999"};
     struct error err = {0};
     u64 n;
 

@@ -200,8 +200,9 @@ static const struct engine_ops fake_engine = {
 static void write_kernel(char *path)
 {
     u32 image[1024] = {
-        0x1badb002, 1 << 16, -(0x1badb002U + (1 << 16)), /* magic, flags, checksum */
-        0x100000, 0x100000, 0x101000, 0x101000, 0x100000, /* header, load, load end, bss end, entry */
+        0x1badb002, 1 << 16,  -(0x1badb002U + (1 << 16)), /* magic, flags, checksum */
+        0x100000,   0x100000, 0x101000,
+        0x101000,   0x100000, /* header, load, load end, bss end, entry */
     };
     int fd = mkstemp(path);
 
@@ -319,9 +320,10 @@ static void test_debug_exit_chooses_the_status(void **state)
 
 static void test_hypercall_and_halt_go_on(void **state)
 {
-    static const struct step script[] = {
-        {STEP_EXIT, VCPU_EXIT_HYPERCALL, 0}, {STEP_EXIT, VCPU_EXIT_KICKED, 0}, POWER_OFF_STEP,
-        {STEP_EXIT, VCPU_EXIT_HALT, 0}};
+    static const struct step script[] = {{STEP_EXIT, VCPU_EXIT_HYPERCALL, 0},
+                                         {STEP_EXIT, VCPU_EXIT_KICKED, 0},
+                                         POWER_OFF_STEP,
+                                         {STEP_EXIT, VCPU_EXIT_HALT, 0}};
     struct machine_end end;
     struct machine_stats stats;
 
@@ -333,7 +335,8 @@ static void test_hypercall_and_halt_go_on(void **state)
 static void test_a20_gate_reaches_the_engine(void **state)
 {
     static const struct step script[] = {
-        {STEP_OUT8, PORT_I8042_COMMAND, 0xdd}, /* one source off, and the other: only then it closes */
+        {STEP_OUT8, PORT_I8042_COMMAND,
+         0xdd}, /* one source off, and the other: only then it closes */
         {STEP_OUT8, PORT_FAST_A20, 0},
         POWER_OFF_STEP,
         {STEP_SPIN, 0, 0}};
