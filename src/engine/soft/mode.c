@@ -59,6 +59,7 @@ void soft_mode_changed(struct soft_vcpu *v)
     v->tlb = v->align_check || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
 
     update_class_faults(v);
-    if ((cpu->rflags & (EFLAGS_TF | EFLAGS_RF)) || soft_code_breakpoints_enabled(v))
+    if ((cpu->rflags & (EFLAGS_TF | EFLAGS_RF)) || v->data_breakpoints ||
+        soft_code_breakpoints_enabled(v))
         atomic_fetch_or(&v->attention, ATTN_SHADOW);
 }
