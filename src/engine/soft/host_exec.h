@@ -62,6 +62,8 @@ static inline void fpu_make_live(struct soft_vcpu *v)
     if (unlikely(!v->host_exec->fpu_live))
         fpu_load(v);
 }
+/* The tags as the contents say, for a tag word that told only empty from used (SDM vol. 1, 8.1.7). */
+void fpu_refresh_tags(struct cpu *cpu);
 /* #MF when an unmasked x87 exception is pending. */
 void fpu_check_pending(struct soft_vcpu *v, const struct insn *i);
 

@@ -186,17 +186,15 @@ static void run_maskmovdqu(struct soft_vcpu *v, const struct insn *i)
 
 static void run_maskmovq(struct soft_vcpu *v, const struct insn *i)
 {
-    unsigned top;
-
     fpu_class_check(v, i, FPU_MMX);
     v->cur = i;
     fpu_check_pending(v, i);
     soft_fpu_sync(v);
     store_masked_bytes(v, i, v->cpu.fpr[i->dst], v->cpu.fpr[i->src], 8);
     /* As every MMX instruction but EMMS: TOP 0, all registers valid. */
-    top = 7u << 11;
-    v->cpu.fsw &= (u16)~top;
+    v->cpu.fsw &= (u16)~(7u << 11);
     v->cpu.ftw = 0;
+    fpu_refresh_tags(&v->cpu);
     NEXT(v, i);
 }
 

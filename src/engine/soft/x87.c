@@ -202,8 +202,7 @@ static void environment_get(struct soft_vcpu *v, const struct insn *i, const u8 
     update_summary(c);
 }
 
-/* The tags as the contents say, for a tag word that told only empty from used (SDM vol. 1, 8.1.7). */
-static void refresh_tags(struct cpu *c)
+void fpu_refresh_tags(struct cpu *c)
 {
     for (unsigned n = 0; n < 8; n++) {
         unsigned tag = c->ftw >> 2 * n & 3, exponent = get16(c->fpr[n] + 8) & 0x7fff;
@@ -231,7 +230,7 @@ static void run_fnstenv(struct soft_vcpu *v, const struct insn *i)
     unsigned size;
 
     begin(v, i, false);
-    refresh_tags(&v->cpu);
+    fpu_refresh_tags(&v->cpu);
     size = environment_put(v, i, env);
     soft_store_bytes(v, insn_linear(v, i, size, ACCESS_WRITE), env, size,
                      stack_access(i, ACCESS_WRITE));
@@ -249,7 +248,7 @@ static void run_fldenv(struct soft_vcpu *v, const struct insn *i)
     soft_load_bytes(v, insn_linear(v, i, size, ACCESS_READ), env, size,
                     stack_access(i, ACCESS_READ));
     environment_get(v, i, env);
-    refresh_tags(&v->cpu);
+    fpu_refresh_tags(&v->cpu);
     NEXT(v, i);
 }
 
@@ -259,7 +258,7 @@ static void run_fnsave(struct soft_vcpu *v, const struct insn *i)
     unsigned size;
 
     begin(v, i, false);
-    refresh_tags(&v->cpu);
+    fpu_refresh_tags(&v->cpu);
     size = environment_put(v, i, image);
     for (unsigned n = 0; n < 8; n++)
         memcpy(image + size + 10 * n, v->cpu.fpr[(n + top_of(v->cpu.fsw)) & 7], 10);
@@ -281,7 +280,7 @@ static void run_frstor(struct soft_vcpu *v, const struct insn *i)
     environment_get(v, i, image);
     for (unsigned n = 0; n < 8; n++)
         memcpy(v->cpu.fpr[(n + top_of(v->cpu.fsw)) & 7], image + env + 10 * n, 10);
-    refresh_tags(&v->cpu);
+    fpu_refresh_tags(&v->cpu);
     NEXT(v, i);
 }
 

@@ -209,6 +209,7 @@ static void x87_get(struct soft_vcpu *v, const u8 *image, bool wide)
             c->ftw |= (u16)(3u << 2 * n);
         memcpy(c->fpr[(n + top) & 7], image + ST_AT + 16 * n, 10);
     }
+    fpu_refresh_tags(c);
     memcpy(&c->fop, image + 6, 2);
     c->fop &= 0x7ff;
     memcpy(&c->fip, image + 8, 8);
