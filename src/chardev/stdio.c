@@ -126,7 +126,9 @@ static bool filter_key(struct stdio_chardev *s, u8 key)
     }
     s->escaped = false;
     switch (key) {
-    case 'x': s->chr.quit = true; return false;
+    case 'x':
+        s->chr.quit = true;
+        return false;
     case 'h':
     case '?':
         ring_put(&s->chr.out, (const u8 *)escape_help, sizeof(escape_help) - 1);
@@ -137,7 +139,8 @@ static bool filter_key(struct stdio_chardev *s, u8 key)
         key = ESCAPE_KEY;
         ring_put(&s->chr.in, &key, 1);
         return false;
-    default: return false;
+    default:
+        return false;
     }
 }
 

@@ -8,11 +8,14 @@
 static size_t field_size(const struct state_field *f)
 {
     switch (f->kind) {
-    case STATE_KIND_HOST: return 0;
-    case STATE_KIND_STRUCT: return f->count * state_size(f->desc);
+    case STATE_KIND_HOST:
+        return 0;
+    case STATE_KIND_STRUCT:
+        return f->count * state_size(f->desc);
     case STATE_KIND_INT:
     case STATE_KIND_BOOL:
-    case STATE_KIND_BYTES: break;
+    case STATE_KIND_BYTES:
+        break;
     }
     return (size_t)f->count * f->size;
 }
