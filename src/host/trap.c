@@ -1,9 +1,10 @@
 /*
  * Hardware exceptions inside generated code: the signal side.
  *
- * The handler reads a table of regions without a lock: an entry is published by storing its start last,
- * and withdrawn by clearing its start first. It runs on the thread's own stack: generated code is a leaf
- * that was called from C, so there is room. Signals sent by kill() are never taken for exceptions.
+ * The handler reads a table of regions without a lock: an entry is published by storing its start
+ * last, and withdrawn by clearing its start first. It runs on the thread's own stack: generated
+ * code is a leaf that was called from C, so there is room. Signals sent by kill() are never taken
+ * for exceptions.
  */
 #define _GNU_SOURCE
 #include "host/trap.h"

@@ -2,10 +2,10 @@
  * Hardware exceptions inside generated code.
  *
  * Guest instructions that run on the host's own units may fault there: a misaligned SSE operand, an
- * unmasked floating-point exception. Generated code announces its address range with a landing point;
- * an exception inside the range resumes there with EAX = the exception's vector, all other registers as
- * they were. An exception anywhere else is ours and goes where it went before: to a sanitizer's handler
- * or to the default, which ends the process.
+ * unmasked floating-point exception. Generated code announces its address range with a landing
+ * point; an exception inside the range resumes there with EAX = the exception's vector, all other
+ * registers as they were. An exception anywhere else is ours and goes where it went before: to a
+ * sanitizer's handler or to the default, which ends the process.
  */
 #ifndef DOPPEL_HOST_TRAP_H
 #define DOPPEL_HOST_TRAP_H
@@ -14,8 +14,9 @@
 #include "host/types.h"
 
 /*
- * Guards [start, start + size): exceptions there resume at `landing`, which must not fault. The handlers
- * are installed with the first region. 0, -ENOSPC (too many regions) or another -errno, err set.
+ * Guards [start, start + size): exceptions there resume at `landing`, which must not fault. The
+ * handlers are installed with the first region. 0, -ENOSPC (too many regions) or another -errno,
+ * err set.
  */
 int trap_region_add(const void *start, size_t size, const void *landing, struct error *err);
 /* No thread may be inside the region. */

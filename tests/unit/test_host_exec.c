@@ -1,6 +1,7 @@
 /*
- * Proves that x87 and SIMD instructions run by the software processor do what the same bytes do when the
- * host runs them: random instructions, registers and memory, both ways, everything compared.
+ * Proves that x87 and SIMD instructions run by the software processor do what the same bytes do
+ * when the host runs them: random instructions, registers and memory, both ways, everything
+ * compared.
  */
 #include "engine/soft/host_exec.h"
 #include "engine/soft/soft_cpuid.h"
@@ -28,8 +29,8 @@ struct native {
 };
 
 /*
- * Runs the instruction in the hole with all registers from *n (RDI) and memory at RSI, and stores them
- * all. It is copied to where it can be patched.
+ * Runs the instruction in the hole with all registers from *n (RDI) and memory at RSI, and stores
+ * them all. It is copied to where it can be patched.
  */
 extern const u8 native_begin[], native_hole[], native_landing[], native_end[];
 __asm__(".pushsection .rodata\n"

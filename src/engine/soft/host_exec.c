@@ -1,24 +1,25 @@
 /*
- * x87 and SIMD on the host's own units: which instructions, how each is re-encoded, and how it is run.
+ * x87 and SIMD on the host's own units: which instructions, how each is re-encoded, and how it is
+ * run.
  *
- * At decode time an instruction becomes a thunk_spec: the same instruction for the host's 64-bit mode,
- * its vector, mask, MMX and x87 registers unchanged, its general registers renamed to RAX (ModRM.reg) and
- * RCX (ModRM.rm), its memory operand at [RSI]; with the registers that it reads and writes. Equal specs
- * share one thunk (thunk.c). At run time the handler checks that the class of registers is enabled,
- * finds the memory operand, and calls the thunk.
+ * At decode time an instruction becomes a thunk_spec: the same instruction for the host's 64-bit
+ * mode, its vector, mask, MMX and x87 registers unchanged, its general registers renamed to RAX
+ * (ModRM.reg) and RCX (ModRM.rm), its memory operand at [RSI]; with the registers that it reads
+ * and writes. Equal specs share one thunk (thunk.c). At run time the handler checks that the class
+ * of registers is enabled, finds the memory operand, and calls the thunk.
  *
  * Memory operands
- *  1. A TLB hit: the thunk works on guest memory itself. The alignment check is the host's: RAM is mapped
- *     by whole pages, so a guest address and its host address agree in the bits that count.
+ *  1. A TLB hit: the thunk works on guest memory itself. The alignment check is the host's: RAM is
+ *     mapped by whole pages, so a guest address and its host address agree in the bits that count.
  *  2. Masked operands (AVX-512, VMASKMOV) that miss: element by element, simd_mem.c.
  *  3. All else: on a pointer from soft_pointer, or on a copy with the same alignment.
  *
- * Faults of the host inside a thunk come back as its return value (trap.c). MXCSR then has the flags
- * that the processor set, and nothing else is changed.
+ * Faults of the host inside a thunk come back as its return value (trap.c). MXCSR then has the
+ * flags that the processor set, and nothing else is changed.
  *
- * Legacy SSE leaves the upper part of its destination alone: thunks load and store 128 bits, and always
- * load the destination, as some write a part of it. VEX and EVEX zero it: the host's register is stored
- * whole.
+ * Legacy SSE leaves the upper part of its destination alone: thunks load and store 128 bits, and
+ * always load the destination, as some write a part of it. VEX and EVEX zero it: the host's
+ * register is stored whole.
  *
  * References: Intel SDM vol. 2A, 2.3 to 2.7 (encodings, exception classes); vol. 1, 11.5 and 15.6.
  */
@@ -67,7 +68,8 @@ void thunk_run_at(struct soft_vcpu *v, const struct insn *i, const struct thunk 
     thunk_raise(v, trap);
 }
 
-/* Whether an x87 store was held back by an unmasked exception (SDM vol. 1, 8.5): all but precision. */
+/* Whether an x87 store was held back by an unmasked exception (SDM vol. 1, 8.5): all but
+ * precision. */
 static bool x87_store_suppressed(struct soft_vcpu *v)
 {
     u16 fsw, fcw;
@@ -198,7 +200,7 @@ static void run_movnti(struct soft_vcpu *v, const struct insn *i)
     NEXT(v, i);
 }
 
-/* The arena is full: leaves the block before this instruction, so that the run loop can make room. */
+/* The arena is full: leaves the block before this instruction; the run loop makes room. */
 static void run_no_room(struct soft_vcpu *v, const struct insn *i)
 {
     v->cur = i;
@@ -701,7 +703,8 @@ static void put_legacy(struct thunk_spec *s, const struct decode_context *ctx,
         put(s, 0x3a);
 }
 
-static void put_vex(struct thunk_spec *s, const struct decode_context *ctx, const struct encoding *e)
+static void put_vex(struct thunk_spec *s, const struct decode_context *ctx,
+                    const struct encoding *e)
 {
     const struct ZydisDecodedInstructionRawVex_ *vex = &ctx->zi->raw.vex;
     bool long_mode = (ctx->mode & MODE_CODE_MASK) == MODE_CODE64;

@@ -1,9 +1,10 @@
 /*
  * x87 and SIMD on the host's own units.
  *
- * host_exec_decode (decode.h) gives an instruction its handler; here is the life of the state behind.
- * The x87 and MMX registers of the guest stay in the host's while it runs: whoever looks at cpu.fpr, fcw,
- * fsw, ftw calls soft_fpu_sync first, and C code on the vCPU's thread uses no x87 before that.
+ * host_exec_decode (decode.h) gives an instruction its handler; here is the life of the state
+ * behind. The x87 and MMX registers of the guest stay in the host's while it runs: whoever looks
+ * at cpu.fpr, fcw, fsw, ftw calls soft_fpu_sync first, and C code on the vCPU's thread uses no x87
+ * before that.
  */
 #ifndef DOPPEL_ENGINE_SOFT_HOST_EXEC_H
 #define DOPPEL_ENGINE_SOFT_HOST_EXEC_H
@@ -33,8 +34,8 @@ void soft_fpu_sync(struct soft_vcpu *v);
 void soft_fpu_drop(struct soft_vcpu *v);
 
 /*
- * No room is left for more instructions: run block_cache_flush, then host_exec_restart, before the next
- * block. Until then an instruction that needs room leaves its block.
+ * No room is left for more instructions: run block_cache_flush, then host_exec_restart, before the
+ * next block. Until then an instruction that needs room leaves its block.
  */
 bool host_exec_full(const struct soft_vcpu *v);
 void host_exec_restart(struct soft_vcpu *v);
@@ -62,13 +63,13 @@ static inline void fpu_make_live(struct soft_vcpu *v)
     if (unlikely(!v->host_exec->fpu_live))
         fpu_load(v);
 }
-/* The tags as the contents say, for a tag word that told only empty from used (SDM vol. 1, 8.1.7). */
+/* Makes the tags what the contents say, where they only told empty from used (vol. 1, 8.1.7). */
 void fpu_refresh_tags(struct cpu *cpu);
 /* #MF when an unmasked x87 exception is pending. */
 void fpu_check_pending(struct soft_vcpu *v, const struct insn *i);
 
-/* x87.c, xsave.c, simd_mem.c: their instructions, by mnemonic; NULL: not theirs. A handler that is found
- * may have changed operand fields of *out for its own use. */
+/* x87.c, xsave.c, simd_mem.c: their instructions, by mnemonic; NULL: not theirs. A handler that is
+ * found may have changed operand fields of *out for its own use. */
 insn_fn *x87_decode(const struct decode_context *ctx, struct insn *out);
 insn_fn *xsave_decode(const struct decode_context *ctx, struct insn *out);
 insn_fn *simd_mem_decode(const struct decode_context *ctx, struct insn *out);

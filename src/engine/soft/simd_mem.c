@@ -1,10 +1,10 @@
 /*
- * SIMD accesses to memory that are not one piece: masked loads and stores that reach pages which are not
- * there, gathers and scatters, MASKMOVDQU, and the MXCSR and upper-half instructions.
+ * SIMD accesses to memory that are not one piece: masked loads and stores that reach pages which
+ * are not there, gathers and scatters, MASKMOVDQU, and the MXCSR and upper-half instructions.
  *
- * A masked-out element is not accessed: no fault comes from it (Intel SDM vol. 1, 15.6.1). Where the whole
- * operand lies in memory that may be accessed the thunk runs on it directly and the host does the
- * masking; only the rest comes here.
+ * A masked-out element is not accessed: no fault comes from it (Intel SDM vol. 1, 15.6.1). Where
+ * the whole operand lies in memory that may be accessed the thunk runs on it directly and the host
+ * does the masking; only the rest comes here.
  */
 #include "engine/soft/host_exec.h"
 

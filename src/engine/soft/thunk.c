@@ -2,14 +2,14 @@
  * Thunks: code generation.
  *
  * Registers of a running thunk
- *  - RDI: the vCPU, whose first member is struct cpu. RSI: the memory operand. Neither is changed, so
- *    the landing stub finds the vCPU whatever instruction faulted.
- *  - RAX, RCX, RDX: guest general registers, whatever their numbers in the guest (thunk_spec.gpr_in):
- *    so a guest's RSP never gets into the host's.
+ *  - RDI: the vCPU, whose first member is struct cpu. RSI: the memory operand. Neither is changed,
+ *    so the landing stub finds the vCPU whatever instruction faulted.
+ *  - RAX, RCX, RDX: guest general registers, whatever their numbers in the guest
+ *    (thunk_spec.gpr_in): so a guest's RSP never gets into the host's.
  *  - vector, mask, x87 and MMX registers: those that the guest's instruction names.
- * All of these are caller-saved in the System V ABI (x87 and MMX registers are the guest's own for as
- * long as they are live: x87.c). A thunk is a leaf: it has no stack frame, so an exception inside can
- * be answered by going to the landing stub, which returns in its place.
+ * All of these are caller-saved in the System V ABI (x87 and MMX registers are the guest's own for
+ * as long as they are live: x87.c). A thunk is a leaf: it has no stack frame, so an exception
+ * inside can be answered by going to the landing stub, which returns in its place.
  *
  * MXCSR is the guest's only around the one instruction that uses it.
  *

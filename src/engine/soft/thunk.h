@@ -2,9 +2,9 @@
  * Thunks: pieces of host code that run one guest instruction on the host's own units.
  *
  * A thunk is called as code(v, memory): it loads the guest registers that the instruction uses from
- * v->cpu into the host registers of the same number, executes it with its memory operand at `memory`,
- * stores what it wrote, and returns 0; or, when the host raised an exception, that exception's vector,
- * with nothing stored but MXCSR's flags (#XM).
+ * v->cpu into the host registers of the same number, executes it with its memory operand at
+ * `memory`, stores what it wrote, and returns 0; or, when the host raised an exception, that
+ * exception's vector, with nothing stored but MXCSR's flags (#XM).
  */
 #ifndef DOPPEL_ENGINE_SOFT_THUNK_H
 #define DOPPEL_ENGINE_SOFT_THUNK_H
@@ -20,7 +20,7 @@ typedef u32 thunk_fn(struct soft_vcpu *v, void *memory);
 #define THUNK_X87 0x08u       /* uses the x87 and MMX registers */
 #define THUNK_POINTERS 0x10u  /* sets the x87 instruction and data pointers */
 #define THUNK_MM_ALIGN 0x20u  /* MXCSR.MM (AMD) lifts its alignment check */
-#define THUNK_ZERO_UPPER 0x40u /* VEX or EVEX: what it writes is zero-extended to the whole register */
+#define THUNK_ZERO_UPPER 0x40u /* VEX, EVEX: it zeroes the rest of its destination */
 
 /* How a memory operand depends on a mask, for accesses that can't be done in one piece. */
 enum thunk_masking {
@@ -31,7 +31,8 @@ enum thunk_masking {
     MASKING_SIGN,     /* element n of a vector register has its sign bit set (VMASKMOV) */
 };
 
-/* Everything that decides a thunk's code and how it is run: equal specs share a thunk. Zeroed first. */
+/* Everything that decides a thunk's code and how it is run: equal specs share a thunk. Zeroed
+ * first. */
 struct thunk_spec {
     u8 insn[THUNK_INSN_MAX + 1]; /* the instruction for the host, memory operand at [RSI] */
     u32 vec_in, vec_out;         /* one bit a vector register */
@@ -59,7 +60,8 @@ struct thunk {
 
 struct thunk_arena;
 
-/* code_size: of the arena in bytes. avx, avx512, avx512bw: what the host has and the guest may use. */
+/* code_size: of the arena in bytes. avx, avx512, avx512bw: what the host has and the guest may
+ * use. */
 struct thunk_arena *thunk_arena_create(size_t code_size, bool avx, bool avx512, bool avx512bw,
                                        struct error *err);
 void thunk_arena_destroy(struct thunk_arena *a);

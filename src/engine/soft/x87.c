@@ -1,10 +1,10 @@
 /*
  * x87: where the state lives, the environment in memory, and the control instructions.
  *
- * While host_exec.fpu_live the x87 and MMX registers, FCW, FSW and FTW of the guest are the host's own,
- * and the copies in struct cpu are stale. FRSTOR and FNSAVE move them; FNSAVE leaves the host's unit
- * initialised, as C code wants it. The instruction and data pointers would be the host's, so handlers
- * keep the guest's in struct cpu (host_exec.c), always current.
+ * While host_exec.fpu_live the x87 and MMX registers, FCW, FSW and FTW of the guest are the host's
+ * own, and the copies in struct cpu are stale. FRSTOR and FNSAVE move them; FNSAVE leaves the
+ * host's unit initialised, as C code wants it. The instruction and data pointers would be the
+ * host's, so handlers keep the guest's in struct cpu (host_exec.c), always current.
  *
  * An unmasked exception is pending until the next waiting instruction, which raises #MF. The thunks
  * leave that to the host; what is written here in C asks fpu_check_pending.

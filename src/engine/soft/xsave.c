@@ -2,14 +2,15 @@
  * FXSAVE and the XSAVE family: the extended state in memory.
  *
  * All of it is C on struct cpu; the x87 state is brought home first. Whether a component is in its
- * initial configuration (XINUSE) is told from its contents, which is one of the ways that the manual
- * allows. XSAVEOPT and XSAVES don't use the modified optimisation: it is optional, too.
+ * initial configuration (XINUSE) is told from its contents, which is one of the ways that the
+ * manual allows. XSAVEOPT and XSAVES don't use the modified optimisation: it is optional, too.
  *
- * An image is built or taken apart component by component. The legacy region and the header are handled
- * as one piece of 576 bytes; all pieces of a save are probed before the first is written.
+ * An image is built or taken apart component by component. The legacy region and the header are
+ * handled as one piece of 576 bytes; all pieces of a save are probed before the first is written.
  *
- * References: Intel SDM vol. 1, chapter 13 (13.4 the layout, 13.7 to 13.12 the instructions) and 10.5
- * (FXSAVE). AMD APM vol. 2, 11.5: AMD's processors store FIP, FDP and FOP only with a pending exception.
+ * References: Intel SDM vol. 1, chapter 13 (13.4 the layout, 13.7 to 13.12 the instructions) and
+ * 10.5 (FXSAVE). AMD APM vol. 2, 11.5: AMD's processors store FIP, FDP and FOP only with a pending
+ * exception.
  */
 #include "engine/soft/host_exec.h"
 
@@ -42,8 +43,8 @@ static bool all_zero(const void *bytes, size_t n)
     return n == 0 || (p[0] == 0 && memcmp(p, p + 1, n - 1) == 0);
 }
 
-/* The part of the vector registers that component n holds: registers [first, first + count), their bytes
- * [from, from + size). */
+/* The part of the vector registers that component n holds: registers [first, first + count), their
+ * bytes [from, from + size). */
 struct vec_part {
     u8 first, count, from, size;
 };
@@ -98,8 +99,8 @@ static u64 components_in_use(const struct cpu *c)
     return in_use;
 }
 
-/* Registers of a component that the mode can't name keep what they have, in memory and in the processor
- * (SDM vol. 1, 13.5.2 and 13.5.3); ZMM16 to 31 exist in 64-bit mode only. */
+/* Registers of a component that the mode can't name keep what they have, in memory and in the
+ * processor (SDM vol. 1, 13.5.2 and 13.5.3); ZMM16 to 31 exist in 64-bit mode only. */
 static unsigned part_count(const struct soft_vcpu *v, unsigned component, struct vec_part part)
 {
     if (component == 7)
@@ -250,8 +251,8 @@ static gva_t aligned_operand(struct soft_vcpu *v, const struct insn *i, unsigned
 
 /* --- FXSAVE, FXRSTOR --- */
 
-/* Whether the XMM registers are part of it: not under EFER.FFXSR at CPL 0 in 64-bit mode, nor when the
- * system doesn't know them. */
+/* Whether the XMM registers are part of it: not under EFER.FFXSR at CPL 0 in 64-bit mode, nor when
+ * the system doesn't know them. */
 static bool fxsave_has_xmm(const struct soft_vcpu *v)
 {
     if ((v->cpu.msr.efer & EFER_FFXSR) && soft_code64(v) && soft_cpl(v) == 0)
