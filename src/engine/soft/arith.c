@@ -18,7 +18,7 @@
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p, u##bits b)             \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p, u##bits b)         \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
@@ -41,7 +41,7 @@
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p, u##bits b)             \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p, u##bits b)         \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
@@ -102,7 +102,7 @@ ALL_SIZES(COMPARE, test)
     static inline void name##_memory##bits(struct soft_vcpu *v, const struct insn *i, u##bits b)   \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             *p = alu_##name##bits(v, *p, b);                                                       \
@@ -122,7 +122,7 @@ ALL_SIZES(COMPARE, test)
     static inline void name##_atomic##bits(struct soft_vcpu *v, const struct insn *i, u##bits b)   \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             locked_##name##bits(v, p, b);                                                          \
@@ -218,7 +218,7 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
         v->aflags = (f & ~AFLAG_CF) | (v->aflags & AFLAG_CF);                                      \
         return a;                                                                                  \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p)                        \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p)                    \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
@@ -238,7 +238,7 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
         v->aflags = f;                                                                             \
         return a;                                                                                  \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p)                        \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p)                    \
     {                                                                                              \
         u16 f;                                                                                     \
                                                                                                    \
@@ -254,7 +254,7 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
     {                                                                                              \
         return (u##bits) ~a;                                                                       \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p)                        \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p)                    \
     {                                                                                              \
         __asm__ volatile("lock " #name #suffix " %[p]" : [p] "+m"(*p) : : "memory");               \
     }
@@ -272,7 +272,7 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
     static void name##_m##bits(struct soft_vcpu *v, const struct insn *i)                          \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             *p = alu_##name##bits(v, *p);                                                          \
@@ -283,7 +283,7 @@ insn_fn *const binary_fns[BINARY_COUNT][FORMS][4] = {
     static void name##_lock_m##bits(struct soft_vcpu *v, const struct insn *i)                     \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             locked_##name##bits(v, p);                                                             \

@@ -19,7 +19,7 @@
         v->aflags = (u16)f;                                                                        \
         return a;                                                                                  \
     }                                                                                              \
-    static inline void locked_##name##bits(struct soft_vcpu *v, u##bits *p, u##bits n)             \
+    static inline void locked_##name##bits(struct soft_vcpu *v, mem_u##bits *p, u##bits n)         \
     {                                                                                              \
         u32 f = v->aflags;                                                                         \
                                                                                                    \
@@ -65,7 +65,7 @@ static inline gva_t bit_string_linear(struct soft_vcpu *v, const struct insn *i,
     static inline void name##_plain##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin,    \
                                           u##bits n)                                               \
     {                                                                                              \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             *p = alu_##name##bits(v, *p, n);                                                       \
@@ -75,7 +75,7 @@ static inline gva_t bit_string_linear(struct soft_vcpu *v, const struct insn *i,
     static inline void name##_atomic##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin,   \
                                            u##bits n)                                              \
     {                                                                                              \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             locked_##name##bits(v, p, n);                                                          \

@@ -121,7 +121,8 @@ insn_fn *const lea_fns[4] = WIDE_SIZES(lea);
     static void xchg_mr##bits(struct soft_vcpu *v, const struct insn *i)                           \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8), b = reg_get##bits(v, i->src);                 \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
+        u##bits b = reg_get##bits(v, i->src);                                                      \
                                                                                                    \
         if (likely(p)) {                                                                           \
             __asm__ volatile("xchg %[b], %[p]" : [p] "+m"(*p), [b] "+q"(b) : : "memory");          \
@@ -164,7 +165,8 @@ insn_fn *const xchg_fns[FORMS][4] = {
     static void xadd_mr##bits(struct soft_vcpu *v, const struct insn *i)                           \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8), b = reg_get##bits(v, i->src);                 \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
+        u##bits b = reg_get##bits(v, i->src);                                                      \
         u16 f;                                                                                     \
                                                                                                    \
         if (likely(p)) {                                                                           \
@@ -220,7 +222,8 @@ insn_fn *const xadd_fns[FORMS][4] = {
     static void cmpxchg_mr##bits(struct soft_vcpu *v, const struct insn *i)                        \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8), old = reg_get##bits(v, RAX);                  \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
+        u##bits old = reg_get##bits(v, RAX);                                                       \
                                                                                                    \
         if (likely(p)) {                                                                           \
             __asm__ volatile("lock cmpxchg %[b], %[p]"                                             \
@@ -256,18 +259,22 @@ static u64 cmpxchg8b_slow(struct soft_vcpu *v, const struct insn *i, u64 old, u6
 void op_cmpxchg8b(struct soft_vcpu *v, const struct insn *i)
 {
     gva_t lin = insn_linear(v, i, 8, ACCESS_WRITE);
-    u64 *p = mem_rmw(v, i, lin, 8);
+    mem_u64 *p = mem_rmw(v, i, lin, 8);
 
     if (likely(p)) {
-        u64 old = (u64)reg_get32(v, RDX) << 32 | reg_get32(v, RAX);
-        u64 new = (u64)reg_get32(v, RCX) << 32 | reg_get32(v, RBX);
+        u32 low = reg_get32(v, RAX), high = reg_get32(v, RDX);
+        bool equal;
 
-        if (__atomic_compare_exchange_n(p, &old, new, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+        __asm__ volatile("lock cmpxchg8b %[p]"
+                         : [p] "+m"(*p), "+a"(low), "+d"(high), "=@ccz"(equal)
+                         : "b"(reg_get32(v, RBX)), "c"(reg_get32(v, RCX))
+                         : "memory");
+        if (equal) {
             v->aflags |= AFLAG_ZF;
         } else {
             v->aflags &= ~AFLAG_ZF;
-            reg_set32(v, RAX, (u32)old);
-            reg_set32(v, RDX, (u32)(old >> 32));
+            reg_set32(v, RAX, low);
+            reg_set32(v, RDX, high);
         }
     } else {
         soft_rmw_slow(v, i, lin, 8, cmpxchg8b_slow, 0);

@@ -60,6 +60,12 @@ static inline void reg_set_asize(struct soft_vcpu *v, unsigned r, u64 value, uns
 #define MEM_WRITE(bits, value)                                                                     \
     mem_store##bits(v, i, insn_linear(v, i, (bits) / 8, ACCESS_WRITE), (value))
 
+/* Guest memory under a host pointer: any alignment, any type. */
+typedef u8 mem_u8;
+typedef u16 __attribute__((aligned(1), may_alias)) mem_u16;
+typedef u32 __attribute__((aligned(1), may_alias)) mem_u32;
+typedef u64 __attribute__((aligned(1), may_alias)) mem_u64;
+
 /* Host pointer for a read-modify-write of n bytes at lin, or NULL: use soft_rmw_slow. */
 static inline void *mem_rmw(struct soft_vcpu *v, const struct insn *i, gva_t lin, size_t n)
 {

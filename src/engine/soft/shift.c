@@ -35,7 +35,7 @@
     static inline void name##_memory##bits(struct soft_vcpu *v, const struct insn *i, u8 count)    \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             *p = alu_##name##bits(v, *p, count);                                                   \
@@ -104,7 +104,7 @@ insn_fn *const shift_fns[SHIFT_COUNT][FORMS][4] = {SHIFT_OPS(ENTRY)};
     static inline void name##_memory##bits(struct soft_vcpu *v, const struct insn *i, u8 count)    \
     {                                                                                              \
         gva_t lin = insn_linear(v, i, (bits) / 8, ACCESS_WRITE);                                   \
-        u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                               \
+        mem_u##bits *p = mem_rmw(v, i, lin, (bits) / 8);                                           \
                                                                                                    \
         if (likely(p))                                                                             \
             *p = alu_##name##bits(v, *p, reg_get##bits(v, i->src), count);                         \
