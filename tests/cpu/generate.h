@@ -1,0 +1,49 @@
+/* The oracle test's generator: what can be encoded, and random cases of it. */
+#ifndef DOPPEL_TESTS_CPU_GENERATE_H
+#define DOPPEL_TESTS_CPU_GENERATE_H
+
+#include "case.h"
+
+#include <Zydis/Zydis.h>
+
+/* A small generator of pseudo-random numbers (splitmix64): the same cases wherever it runs. */
+struct random {
+    u64 state;
+};
+
+static inline u64 random_next(struct random *r)
+{
+    u64 z = r->state += 0x9e3779b97f4a7c15;
+
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+}
+/* 0 to n - 1 */
+static inline u32 random_below(struct random *r, u32 n)
+{
+    return (u32)((random_next(r) >> 32) * n >> 32);
+}
+static inline bool random_percent(struct random *r, u32 percent)
+{
+    return random_below(r, 100) < percent;
+}
+
+struct generator;
+
+/* only: a mnemonic, or NULL for all. NULL when nothing can be made. */
+struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask);
+void generator_destroy(struct generator *g);
+/* Mnemonics and encodings that it found. */
+void generator_size(const struct generator *g, unsigned *mnemonics, unsigned *forms);
+const ZydisDecoder *generator_decoder(const struct generator *g);
+
+/* Fills the images that cases choose from. */
+void generate_images(struct random *r, u8 images[IMAGES][WRITABLE_PAGES * PAGE], u32 mxcsr_mask);
+void generate_read_only(struct random *r, u8 page[PAGE]);
+void generate_case(const struct generator *g, struct random *r, struct test_case *c);
+/* A case that runs these bytes. */
+void generate_case_of(const struct generator *g, struct random *r, const u8 *code, unsigned len,
+                      struct test_case *c);
+
+#endif

@@ -1,0 +1,17 @@
+/* doppel's side of the oracle test: an engine with one vCPU, set up as a Linux user process sees it. */
+#ifndef DOPPEL_TESTS_CPU_GUEST_H
+#define DOPPEL_TESTS_CPU_GUEST_H
+
+#include "case.h"
+#include "host/error.h"
+
+struct guest;
+
+/* engine: a name as in --engine. read_only: the window's page that can't be written. */
+struct guest *guest_create(const char *engine, const u8 *read_only, struct error *err);
+void guest_destroy(struct guest *g);
+
+/* Runs c, the writable pages holding `image` before its pokes. */
+void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out);
+
+#endif
