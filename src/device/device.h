@@ -27,7 +27,7 @@
 struct device;
 
 struct device_ops {
-    void (*reset)(struct device *dev); /* to the power-on state; takes the lock itself */
+    void (*reset)(struct device *dev);   /* to the power-on state; takes the lock itself */
     void (*destroy)(struct device *dev); /* takes timers and ranges away and frees it */
 };
 

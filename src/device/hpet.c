@@ -345,22 +345,30 @@ static u64 timer_read(const struct hpet *h, unsigned n, u64 reg)
     case HPET_TIMER_CFG:
         return (t->config & ~TN_VAL_SET) | TN_PER_INT_CAP | TN_SIZE_CAP | TN_FSB_CAP |
                (u64)route_cap[n] << TN_ROUTE_CAP_SHIFT;
-    case HPET_TIMER_CMP: return t->cmp;
-    case HPET_TIMER_FSB: return t->fsb;
-    default: return 0;
+    case HPET_TIMER_CMP:
+        return t->cmp;
+    case HPET_TIMER_FSB:
+        return t->fsb;
+    default:
+        return 0;
     }
 }
 
 static u64 hpet_read_word(struct hpet *h, u64 reg)
 {
     switch (reg) {
-    case HPET_CAP: return HPET_CAP_ID | HPET_PERIOD_NS * FS_PER_NS << 32;
-    case HPET_CFG: return h->config;
-    case HPET_STS: return h->status;
-    case HPET_COUNTER: return h->base + hpet_elapsed(h);
+    case HPET_CAP:
+        return HPET_CAP_ID | HPET_PERIOD_NS * FS_PER_NS << 32;
+    case HPET_CFG:
+        return h->config;
+    case HPET_STS:
+        return h->status;
+    case HPET_COUNTER:
+        return h->base + hpet_elapsed(h);
     case HPET_TIMER_BASE ... HPET_TIMER_BASE + HPET_TIMERS *HPET_TIMER_STRIDE - 1:
         return timer_read(h, (reg - HPET_TIMER_BASE) / HPET_TIMER_STRIDE, reg % HPET_TIMER_STRIDE);
-    default: return 0;
+    default:
+        return 0;
     }
 }
 
@@ -372,16 +380,24 @@ static void timer_write(struct hpet *h, u64 reg, u64 value, unsigned shift, unsi
     case HPET_TIMER_CFG:
         timer_write_config(h, n, merge(h->timers[n].config, value, shift, size));
         break;
-    case HPET_TIMER_CMP: timer_write_cmp(h, n, value, shift, size); break;
-    case HPET_TIMER_FSB: h->timers[n].fsb = merge(h->timers[n].fsb, value, shift, size); break;
+    case HPET_TIMER_CMP:
+        timer_write_cmp(h, n, value, shift, size);
+        break;
+    case HPET_TIMER_FSB:
+        h->timers[n].fsb = merge(h->timers[n].fsb, value, shift, size);
+        break;
     }
 }
 
 static void hpet_write_word(struct hpet *h, u64 reg, u64 value, unsigned shift, unsigned size)
 {
     switch (reg) {
-    case HPET_CFG: hpet_write_config(h, merge(h->config, value, shift, size)); break;
-    case HPET_STS: h->status &= ~merge(0, value, shift, size); break;
+    case HPET_CFG:
+        hpet_write_config(h, merge(h->config, value, shift, size));
+        break;
+    case HPET_STS:
+        h->status &= ~merge(0, value, shift, size);
+        break;
     case HPET_COUNTER:
         hpet_set_counter(h, merge(h->base + hpet_elapsed(h), value, shift, size));
         break;

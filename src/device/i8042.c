@@ -48,7 +48,7 @@ enum {
 
 /* Commands to port 0x64. */
 enum {
-    CMD_READ_RAM = 0x20, /* to 0x3f */
+    CMD_READ_RAM = 0x20,  /* to 0x3f */
     CMD_WRITE_RAM = 0x60, /* to 0x7f */
     CMD_TEST_PASSWORD = 0xa4,
     CMD_MOUSE_OFF = 0xa7,
@@ -113,7 +113,7 @@ struct i8042 {
     u8 output_port; /* OUT_RUN and OUT_A20 as written */
     u8 command;     /* awaits its data byte at port 0x60; 0: none */
     u8 status;
-    u8 output; /* the output buffer; STATUS_OBF and STATUS_AUX tell of it */
+    u8 output;            /* the output buffer; STATUS_OBF and STATUS_AUX tell of it */
     bool translate_break; /* an F0 was swallowed: the next code is a break */
     struct queue answers;
 
@@ -394,8 +394,7 @@ static void set_mouse_rate(struct i8042 *k, u8 rate)
 static void mouse_status(struct i8042 *k)
 {
     answer_mouse(k, (k->mouse_remote ? 0x40 : 0) | (k->mouse_enabled ? 0x20 : 0) |
-                        (k->mouse_scale_2 ? 0x10 : 0) |
-                        (k->buttons & I8042_BUTTON_LEFT ? 4 : 0) |
+                        (k->mouse_scale_2 ? 0x10 : 0) | (k->buttons & I8042_BUTTON_LEFT ? 4 : 0) |
                         (k->buttons & I8042_BUTTON_MIDDLE ? 2 : 0) |
                         (k->buttons & I8042_BUTTON_RIGHT ? 1 : 0));
     answer_mouse(k, k->mouse_resolution);
@@ -644,8 +643,8 @@ static void command_write(void *opaque, u64 offset, u64 value, unsigned size)
 /* The bytes that the keyboard sends for a key in its scan set; returns how many. */
 static unsigned key_sequence(const struct i8042 *k, u16 key, bool down, u8 out[8])
 {
-    static const u8 pause1[] = { 0xe1, 0x1d, 0x45, 0xe1, 0x9d, 0xc5 };
-    static const u8 pause2[] = { 0xe1, 0x14, 0x77, 0xe1, 0xf0, 0x14, 0xf0, 0x77 };
+    static const u8 pause1[] = {0xe1, 0x1d, 0x45, 0xe1, 0x9d, 0xc5};
+    static const u8 pause2[] = {0xe1, 0x14, 0x77, 0xe1, 0xf0, 0x14, 0xf0, 0x77};
     u8 code = (u8)key;
     unsigned n = 0;
 
@@ -701,7 +700,7 @@ void i8042_mouse(struct i8042 *k, int dx, int dy, int dz, u8 buttons)
 static int i8042_loaded(void *obj, struct error *err)
 {
     struct i8042 *k = obj;
-    const struct queue *queues[] = { &k->answers, &k->keyboard, &k->mouse };
+    const struct queue *queues[] = {&k->answers, &k->keyboard, &k->mouse};
 
     for (unsigned i = 0; i < ARRAY_SIZE(queues); i++) {
         if (queues[i]->head >= QUEUE_SIZE || queues[i]->count > QUEUE_SIZE)

@@ -154,10 +154,12 @@ static u32 ioapic_read_window(const struct ioapic *io)
     case IOAPICID:
     case IOAPICARB: /* no arbitration bus: it shows what the last ID write loaded into it */
         return (u32)io->id << 24;
-    case IOAPICVER: return IOAPIC_VERSION | (IOAPIC_PINS - 1) << 16;
+    case IOAPICVER:
+        return IOAPIC_VERSION | (IOAPIC_PINS - 1) << 16;
     case IOREDTBL ... IOREDTBL + 2 * IOAPIC_PINS - 1:
         return io->redir[(io->select - IOREDTBL) / 2] >> (io->select & 1 ? 32 : 0);
-    default: return 0;
+    default:
+        return 0;
     }
 }
 
@@ -180,11 +182,14 @@ static void ioapic_write_redirection(struct ioapic *io, unsigned pin, bool high,
 static void ioapic_write_window(struct ioapic *io, u32 value)
 {
     switch (io->select) {
-    case IOAPICID: io->id = value >> 24 & 0xf; break;
+    case IOAPICID:
+        io->id = value >> 24 & 0xf;
+        break;
     case IOREDTBL ... IOREDTBL + 2 * IOAPIC_PINS - 1:
         ioapic_write_redirection(io, (io->select - IOREDTBL) / 2, io->select & 1, value);
         break;
-    default: log_once(LOG_DEBUG, "ioapic: write of %#x to register %#x ignored", value, io->select);
+    default:
+        log_once(LOG_DEBUG, "ioapic: write of %#x to register %#x ignored", value, io->select);
     }
 }
 
@@ -195,8 +200,12 @@ static u64 ioapic_read(void *opaque, u64 offset, unsigned size)
 
     device_lock(&io->dev);
     switch (offset & ~3ULL) {
-    case IOREGSEL: value = io->select; break;
-    case IOWIN: value = ioapic_read_window(io); break;
+    case IOREGSEL:
+        value = io->select;
+        break;
+    case IOWIN:
+        value = ioapic_read_window(io);
+        break;
     }
     device_unlock(&io->dev);
     return value >> 8 * (offset & 3) & (size == 4 ? 0xffffffff : BIT(8 * size) - 1);
@@ -209,12 +218,16 @@ static void ioapic_write(void *opaque, u64 offset, u64 value, unsigned size)
 
     device_lock(&io->dev);
     switch (offset) {
-    case IOREGSEL: io->select = value; break;
+    case IOREGSEL:
+        io->select = value;
+        break;
     case IOWIN:
         if (size == 4)
             ioapic_write_window(io, value);
         break;
-    case IOEOI: ioapic_eoi_locked(io, value); break;
+    case IOEOI:
+        ioapic_eoi_locked(io, value);
+        break;
     }
     device_unlock(&io->dev);
 }

@@ -20,7 +20,7 @@ enum { MASTER, SLAVE, CHIPS };
 enum { CASCADE_IR = 2, SPURIOUS_IR = 7 };
 
 /* Lines that may be level-triggered: not 0, 1, 2, 8 and 13, which are the mainboard's own. */
-static const u8 elcr_mask[CHIPS] = { 0xf8, 0xde };
+static const u8 elcr_mask[CHIPS] = {0xf8, 0xde};
 
 enum {
     ICW1_IC4 = 0x01,
@@ -108,7 +108,8 @@ static int pending_level(const struct pic *pic, unsigned which)
     if (serving < 0 || rank_of(c, (unsigned)request) < rank_of(c, (unsigned)serving))
         return request;
     /* In special fully nested mode the slave's next request, higher than its last, gets through. */
-    if (c->special_fully_nested && which == MASTER && request == CASCADE_IR && serving == CASCADE_IR)
+    if (c->special_fully_nested && which == MASTER && request == CASCADE_IR &&
+        serving == CASCADE_IR)
         return request;
     return -1;
 }
@@ -389,16 +390,12 @@ static const struct state_field chip_fields[] = {
     STATE_FIELD(struct pic_chip, poll),
 };
 
-static const struct state_desc chip_state =
-    STATE_DESC("chip", 1, struct pic_chip, chip_fields);
+static const struct state_desc chip_state = STATE_DESC("chip", 1, struct pic_chip, chip_fields);
 
 static const struct state_field pic_fields[] = {
-    STATE_HOST(struct pic, dev),
-    STATE_STRUCTS(struct pic, chip, &chip_state),
-    STATE_HOST(struct pic, env),
-    STATE_HOST(struct pic, intr),
-    STATE_HOST(struct pic, range),
-    STATE_HOST(struct pic, elcr_range),
+    STATE_HOST(struct pic, dev),   STATE_STRUCTS(struct pic, chip, &chip_state),
+    STATE_HOST(struct pic, env),   STATE_HOST(struct pic, intr),
+    STATE_HOST(struct pic, range), STATE_HOST(struct pic, elcr_range),
 };
 
 static const struct state_desc pic_state = {
@@ -417,7 +414,7 @@ static void pic_reset(struct device *dev)
     device_lock(dev);
     for (unsigned i = 0; i < CHIPS; i++) {
         /* The input lines belong to the devices: they stay as they are. */
-        pic->chip[i] = (struct pic_chip){ .lines = pic->chip[i].lines, .lowest = 7 };
+        pic->chip[i] = (struct pic_chip){.lines = pic->chip[i].lines, .lowest = 7};
     }
     update_outputs(pic);
     device_unlock(dev);
@@ -440,8 +437,8 @@ static const struct device_ops pic_ops = {
 };
 
 static const struct io_ops chip_io_ops[CHIPS] = {
-    [MASTER] = { .read = master_read, .write = master_write, .max_size = 1 },
-    [SLAVE] = { .read = slave_read, .write = slave_write, .max_size = 1 },
+    [MASTER] = {.read = master_read, .write = master_write, .max_size = 1},
+    [SLAVE] = {.read = slave_read, .write = slave_write, .max_size = 1},
 };
 
 static const struct io_ops elcr_io_ops = {
@@ -475,7 +472,7 @@ remove_master:
 struct pic *pic_create(const struct device_env *env, const struct pic_config *cfg,
                        struct error *err)
 {
-    static const u16 bases[CHIPS] = { PORT_PIC_MASTER, PORT_PIC_SLAVE };
+    static const u16 bases[CHIPS] = {PORT_PIC_MASTER, PORT_PIC_SLAVE};
     struct pic *pic = calloc(1, sizeof(*pic));
 
     if (!pic) {

@@ -63,12 +63,12 @@ struct pit_channel {
     u32 n;
     u32 next_n;
     u16 latched_count;
-    u8 control;         /* RW, M and BCD as they were written */
-    u8 count_lsb;       /* first half of a two-byte count */
-    u8 latched_bytes;   /* bytes of latched_count still to be read */
+    u8 control;       /* RW, M and BCD as they were written */
+    u8 count_lsb;     /* first half of a two-byte count */
+    u8 latched_bytes; /* bytes of latched_count still to be read */
     u8 latched_status;
     bool status_latched;
-    bool write_msb;     /* RW_WORD: the next write is the MSB */
+    bool write_msb; /* RW_WORD: the next write is the MSB */
     bool read_msb;
     bool counting;
     bool paused;
@@ -80,7 +80,8 @@ struct pit {
     struct pit_channel ch[CHANNELS];
     s64 edge_at; /* tick of the next rising edge of OUT 0 to report; INT64_MAX: none */
     u8 port_b;
-    bool line; /* OUT 0 as the interrupt line shows it: the falling half of a period may be missing */
+    bool
+        line; /* OUT 0 as the interrupt line shows it: the falling half of a period may be missing */
 
     struct device_env env;
     struct irq_line irq;
@@ -515,16 +516,11 @@ static const struct state_desc channel_state =
     STATE_DESC("channel", 1, struct pit_channel, channel_fields);
 
 static const struct state_field pit_fields[] = {
-    STATE_HOST(struct pit, dev),
-    STATE_STRUCTS(struct pit, ch, &channel_state),
-    STATE_FIELD(struct pit, edge_at),
-    STATE_FIELD(struct pit, port_b),
-    STATE_FIELD(struct pit, line),
-    STATE_HOST(struct pit, env),
-    STATE_HOST(struct pit, irq),
-    STATE_HOST(struct pit, range),
-    STATE_HOST(struct pit, port_b_range),
-    STATE_HOST(struct pit, timer),
+    STATE_HOST(struct pit, dev),          STATE_STRUCTS(struct pit, ch, &channel_state),
+    STATE_FIELD(struct pit, edge_at),     STATE_FIELD(struct pit, port_b),
+    STATE_FIELD(struct pit, line),        STATE_HOST(struct pit, env),
+    STATE_HOST(struct pit, irq),          STATE_HOST(struct pit, range),
+    STATE_HOST(struct pit, port_b_range), STATE_HOST(struct pit, timer),
 };
 
 /* Ticks stay far from overflow: 2^62 of them are 120,000 years. */

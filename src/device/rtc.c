@@ -65,8 +65,8 @@ enum { INDEX_NMI_OFF = 0x80 };
 
 struct rtc {
     struct device dev;
-    s64 offset; /* guest time less wall time, in ticks */
-    s64 seen;   /* guest time up to which register C is right */
+    s64 offset;         /* guest time less wall time, in ticks */
+    s64 seen;           /* guest time up to which register C is right */
     u8 cmos[CMOS_SIZE]; /* the time registers are stale while the clock runs */
     u8 index, upper_index;
     bool nmi_off;
@@ -298,9 +298,8 @@ static void timer_fired(void *opaque)
 
 static bool time_register(unsigned reg)
 {
-    return reg == CMOS_CENTURY ||
-           (reg <= RTC_YEAR && reg != RTC_SECONDS_ALARM && reg != RTC_MINUTES_ALARM &&
-            reg != RTC_HOURS_ALARM);
+    return reg == CMOS_CENTURY || (reg <= RTC_YEAR && reg != RTC_SECONDS_ALARM &&
+                                   reg != RTC_MINUTES_ALARM && reg != RTC_HOURS_ALARM);
 }
 
 /* A write to A or B may stop the clock or let it go. */
@@ -454,18 +453,12 @@ static int rtc_loaded(void *obj, struct error *err)
 }
 
 static const struct state_field rtc_fields[] = {
-    STATE_HOST(struct rtc, dev),
-    STATE_FIELD(struct rtc, offset),
-    STATE_FIELD(struct rtc, seen),
-    STATE_FIELD(struct rtc, cmos),
-    STATE_FIELD(struct rtc, index),
-    STATE_FIELD(struct rtc, upper_index),
-    STATE_FIELD(struct rtc, nmi_off),
-    STATE_HOST(struct rtc, env),
-    STATE_HOST(struct rtc, irq),
-    STATE_HOST(struct rtc, range),
-    STATE_HOST(struct rtc, upper_range),
-    STATE_HOST(struct rtc, timer),
+    STATE_HOST(struct rtc, dev),         STATE_FIELD(struct rtc, offset),
+    STATE_FIELD(struct rtc, seen),       STATE_FIELD(struct rtc, cmos),
+    STATE_FIELD(struct rtc, index),      STATE_FIELD(struct rtc, upper_index),
+    STATE_FIELD(struct rtc, nmi_off),    STATE_HOST(struct rtc, env),
+    STATE_HOST(struct rtc, irq),         STATE_HOST(struct rtc, range),
+    STATE_HOST(struct rtc, upper_range), STATE_HOST(struct rtc, timer),
 };
 
 static const struct state_desc rtc_state = {

@@ -13,12 +13,12 @@
 /* CMOS bytes that a PC's firmware and its guests agree on, for rtc_set_cmos. */
 enum {
     CMOS_SHUTDOWN_STATUS = 0x0f,
-    CMOS_BASE_MEMORY = 0x15,      /* 16 bits: KiB below 1 MiB */
-    CMOS_EXTENDED_MEMORY = 0x17,  /* 16 bits: KiB above 1 MiB, at most 65535; also at 0x30 */
+    CMOS_BASE_MEMORY = 0x15,     /* 16 bits: KiB below 1 MiB */
+    CMOS_EXTENDED_MEMORY = 0x17, /* 16 bits: KiB above 1 MiB, at most 65535; also at 0x30 */
     CMOS_EXTENDED_MEMORY2 = 0x30,
     CMOS_CENTURY = 0x32,
-    CMOS_MEMORY_16MIB = 0x34,     /* 16 bits: 64 KiB units above 16 MiB, at most 65535 */
-    CMOS_MEMORY_4GIB = 0x5b,      /* 24 bits: 64 KiB units above 4 GiB */
+    CMOS_MEMORY_16MIB = 0x34, /* 16 bits: 64 KiB units above 16 MiB, at most 65535 */
+    CMOS_MEMORY_4GIB = 0x5b,  /* 24 bits: 64 KiB units above 4 GiB */
 };
 
 struct rtc;

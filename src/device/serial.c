@@ -131,7 +131,7 @@ static u8 fifo_size(const struct serial *s)
 
 static u8 rx_trigger(const struct serial *s)
 {
-    static const u8 levels[4] = { 1, 4, 8, 14 };
+    static const u8 levels[4] = {1, 4, 8, 14};
 
     return s->fcr & FCR_ENABLE ? levels[s->fcr >> 6] : 1;
 }
@@ -160,8 +160,8 @@ static void update_irq(struct serial *s)
 /* Four character times (start, data, parity and stop bits) at the programmed rate, kept sensible. */
 static u64 timeout_ns(const struct serial *s)
 {
-    u64 bits = 1 + 5 + (s->lcr & LCR_WORD_LENGTH) + !!(s->lcr & LCR_PARITY) +
-               (s->lcr & LCR_STOP ? 2 : 1);
+    u64 bits =
+        1 + 5 + (s->lcr & LCR_WORD_LENGTH) + !!(s->lcr & LCR_PARITY) + (s->lcr & LCR_STOP ? 2 : 1);
     u64 divisor = s->divisor ? s->divisor : 1;
     u64 ns = 4 * bits * divisor * NS_PER_SEC / 115200;
 
@@ -286,7 +286,7 @@ static void write_thr(struct serial *s, u8 c)
     s->idle_polls = 0;
     s->thre_pending = false;
     if (s->mcr & MCR_LOOP) {
-        static const u8 masks[4] = { 0x1f, 0x3f, 0x7f, 0xff };
+        static const u8 masks[4] = {0x1f, 0x3f, 0x7f, 0xff};
 
         update_irq(s);
         rx_push(s, c & masks[s->lcr & LCR_WORD_LENGTH], 0);
@@ -519,30 +519,18 @@ static int serial_loaded(void *obj, struct error *err)
 }
 
 static const struct state_field serial_fields[] = {
-    STATE_HOST(struct serial, dev),
-    STATE_FIELD(struct serial, timeout_at),
-    STATE_FIELD(struct serial, divisor),
-    STATE_FIELD(struct serial, ier),
-    STATE_FIELD(struct serial, fcr),
-    STATE_FIELD(struct serial, lcr),
-    STATE_FIELD(struct serial, mcr),
-    STATE_FIELD(struct serial, lsr),
-    STATE_FIELD(struct serial, msr),
-    STATE_FIELD(struct serial, scr),
-    STATE_FIELD(struct serial, thre_pending),
-    STATE_FIELD(struct serial, timeout_pending),
-    STATE_FIELD(struct serial, idle_polls),
-    STATE_FIELD(struct serial, rx),
-    STATE_FIELD(struct serial, rx_errors),
-    STATE_FIELD(struct serial, rx_head),
-    STATE_FIELD(struct serial, rx_count),
-    STATE_FIELD(struct serial, tx),
-    STATE_FIELD(struct serial, tx_count),
-    STATE_HOST(struct serial, env),
-    STATE_HOST(struct serial, stream),
-    STATE_HOST(struct serial, irq),
-    STATE_HOST(struct serial, range),
-    STATE_HOST(struct serial, timeout),
+    STATE_HOST(struct serial, dev),           STATE_FIELD(struct serial, timeout_at),
+    STATE_FIELD(struct serial, divisor),      STATE_FIELD(struct serial, ier),
+    STATE_FIELD(struct serial, fcr),          STATE_FIELD(struct serial, lcr),
+    STATE_FIELD(struct serial, mcr),          STATE_FIELD(struct serial, lsr),
+    STATE_FIELD(struct serial, msr),          STATE_FIELD(struct serial, scr),
+    STATE_FIELD(struct serial, thre_pending), STATE_FIELD(struct serial, timeout_pending),
+    STATE_FIELD(struct serial, idle_polls),   STATE_FIELD(struct serial, rx),
+    STATE_FIELD(struct serial, rx_errors),    STATE_FIELD(struct serial, rx_head),
+    STATE_FIELD(struct serial, rx_count),     STATE_FIELD(struct serial, tx),
+    STATE_FIELD(struct serial, tx_count),     STATE_HOST(struct serial, env),
+    STATE_HOST(struct serial, stream),        STATE_HOST(struct serial, irq),
+    STATE_HOST(struct serial, range),         STATE_HOST(struct serial, timeout),
     STATE_HOST(struct serial, timer_running),
 };
 

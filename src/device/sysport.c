@@ -30,7 +30,7 @@ struct sysport {
 
 void a20_gate_init(struct a20_gate *gate, void (*changed)(void *opaque, bool enabled), void *opaque)
 {
-    *gate = (struct a20_gate){ .changed = changed, .opaque = opaque };
+    *gate = (struct a20_gate){.changed = changed, .opaque = opaque};
     pthread_mutex_init(&gate->lock, NULL);
 }
 
@@ -212,20 +212,20 @@ static const struct device_ops sysport_ops = {
 };
 
 static const struct io_ops range_ops[RANGES] = {
-    [RANGE_PORT_92] = { .read = port_92_read, .write = port_92_write, .max_size = 1 },
-    [RANGE_RESET] = { .read = reset_control_read, .write = reset_control_write, .max_size = 1 },
-    [RANGE_POST] = { .read = post_read, .write = post_write, .max_size = 1 },
-    [RANGE_DELAY] = { .read = delay_read, .write = delay_write, .max_size = 1 },
-    [RANGE_DEBUG_EXIT] = { .read = debug_exit_read, .write = debug_exit_write, .max_size = 1 },
+    [RANGE_PORT_92] = {.read = port_92_read, .write = port_92_write, .max_size = 1},
+    [RANGE_RESET] = {.read = reset_control_read, .write = reset_control_write, .max_size = 1},
+    [RANGE_POST] = {.read = post_read, .write = post_write, .max_size = 1},
+    [RANGE_DELAY] = {.read = delay_read, .write = delay_write, .max_size = 1},
+    [RANGE_DEBUG_EXIT] = {.read = debug_exit_read, .write = debug_exit_write, .max_size = 1},
 };
 
 struct sysport *sysport_create(const struct device_env *env, const struct sysport_config *cfg,
                                struct error *err)
 {
-    static const char *const names[RANGES] = { "port 92", "reset control", "POST", "delay",
-                                               "debug exit" };
-    const u16 bases[RANGES] = { PORT_FAST_A20, PORT_RESET, PORT_POST, PORT_DELAY,
-                                cfg->debug_exit_port };
+    static const char *const names[RANGES] = {"port 92", "reset control", "POST", "delay",
+                                              "debug exit"};
+    const u16 bases[RANGES] = {PORT_FAST_A20, PORT_RESET, PORT_POST, PORT_DELAY,
+                               cfg->debug_exit_port};
     unsigned wanted = cfg->debug_exit_port ? RANGES : RANGE_DEBUG_EXIT;
     struct sysport *s = calloc(1, sizeof(*s));
 

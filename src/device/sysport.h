@@ -21,7 +21,8 @@ struct a20_gate {
 };
 
 /* The gate starts off. It must outlive the devices that drive it; destroy has nothing to free. */
-void a20_gate_init(struct a20_gate *gate, void (*changed)(void *opaque, bool enabled), void *opaque);
+void a20_gate_init(struct a20_gate *gate, void (*changed)(void *opaque, bool enabled),
+                   void *opaque);
 void a20_gate_set(struct a20_gate *gate, enum a20_source source, bool on);
 bool a20_gate_enabled(struct a20_gate *gate);
 

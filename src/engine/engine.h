@@ -26,9 +26,9 @@ struct engine;
 struct vcpu;
 
 enum vcpu_exit_reason {
-    VCPU_EXIT_KICKED,    /* vcpu_kick was called */
-    VCPU_EXIT_HALT,      /* HLT with interrupts off and none that could wake it but NMI, INIT, SMI */
-    VCPU_EXIT_SHUTDOWN,  /* triple fault */
+    VCPU_EXIT_KICKED,   /* vcpu_kick was called */
+    VCPU_EXIT_HALT,     /* HLT with interrupts off and none that could wake it but NMI, INIT, SMI */
+    VCPU_EXIT_SHUTDOWN, /* triple fault */
     VCPU_EXIT_HYPERCALL, /* VMCALL or VMMCALL (the engine skips it; the machine sets RAX) */
     VCPU_EXIT_DEBUG,     /* a debugger's breakpoint */
     VCPU_EXIT_ERROR,     /* the engine can't go on: text in vcpu_exit.error */
@@ -105,7 +105,8 @@ struct engine_ops {
     /* Dirty log: pages written since the last read, one bit a page from the slot's start. */
     int (*dirty_log_start)(struct engine *e, struct error *err);
     void (*dirty_log_stop)(struct engine *e);
-    int (*dirty_log_read)(struct engine *e, const struct memory_slot *slot, u64 *bitmap, size_t words);
+    int (*dirty_log_read)(struct engine *e, const struct memory_slot *slot, u64 *bitmap,
+                          size_t words);
 
     void (*stats)(struct engine *e, struct engine_stats *out);
 };

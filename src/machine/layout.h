@@ -9,15 +9,15 @@
 
 /* RAM below 4 GiB ends here at most; the rest of it starts at 4 GiB. PCI's windows lie between. */
 #define LAYOUT_LOW_RAM_END 0xb0000000ULL
-#define LAYOUT_ECAM_BASE 0xb0000000ULL  /* 256 MiB */
+#define LAYOUT_ECAM_BASE 0xb0000000ULL /* 256 MiB */
 #define LAYOUT_MMIO32_BASE 0xc0000000ULL
 #define LAYOUT_MMIO32_END 0xfe000000ULL
 #define LAYOUT_HIGH_RAM_BASE 0x100000000ULL
 
-#define LAYOUT_EBDA_BASE 0x9fc00ULL      /* to 640 KiB: reserved */
-#define LAYOUT_VGA_BASE 0xa0000ULL       /* a hole: no RAM from here to LAYOUT_VGA_END */
+#define LAYOUT_EBDA_BASE 0x9fc00ULL /* to 640 KiB: reserved */
+#define LAYOUT_VGA_BASE 0xa0000ULL  /* a hole: no RAM from here to LAYOUT_VGA_END */
 #define LAYOUT_VGA_END 0xc0000ULL
-#define LAYOUT_ACPI_BASE 0xe0000ULL      /* RSDP and tables, to 1 MiB, in direct boots */
+#define LAYOUT_ACPI_BASE 0xe0000ULL /* RSDP and tables, to 1 MiB, in direct boots */
 #define LAYOUT_ACPI_END 0x100000ULL
 
 #define LAYOUT_IOAPIC_BASE 0xfec00000ULL

@@ -41,8 +41,8 @@ struct cpu {
     struct segment ldtr, tr;
     struct descriptor_table gdtr, idtr;
     u64 cr0, cr2, cr3, cr4;
-    u64 cr8; /* held by the local APIC; here when a state is got or set */
-    u64 dr[8]; /* dr[4] and dr[5] unused */
+    u64 cr8;      /* held by the local APIC; here when a state is got or set */
+    u64 dr[8];    /* dr[4] and dr[5] unused */
     u64 pdpte[4]; /* PAE paging: as loaded by the last MOV to CR (vol. 3, 4.4.1) */
     struct cpu_msrs msr;
     u64 tsc_offset; /* guest TSC = VM TSC + offset */
@@ -60,11 +60,11 @@ struct cpu {
     u64 k[8];
 
     /* Events under way. */
-    u8 activity;        /* enum cpu_activity */
-    bool nmi_pending;   /* latched, not yet delivered */
-    bool nmi_blocked;   /* from delivery until IRET */
-    bool shadow_sti;    /* the instruction after STI: no maskable interrupt */
-    bool shadow_ss;     /* after MOV SS or POP SS: no interrupt, NMI nor debug trap */
+    u8 activity;      /* enum cpu_activity */
+    bool nmi_pending; /* latched, not yet delivered */
+    bool nmi_blocked; /* from delivery until IRET */
+    bool shadow_sti;  /* the instruction after STI: no maskable interrupt */
+    bool shadow_ss;   /* after MOV SS or POP SS: no interrupt, NMI nor debug trap */
     bool smi_blocked;
     u8 sipi_vector;
     bool apic_bsp;

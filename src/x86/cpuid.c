@@ -186,10 +186,14 @@ static void host_leaf(u32 leaf, u32 subleaf, struct cpuid_regs *out)
 static u32 *reg_of(struct cpuid_regs *r, u8 reg)
 {
     switch (reg) {
-    case REG_EAX: return &r->eax;
-    case REG_EBX: return &r->ebx;
-    case REG_ECX: return &r->ecx;
-    default: return &r->edx;
+    case REG_EAX:
+        return &r->eax;
+    case REG_EBX:
+        return &r->ebx;
+    case REG_ECX:
+        return &r->ecx;
+    default:
+        return &r->edx;
     }
 }
 
@@ -540,14 +544,19 @@ static void leaf_intel_extras(const struct cpuid_model *m, u32 leaf, struct cpui
     u32 mhz = (u32)MIN(m->tsc_hz / 1000000, 0xffffu);
 
     switch (leaf) {
-    case 2: /* one descriptor, 0xff: see leaf 4 */ out->eax = 0xff01; break;
-    case 0x15: leaf_tsc(m, out); break;
+    case 2: /* one descriptor, 0xff: see leaf 4 */
+        out->eax = 0xff01;
+        break;
+    case 0x15:
+        leaf_tsc(m, out);
+        break;
     case 0x16:
         out->eax = mhz;
         out->ebx = mhz;
         out->ecx = 100;
         break;
-    default: break;
+    default:
+        break;
     }
 }
 
@@ -561,7 +570,9 @@ static void leaf_basic(const struct cpuid_model *m, const struct cpuid_dynamic *
         memcpy(&out->edx, m->vendor + 4, 4);
         memcpy(&out->ecx, m->vendor + 8, 4);
         break;
-    case 1: leaf_features(m, d, out); break;
+    case 1:
+        leaf_features(m, d, out);
+        break;
     case 4:
         if (!m->amd)
             leaf_cache(m, subleaf, true, out);
@@ -585,15 +596,21 @@ static void leaf_basic(const struct cpuid_model *m, const struct cpuid_dynamic *
                 out->ecx |= BIT(4); /* OSPKE */
         }
         break;
-    case 0xb: leaf_topology(m, d, subleaf, out); break;
-    case 0xd: leaf_xsave(m, d, subleaf, out); break;
+    case 0xb:
+        leaf_topology(m, d, subleaf, out);
+        break;
+    case 0xd:
+        leaf_xsave(m, d, subleaf, out);
+        break;
     case 2:
     case 0x15:
     case 0x16:
         if (!m->amd)
             leaf_intel_extras(m, leaf, out);
         break;
-    default: feature_bits(m, leaf, subleaf, out); break;
+    default:
+        feature_bits(m, leaf, subleaf, out);
+        break;
     }
 }
 
@@ -633,12 +650,16 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
         break;
     case 0x80000002:
     case 0x80000003:
-    case 0x80000004: memcpy(out, m->brand + 16 * (leaf - 0x80000002), 16); break;
+    case 0x80000004:
+        memcpy(out, m->brand + 16 * (leaf - 0x80000002), 16);
+        break;
     case 0x80000005:
         if (m->amd)
             leaf_amd_caches(m, leaf, out);
         break;
-    case 0x80000006: leaf_amd_caches(m, leaf, out); break;
+    case 0x80000006:
+        leaf_amd_caches(m, leaf, out);
+        break;
     case 0x80000008:
         feature_bits(m, leaf, 0, out);
         out->eax = m->phys_bits | (cpuid_model_has(m, FEATURE_LA57) ? 57 : 48) << 8;
@@ -655,7 +676,9 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
             out->ebx = d->index; /* the core's number; one thread in it */
         }
         break;
-    default: feature_bits(m, leaf, subleaf, out); break;
+    default:
+        feature_bits(m, leaf, subleaf, out);
+        break;
     }
 }
 

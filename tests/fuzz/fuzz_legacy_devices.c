@@ -11,9 +11,9 @@
 
 #include "../unit/device_rig.h"
 
-static const u16 ports[] = { 0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1, 0x40, 0x41, 0x42, 0x43, 0x61,
-                             0x60, 0x64, 0x70, 0x71, 0x72, 0x73, 0x92, 0xcf9, 0x80, 0xf4, 0x3f8,
-                             0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff };
+static const u16 ports[] = {0x20, 0x21,  0xa0,  0xa1,  0x4d0, 0x4d1, 0x40,  0x41,  0x42,  0x43,
+                            0x61, 0x60,  0x64,  0x70,  0x71,  0x72,  0x73,  0x92,  0xcf9, 0x80,
+                            0xf4, 0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff};
 
 static bool stream_full;
 
@@ -30,16 +30,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct a20_gate gate;
 
     a20_gate_init(&gate, NULL, NULL);
-    struct pic_config pic_config = { rig_line(r, 31) };
+    struct pic_config pic_config = {rig_line(r, 31)};
     struct pic *pic = pic_create(&r->env, &pic_config, &r->err);
     struct irq_line lines[16];
     for (unsigned i = 0; i < ARRAY_SIZE(lines); i++)
-        lines[i] = (struct irq_line){ .set = pic_set_irq, .sink = pic, .n = i };
-    struct pit_config pit_config = { lines[0] };
-    struct rtc_config rtc_config = { lines[8] };
-    struct serial_config serial_config = { 0x3f8, lines[4], { put, NULL, NULL } };
-    struct i8042_config i8042_config = { lines[1], lines[12], &gate, rig_power(r) };
-    struct sysport_config sysport_config = { &gate, rig_power(r), 0xf4 };
+        lines[i] = (struct irq_line){.set = pic_set_irq, .sink = pic, .n = i};
+    struct pit_config pit_config = {lines[0]};
+    struct rtc_config rtc_config = {lines[8]};
+    struct serial_config serial_config = {0x3f8, lines[4], {put, NULL, NULL}};
+    struct i8042_config i8042_config = {lines[1], lines[12], &gate, rig_power(r)};
+    struct sysport_config sysport_config = {&gate, rig_power(r), 0xf4};
     struct serial *serial = serial_create(&r->env, &serial_config, &r->err);
     struct i8042 *i8042 = i8042_create(&r->env, &i8042_config, &r->err);
     struct device *devices[] = {

@@ -139,12 +139,20 @@ static void damaged_state(struct machine *m, struct input *in)
 static void step(struct machine *m, struct input *in)
 {
     switch (take(in, 1) % 10) {
-    case 0: mmio(m, in, IOAPIC_BASE, 0x5f); break;
+    case 0:
+        mmio(m, in, IOAPIC_BASE, 0x5f);
+        break;
     case 1:
-    case 2: mmio(m, in, HPET_BASE, 0x1ff); break;
+    case 2:
+        mmio(m, in, HPET_BASE, 0x1ff);
+        break;
     case 3:
-    case 4: port(m, in); break;
-    case 5: rig_advance_bounded(m->rig->env.clock, take(in, 8) >> take(in, 1) % 64 >> 2, 64); break;
+    case 4:
+        port(m, in);
+        break;
+    case 5:
+        rig_advance_bounded(m->rig->env.clock, take(in, 8) >> take(in, 1) % 64 >> 2, 64);
+        break;
     case 6:
         ioapic_set_irq(m->ioapic, take(in, 1), take(in, 1) & 1);
         ioapic_eoi(m->ioapic, take(in, 1));
@@ -153,7 +161,9 @@ static void step(struct machine *m, struct input *in)
         acpi_pm_power_button(m->pm);
         acpi_pm_gpe_raise(m->pm, take(in, 1) % ACPI_GPE0_EVENTS);
         break;
-    case 8: guest_memory(m, in); break;
+    case 8:
+        guest_memory(m, in);
+        break;
     case 9: {
         struct device *dev = m->devices[take(in, 1) % ARRAY_SIZE(m->devices)];
         if (take(in, 1) & 1)

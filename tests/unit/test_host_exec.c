@@ -37,7 +37,8 @@ __asm__(".pushsection .rodata\n"
         "native_begin:\n"
         "  push %rbx; push %rbp; sub $16, %rsp\n"
         "  stmxcsr (%rsp)\n"
-        "  .irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+        "  .irp "
+        "r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
         "  vmovups 64*\\r(%rdi), %zmm\\r\n"
         "  .endr\n"
         "  .irp r,0,1,2,3,4,5,6,7\n"
@@ -57,7 +58,8 @@ __asm__(".pushsection .rodata\n"
         "  stmxcsr 2152(%rdi)\n"
         "  ldmxcsr (%rsp)\n"
         "  fnsave 2160(%rdi)\n"
-        "  .irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+        "  .irp "
+        "r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
         "  vmovups %zmm\\r, 64*\\r(%rdi)\n"
         "  .endr\n"
         "  .irp r,0,1,2,3,4,5,6,7\n"
@@ -98,9 +100,16 @@ static void stop(struct soft_vcpu *v, const struct insn *i)
 
 static void fill(struct bench *b, void *at, size_t n)
 {
-    static const u64 special[] = {0, 1ULL << 63, 0x7ff0000000000000, 0x7ff8000000000001,
-                                  0x7f800000ff800001, 0x3f8000003f800000, 0x3ff0000000000000,
-                                  0x0000000100000001, 0x7ff0000000000001, ~0ULL};
+    static const u64 special[] = {0,
+                                  1ULL << 63,
+                                  0x7ff0000000000000,
+                                  0x7ff8000000000001,
+                                  0x7f800000ff800001,
+                                  0x3f8000003f800000,
+                                  0x3ff0000000000000,
+                                  0x0000000100000001,
+                                  0x7ff0000000000001,
+                                  ~0ULL};
     u8 *p = at;
 
     for (; n >= 8; n -= 8, p += 8) {
@@ -135,8 +144,8 @@ static bool setup(struct bench *b)
     e = tlb_slot(v->tlb, (gva_t)(uintptr_t)b->memory);
     e->read_tag = e->write_tag = (u64)(uintptr_t)b->memory;
     assert_int_equal(host_exec_create(v, &err), 0);
-    b->code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                   0);
+    b->code =
+        mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memcpy(b->code, native_begin, (size_t)(native_end - native_begin));
     assert_int_equal(
         trap_region_add(b->code, 4096, b->code + (native_landing - native_begin), &err), 0);
@@ -319,7 +328,8 @@ static void report(const struct bench *b, const u8 *bytes, const ZydisDecodedIns
     for (unsigned n = 0; n < sizeof(*want); n += 8) {
         if (memcmp((const u8 *)want + n, (const u8 *)got + n, 8) != 0)
             print_message("  at %u (register %u): %016lx %016lx\n", n, n / 64,
-                          *(const u64 *)((const u8 *)want + n), *(const u64 *)((const u8 *)got + n));
+                          *(const u64 *)((const u8 *)want + n),
+                          *(const u64 *)((const u8 *)got + n));
     }
 }
 
@@ -370,7 +380,8 @@ static void instructions_match_the_host(void **state)
             memset(want.fpu + n, 0, 2);
             memset(got.fpu + n, 0, 2);
         }
-        same = memcmp(&want, &got, sizeof(want)) == 0 && memcmp(after, b->memory, sizeof(after)) == 0;
+        same =
+            memcmp(&want, &got, sizeof(want)) == 0 && memcmp(after, b->memory, sizeof(after)) == 0;
         ran++;
         faults += want.trap != 0;
         if (!same) {

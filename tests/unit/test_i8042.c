@@ -7,15 +7,17 @@ static struct a20_gate gate;
 static struct device *create(struct rig *r)
 {
     a20_gate_init(&gate, NULL, NULL);
-    const struct i8042_config config = { .keyboard_irq = rig_line(r, 1), .mouse_irq = rig_line(r, 12), .a20 = &gate,
-                                          .power = rig_power(r) };
+    const struct i8042_config config = {.keyboard_irq = rig_line(r, 1),
+                                        .mouse_irq = rig_line(r, 12),
+                                        .a20 = &gate,
+                                        .power = rig_power(r)};
 
     return i8042_device(i8042_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x60, 0x64, 0x60 };
+    static const u16 ports[] = {0x60, 0x64, 0x60};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }

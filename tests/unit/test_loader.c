@@ -273,13 +273,15 @@ static size_t pack(enum packer how, const void *in, size_t len, u8 *out, size_t 
         assert_int_equal(deflate(&z, Z_FINISH), Z_STREAM_END);
         deflateEnd(&z);
         return z.total_out;
-    case ZSTD: return append_size(out, ZSTD_compress(out, room, in, len, 3), len);
+    case ZSTD:
+        return append_size(out, ZSTD_compress(out, room, in, len, 3), len);
     case LZ4:
         memcpy(out, (u8[]){0x02, 0x21, 0x4c, 0x18}, 4);
         n = (u32)LZ4_compress_default(in, (char *)out + 8, (int)len, (int)room - 8);
         memcpy(out + 4, &n, sizeof(n));
         return append_size(out, 8 + n, len);
-    default: return append_size(out, pack_lzma(how, in, len, out, room), len);
+    default:
+        return append_size(out, pack_lzma(how, in, len, out, room), len);
     }
 }
 

@@ -4,21 +4,21 @@
 
 static struct device *create(struct rig *r)
 {
-    const struct pic_config config = { .intr = rig_line(r, 0) };
+    const struct pic_config config = {.intr = rig_line(r, 0)};
 
     return pic_device(pic_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1 };
+    static const u16 ports[] = {0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }
 
 static struct device *ready(struct rig *r)
 {
-    static const u8 master[] = { 0x20, 4, 1 }, slave[] = { 0x28, 2, 1 };
+    static const u8 master[] = {0x20, 4, 1}, slave[] = {0x28, 2, 1};
     struct device *dev = create(r);
 
     out(r, 0x20, 0x11);

@@ -4,14 +4,14 @@
 
 static struct device *create(struct rig *r)
 {
-    const struct pit_config config = { .irq = rig_line(r, 0) };
+    const struct pit_config config = {.irq = rig_line(r, 0)};
 
     return pit_device(pit_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x40, 0x41, 0x42, 0x43, 0x43, 0x61 };
+    static const u16 ports[] = {0x40, 0x41, 0x42, 0x43, 0x43, 0x61};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }

@@ -4,14 +4,14 @@
 
 static struct device *create(struct rig *r)
 {
-    const struct rtc_config config = { .irq = rig_line(r, 8) };
+    const struct rtc_config config = {.irq = rig_line(r, 8)};
 
     return rtc_device(rtc_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x70, 0x71, 0x70, 0x71, 0x72, 0x73 };
+    static const u16 ports[] = {0x70, 0x71, 0x70, 0x71, 0x72, 0x73};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }
@@ -32,8 +32,8 @@ static void a_leap_day_follows_february_28(void **state)
 {
     struct rig *r = rig_create();
     struct device *dev = create(r);
-    static const u8 time[][2] = { { 0, 0x58 }, { 2, 0x59 }, { 4, 0x23 }, { 7, 0x28 },
-                                  { 8, 0x02 }, { 9, 0x24 }, { 0x32, 0x20 } };
+    static const u8 time[][2] = {{0, 0x58}, {2, 0x59}, {4, 0x23},   {7, 0x28},
+                                 {8, 0x02}, {9, 0x24}, {0x32, 0x20}};
 
     set(r, 11, 0x82);
     for (unsigned i = 0; i < ARRAY_SIZE(time); i++)

@@ -17,14 +17,15 @@ static size_t put(void *opaque, const u8 *buf, size_t len)
 
 static struct device *create(struct rig *r)
 {
-    const struct serial_config config = { .base = 0x3f8, .irq = rig_line(r, 4), .ops = { put, NULL, r } };
+    const struct serial_config config = {
+        .base = 0x3f8, .irq = rig_line(r, 4), .ops = {put, NULL, r}};
 
     return serial_device(serial_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff };
+    static const u16 ports[] = {0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }

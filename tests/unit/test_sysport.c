@@ -7,14 +7,15 @@ static struct a20_gate gate;
 static struct device *create(struct rig *r)
 {
     a20_gate_init(&gate, NULL, NULL);
-    const struct sysport_config config = { .a20 = &gate, .power = rig_power(r), .debug_exit_port = 0xf4 };
+    const struct sysport_config config = {
+        .a20 = &gate, .power = rig_power(r), .debug_exit_port = 0xf4};
 
     return sysport_device(sysport_create(&r->env, &config, &r->err));
 }
 
 static void state_moves(void **state)
 {
-    static const u16 ports[] = { 0x92, 0xcf9, 0x80, 0xed, 0xf4 };
+    static const u16 ports[] = {0x92, 0xcf9, 0x80, 0xed, 0xf4};
 
     assert_state_moves(create, ports, ARRAY_SIZE(ports));
 }

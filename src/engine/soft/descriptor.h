@@ -121,7 +121,7 @@ void soft_drop_inner_segments(struct soft_vcpu *v);
  */
 struct stack {
     u64 base, sp;
-    u64 mask;        /* of sp: 16, 32 or 64 bits */
+    u64 mask; /* of sp: 16, 32 or 64 bits */
     u32 limit, attr;
     unsigned access; /* ACCESS_STACK, and ACCESS_SYSTEM while CPL is still that of the old stack */
     u32 error;       /* of #SS */

@@ -379,9 +379,8 @@ void op_bound(struct soft_vcpu *v, const struct insn *i)
     unsigned access = i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ;
     u64 low = soft_load(v, lin, i->osize, access);
     u64 high = soft_load(v, lin + i->osize, i->osize, access), index = v->cpu.gpr[i->reg];
-    bool inside = i->osize == 2
-                      ? (s16)index >= (s16)low && (s16)index <= (s16)high
-                      : (s32)index >= (s32)low && (s32)index <= (s32)high;
+    bool inside = i->osize == 2 ? (s16)index >= (s16)low && (s16)index <= (s16)high
+                                : (s32)index >= (s32)low && (s32)index <= (s32)high;
 
     if (!inside)
         soft_raise(v, EXC_BR);

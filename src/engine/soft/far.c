@@ -82,8 +82,8 @@ void soft_drop_inner_segments(struct soft_vcpu *v)
 
     for (unsigned n = 0; n < ARRAY_SIZE(data); n++) {
         const struct segment *s = &v->cpu.seg[data[n]];
-        bool conforming = (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN)) ==
-                          (SEG_ATTR_CODE | SEG_ATTR_DOWN);
+        bool conforming =
+            (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN)) == (SEG_ATTR_CODE | SEG_ATTR_DOWN);
 
         if (!(s->attr & SEG_ATTR_UNUSABLE) && !conforming && segment_dpl(s) < cpl)
             soft_commit_segment(v, data[n], soft_null_segment(0, 0));
@@ -162,13 +162,16 @@ struct call_gate {
 };
 
 /* A call gate and the code it leads to (vol. 3, 5.8.3 and 5.8.4). */
-static struct call_gate read_call_gate(struct soft_vcpu *v, u16 selector, u64 d, u64 high, bool jump)
+static struct call_gate read_call_gate(struct soft_vcpu *v, u16 selector, u64 d, u64 high,
+                                       bool jump)
 {
     bool wide = soft_long_mode(v), too_high;
     struct call_gate g = {
         .selector = gate_selector(d),
         .offset = gate_offset(d),
-        .size = wide ? 8 : desc_type(d) == SYSSEG_CALLGATE32 ? 4 : 2,
+        .size = wide                                ? 8
+                : desc_type(d) == SYSSEG_CALLGATE32 ? 4
+                                                    : 2,
         .params = wide ? 0 : (d >> 32) & 31,
     };
     u32 error = selector_error(g.selector);
@@ -186,8 +189,8 @@ static struct call_gate read_call_gate(struct soft_vcpu *v, u16 selector, u64 d,
         soft_raise_error(v, EXC_GP, 0);
     if (!soft_read_descriptor(v, g.selector, &g.code) || !desc_is_code(g.code))
         soft_raise_error(v, EXC_GP, error);
-    too_high = jump && !desc_is_conforming(g.code) ? desc_dpl(g.code) != cpl
-                                                   : desc_dpl(g.code) > cpl;
+    too_high =
+        jump && !desc_is_conforming(g.code) ? desc_dpl(g.code) != cpl : desc_dpl(g.code) > cpl;
     if (too_high || (wide && (!desc_long(g.code) || desc_db(g.code))))
         soft_raise_error(v, EXC_GP, error);
     if (!desc_present(g.code))
@@ -196,8 +199,7 @@ static struct call_gate read_call_gate(struct soft_vcpu *v, u16 selector, u64 d,
 }
 
 /* JMP or CALL to a TSS, or through a task gate. */
-static void task_transfer(struct soft_vcpu *v, u16 selector, u64 d,
-                          enum task_switch_source source)
+static void task_transfer(struct soft_vcpu *v, u16 selector, u64 d, enum task_switch_source source)
 {
     check_gate(v, selector, d);
     if (desc_type(d) == SYSSEG_TASKGATE)
@@ -435,8 +437,8 @@ void op_ret_far(struct soft_vcpu *v, const struct insn *i)
 static void set_flat(struct soft_vcpu *v, u16 cs, u16 ss, unsigned cpl, bool code64)
 {
     u32 common = SEG_ATTR_G | ATTR_DPL(cpl);
-    struct segment s = {.limit = 0xffffffff, .attr = common | ATTR_DATA | SEG_ATTR_DB,
-                        .selector = ss};
+    struct segment s = {
+        .limit = 0xffffffff, .attr = common | ATTR_DATA | SEG_ATTR_DB, .selector = ss};
 
     soft_commit_segment(v, SEG_SS, s);
     s.selector = cs;

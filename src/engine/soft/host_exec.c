@@ -211,9 +211,11 @@ static void run_no_room(struct soft_vcpu *v, const struct insn *i)
 
 #define NONE INSN_NO_FEATURE
 #define ISA_512(set, f)                                                                            \
-    {ZYDIS_ISA_SET_##set##_128, f, FEATURE_AVX512VL}, {ZYDIS_ISA_SET_##set##_256, f,               \
-                                                       FEATURE_AVX512VL},                          \
-        {ZYDIS_ISA_SET_##set##_512, f, FEATURE_AVX512F}
+    {ZYDIS_ISA_SET_##set##_128, f, FEATURE_AVX512VL},                                              \
+        {ZYDIS_ISA_SET_##set##_256, f, FEATURE_AVX512VL},                                          \
+    {                                                                                              \
+        ZYDIS_ISA_SET_##set##_512, f, FEATURE_AVX512F                                              \
+    }
 static const struct {
     u16 isa_set;
     u8 feature, second;
@@ -539,8 +541,8 @@ static void add_masking(struct thunk_spec *s, const struct decode_context *ctx,
 {
     const ZydisDecodedInstruction *zi = ctx->zi;
     unsigned widest = memory->element_size, narrow_size;
-    bool packed = zi->meta.category == ZYDIS_CATEGORY_COMPRESS ||
-                  zi->meta.category == ZYDIS_CATEGORY_EXPAND;
+    bool packed =
+        zi->meta.category == ZYDIS_CATEGORY_COMPRESS || zi->meta.category == ZYDIS_CATEGORY_EXPAND;
 
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_VMASKMOVPS:
@@ -548,10 +550,10 @@ static void add_masking(struct thunk_spec *s, const struct decode_context *ctx,
     case ZYDIS_MNEMONIC_VMASKMOVPD:
     case ZYDIS_MNEMONIC_VPMASKMOVQ:
         s->masking = MASKING_SIGN;
-        s->elem_size = zi->mnemonic == ZYDIS_MNEMONIC_VMASKMOVPS ||
-                               zi->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD
-                           ? 4
-                           : 8;
+        s->elem_size =
+            zi->mnemonic == ZYDIS_MNEMONIC_VMASKMOVPS || zi->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD
+                ? 4
+                : 8;
         for (unsigned n = 0; n < zi->operand_count; n++) {
             if (ctx->ops[n].encoding == ZYDIS_OPERAND_ENCODING_NDSNDD)
                 s->mask_reg = (u8)ZydisRegisterGetId(ctx->ops[n].reg.value);
@@ -607,10 +609,10 @@ static bool add_operands(struct thunk_spec *s, struct encoding *e, const struct 
             memory = op;
             e->memory = true;
             s->mem_size = op->size / 8;
-            s->mem_access = op->actions & (ZYDIS_OPERAND_ACTION_WRITE |
-                                           ZYDIS_OPERAND_ACTION_CONDWRITE)
-                                ? ACCESS_WRITE
-                                : ACCESS_READ;
+            s->mem_access =
+                op->actions & (ZYDIS_OPERAND_ACTION_WRITE | ZYDIS_OPERAND_ACTION_CONDWRITE)
+                    ? ACCESS_WRITE
+                    : ACCESS_READ;
         } else if (op->type == ZYDIS_OPERAND_TYPE_REGISTER && !add_register(s, e, op, legacy)) {
             return false;
         }
@@ -726,8 +728,7 @@ static void put_evex(struct thunk_spec *s, const struct decode_context *ctx,
     unsigned rm = e->memory ? 0 : e->rm;
 
     put(s, 0x62);
-    put(s, !(e->reg & 8) << 7 | !(rm & 16) << 6 | !(rm & 8) << 5 | !(e->reg & 16) << 4 |
-               evex->mmm);
+    put(s, !(e->reg & 8) << 7 | !(rm & 16) << 6 | !(rm & 8) << 5 | !(e->reg & 16) << 4 | evex->mmm);
     put(s, w << 7 | (~(unsigned)e->vvvv & 15) << 3 | 4 | evex->pp);
     put(s, (unsigned)evex->z << 7 | (unsigned)evex->L2 << 6 | (unsigned)evex->L << 5 |
                (unsigned)evex->b << 4 | !(e->vvvv & 16) << 3 | evex->aaa);
@@ -764,7 +765,7 @@ static bool encode(struct thunk_spec *s, const struct decode_context *ctx, const
 static insn_fn *handler_of(const struct thunk_spec *s)
 {
     if (s->flags & THUNK_X87)
-        return !s->mem_size                     ? run_x87_register
+        return !s->mem_size                    ? run_x87_register
                : s->mem_access == ACCESS_WRITE ? run_x87_store
                                                : run_x87_load;
     return !s->mem_size ? run_register : s->mem_access == ACCESS_WRITE ? run_store : run_load;

@@ -276,9 +276,15 @@ static void accept(struct lapic *l, u8 mode, u8 vector, bool level, struct event
 {
     switch (mode) {
     case DELIVER_FIXED:
-    case DELIVER_LOWEST: accept_fixed(l, vector, level); break;
-    case DELIVER_NMI: ev->set |= 1u << LAPIC_EVENT_NMI; break;
-    case DELIVER_INIT: ev->set |= 1u << LAPIC_EVENT_INIT; break;
+    case DELIVER_LOWEST:
+        accept_fixed(l, vector, level);
+        break;
+    case DELIVER_NMI:
+        ev->set |= 1u << LAPIC_EVENT_NMI;
+        break;
+    case DELIVER_INIT:
+        ev->set |= 1u << LAPIC_EVENT_INIT;
+        break;
     case DELIVER_SIPI:
         ev->set |= 1u << LAPIC_EVENT_SIPI;
         ev->sipi_vector = vector;
@@ -458,10 +464,18 @@ static void send_ipi(struct lapic *l, u64 icr, bool wide)
             all |= BIT(i);
     }
     switch ((enum icr_shorthand)((icr >> ICR_SHORTHAND_SHIFT) & 3)) {
-    case TO_DESTINATION: deliver_to_targets(bus, find_targets(bus, &m), &m); break;
-    case TO_SELF: deliver_to_targets(bus, self, &m); break;
-    case TO_ALL: deliver_to_targets(bus, all, &m); break;
-    case TO_OTHERS: deliver_to_targets(bus, all & ~self, &m); break;
+    case TO_DESTINATION:
+        deliver_to_targets(bus, find_targets(bus, &m), &m);
+        break;
+    case TO_SELF:
+        deliver_to_targets(bus, self, &m);
+        break;
+    case TO_ALL:
+        deliver_to_targets(bus, all, &m);
+        break;
+    case TO_OTHERS:
+        deliver_to_targets(bus, all & ~self, &m);
+        break;
     }
 }
 
@@ -697,23 +711,50 @@ static void end_of_interrupt(struct lapic *l, struct events *ev)
 static bool read_common(struct lapic *l, u32 reg, u32 *value)
 {
     switch (reg) {
-    case REG_ID: *value = l->s.id; return true;
-    case REG_VERSION: *value = LAPIC_VERSION; return true;
-    case REG_TPR: *value = l->s.tpr; return true;
-    case REG_PPR: *value = processor_priority(l); return true;
-    case REG_LDR: *value = l->s.ldr; return true;
-    case REG_SVR: *value = l->s.svr; return true;
-    case REG_ISR ... REG_ISR + 7: *value = l->s.isr[reg - REG_ISR]; return true;
-    case REG_TMR ... REG_TMR + 7: *value = l->s.tmr[reg - REG_TMR]; return true;
-    case REG_IRR ... REG_IRR + 7: *value = l->s.irr[reg - REG_IRR]; return true;
-    case REG_ESR: *value = l->s.esr; return true;
-    case REG_LVT_TIMER ... REG_LVT_ERROR: *value = l->s.lvt[lvt_of(reg)]; return true;
-    case REG_TIMER_INITIAL: *value = l->s.timer_initial; return true;
+    case REG_ID:
+        *value = l->s.id;
+        return true;
+    case REG_VERSION:
+        *value = LAPIC_VERSION;
+        return true;
+    case REG_TPR:
+        *value = l->s.tpr;
+        return true;
+    case REG_PPR:
+        *value = processor_priority(l);
+        return true;
+    case REG_LDR:
+        *value = l->s.ldr;
+        return true;
+    case REG_SVR:
+        *value = l->s.svr;
+        return true;
+    case REG_ISR ... REG_ISR + 7:
+        *value = l->s.isr[reg - REG_ISR];
+        return true;
+    case REG_TMR ... REG_TMR + 7:
+        *value = l->s.tmr[reg - REG_TMR];
+        return true;
+    case REG_IRR ... REG_IRR + 7:
+        *value = l->s.irr[reg - REG_IRR];
+        return true;
+    case REG_ESR:
+        *value = l->s.esr;
+        return true;
+    case REG_LVT_TIMER ... REG_LVT_ERROR:
+        *value = l->s.lvt[lvt_of(reg)];
+        return true;
+    case REG_TIMER_INITIAL:
+        *value = l->s.timer_initial;
+        return true;
     case REG_TIMER_CURRENT:
         *value = timer_current(l, l->config.ops->now(l->config.opaque));
         return true;
-    case REG_TIMER_DIVIDE: *value = l->s.timer_divide; return true;
-    default: return false;
+    case REG_TIMER_DIVIDE:
+        *value = l->s.timer_divide;
+        return true;
+    default:
+        return false;
     }
 }
 
@@ -721,22 +762,33 @@ static bool read_common(struct lapic *l, u32 reg, u32 *value)
 static bool write_common(struct lapic *l, u32 reg, u32 value, struct events *ev)
 {
     switch (reg) {
-    case REG_TPR: l->s.tpr = value & 0xff; return true;
-    case REG_EOI: end_of_interrupt(l, ev); return true;
-    case REG_SVR: write_svr(l, value); return true;
+    case REG_TPR:
+        l->s.tpr = value & 0xff;
+        return true;
+    case REG_EOI:
+        end_of_interrupt(l, ev);
+        return true;
+    case REG_SVR:
+        write_svr(l, value);
+        return true;
     case REG_ESR: /* a write latches what came since the last one */
         l->s.esr = l->s.esr_pending;
         l->s.esr_pending = 0;
         return true;
-    case REG_LVT_TIMER ... REG_LVT_ERROR: write_lvt(l, lvt_of(reg), value, ev); return true;
+    case REG_LVT_TIMER ... REG_LVT_ERROR:
+        write_lvt(l, lvt_of(reg), value, ev);
+        return true;
     case REG_TIMER_INITIAL:
         if (!is_tsc_deadline(l)) {
             l->s.timer_initial = value;
             start_countdown(l, l->config.ops->now(l->config.opaque), ev);
         }
         return true;
-    case REG_TIMER_DIVIDE: set_divide(l, value, ev); return true;
-    default: return false;
+    case REG_TIMER_DIVIDE:
+        set_divide(l, value, ev);
+        return true;
+    default:
+        return false;
     }
 }
 
@@ -760,10 +812,17 @@ u64 lapic_mmio_read(struct lapic *l, u32 offset, unsigned size)
     lapic_lock(l);
     switch (reg) {
     case REG_APR: /* history: no bus arbitrates by it any more */
-    case REG_RRD: break;
-    case REG_DFR: value = l->s.dfr; break;
-    case REG_ICR: value = (u32)l->s.icr; break;
-    case REG_ICR_HIGH: value = (u32)(l->s.icr >> 32); break;
+    case REG_RRD:
+        break;
+    case REG_DFR:
+        value = l->s.dfr;
+        break;
+    case REG_ICR:
+        value = (u32)l->s.icr;
+        break;
+    case REG_ICR_HIGH:
+        value = (u32)(l->s.icr >> 32);
+        break;
     default:
         if (!read_common(l, reg, &value))
             raise_error(l, ESR_ILLEGAL_REGISTER);
@@ -788,9 +847,15 @@ void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
         return;
     lapic_lock(l);
     switch (reg) {
-    case REG_LDR: l->s.ldr = v & 0xff000000; break;
-    case REG_DFR: l->s.dfr = v | 0x0fffffff; break;
-    case REG_ICR_HIGH: l->s.icr = (u32)l->s.icr | (u64)(v & 0xff000000) << 32; break;
+    case REG_LDR:
+        l->s.ldr = v & 0xff000000;
+        break;
+    case REG_DFR:
+        l->s.dfr = v | 0x0fffffff;
+        break;
+    case REG_ICR_HIGH:
+        l->s.icr = (u32)l->s.icr | (u64)(v & 0xff000000) << 32;
+        break;
     case REG_ICR:
         l->s.icr = (l->s.icr & ~0xffffffffull) | (v & ICR_LOW_WRITABLE);
         send = l->s.icr;
@@ -802,7 +867,8 @@ void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
     case REG_PPR:
     case REG_RRD:
     case REG_ISR ... REG_IRR + 7:
-    case REG_TIMER_CURRENT: break; /* read-only */
+    case REG_TIMER_CURRENT:
+        break; /* read-only */
     default:
         if (!write_common(l, reg, v, &ev))
             raise_error(l, ESR_ILLEGAL_REGISTER);
@@ -836,17 +902,24 @@ static bool x2apic_value_ok(const struct lapic *l, u32 reg, u64 value)
 {
     switch (reg) {
     case REG_TPR:
-    case REG_SELF_IPI: return value <= 0xff;
+    case REG_SELF_IPI:
+        return value <= 0xff;
     case REG_EOI:
-    case REG_ESR: return value == 0;
-    case REG_SVR: return !(value & ~(u64)SVR_WRITABLE);
-    case REG_ICR: return !(value & 0xffffffff & ~(ICR_LOW_WRITABLE | ICR_STATUS));
+    case REG_ESR:
+        return value == 0;
+    case REG_SVR:
+        return !(value & ~(u64)SVR_WRITABLE);
+    case REG_ICR:
+        return !(value & 0xffffffff & ~(ICR_LOW_WRITABLE | ICR_STATUS));
     case REG_LVT_TIMER ... REG_LVT_ERROR:
         /* The read-only bits may be written back as they were read. */
         return !(value & ~(u64)(lvt_mask(l, lvt_of(reg)) | LVT_STATUS | LVT_REMOTE_IRR));
-    case REG_TIMER_INITIAL: return value <= UINT32_MAX;
-    case REG_TIMER_DIVIDE: return !(value & ~0xbull);
-    default: return false;
+    case REG_TIMER_INITIAL:
+        return value <= UINT32_MAX;
+    case REG_TIMER_DIVIDE:
+        return !(value & ~0xbull);
+    default:
+        return false;
     }
 }
 

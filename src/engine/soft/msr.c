@@ -94,18 +94,35 @@ static u64 bus_ratio(const struct soft_vcpu *v)
 static bool read_special(struct soft_vcpu *v, u32 msr, u64 *value)
 {
     switch (msr) {
-    case MSR_IA32_TSC: *value = soft_tsc(v); return true;
-    case MSR_IA32_TSC_ADJUST: *value = v->cpu.msr.tsc_adjust; return true;
-    case MSR_IA32_TSC_DEADLINE: *value = lapic_tsc_deadline(v->lapic); return true;
-    case MSR_IA32_APIC_BASE: *value = lapic_base(v->lapic); return true;
-    case MSR_IA32_EFER: *value = v->cpu.msr.efer; return true;
-    case MSR_IA32_FS_BASE: *value = v->cpu.seg[SEG_FS].base; return true;
-    case MSR_IA32_GS_BASE: *value = v->cpu.seg[SEG_GS].base; return true;
+    case MSR_IA32_TSC:
+        *value = soft_tsc(v);
+        return true;
+    case MSR_IA32_TSC_ADJUST:
+        *value = v->cpu.msr.tsc_adjust;
+        return true;
+    case MSR_IA32_TSC_DEADLINE:
+        *value = lapic_tsc_deadline(v->lapic);
+        return true;
+    case MSR_IA32_APIC_BASE:
+        *value = lapic_base(v->lapic);
+        return true;
+    case MSR_IA32_EFER:
+        *value = v->cpu.msr.efer;
+        return true;
+    case MSR_IA32_FS_BASE:
+        *value = v->cpu.seg[SEG_FS].base;
+        return true;
+    case MSR_IA32_GS_BASE:
+        *value = v->cpu.seg[SEG_GS].base;
+        return true;
     case MSR_PLATFORM_INFO: /* maximum non-turbo ratio, and the minimum one: no P-states */
         *value = bus_ratio(v) << 8 | bus_ratio(v) << 40;
         return true;
-    case MSR_IA32_PERF_STATUS: *value = bus_ratio(v) << 8; return true;
-    default: /* the ones that can only be written */ return false;
+    case MSR_IA32_PERF_STATUS:
+        *value = bus_ratio(v) << 8;
+        return true;
+    default: /* the ones that can only be written */
+        return false;
     }
 }
 
@@ -120,10 +137,15 @@ bool soft_rdmsr(struct soft_vcpu *v, u32 msr, u64 *value)
         return refuse("reads", msr);
     switch ((enum msr_kind)info->kind) {
     case MSR_KIND_STORED:
-    case MSR_KIND_KEPT: *value = *field_of(v, info); return true;
+    case MSR_KIND_KEPT:
+        *value = *field_of(v, info);
+        return true;
     case MSR_KIND_CONST:
-    case MSR_KIND_QUIET: *value = info->value; return true;
-    case MSR_KIND_SPECIAL: break;
+    case MSR_KIND_QUIET:
+        *value = info->value;
+        return true;
+    case MSR_KIND_SPECIAL:
+        break;
     }
     return read_special(v, msr, value);
 }
@@ -165,22 +187,33 @@ static bool write_base(struct soft_vcpu *v, enum segreg seg, u64 value)
 static bool write_special(struct soft_vcpu *v, u32 msr, u64 value)
 {
     switch (msr) {
-    case MSR_IA32_TSC: adjust_tsc(v, value - soft_tsc(v)); return true;
-    case MSR_IA32_TSC_ADJUST: adjust_tsc(v, value - v->cpu.msr.tsc_adjust); return true;
-    case MSR_IA32_TSC_DEADLINE: lapic_set_tsc_deadline(v->lapic, value); return true;
+    case MSR_IA32_TSC:
+        adjust_tsc(v, value - soft_tsc(v));
+        return true;
+    case MSR_IA32_TSC_ADJUST:
+        adjust_tsc(v, value - v->cpu.msr.tsc_adjust);
+        return true;
+    case MSR_IA32_TSC_DEADLINE:
+        lapic_set_tsc_deadline(v->lapic, value);
+        return true;
     case MSR_IA32_APIC_BASE:
         if (!lapic_set_base(v->lapic, value))
             return false;
         soft_tlb_flush(v); /* the page may hide RAM, or have hidden it */
         return true;
-    case MSR_IA32_EFER: return write_efer(v, value);
-    case MSR_IA32_FS_BASE: return write_base(v, SEG_FS, value);
-    case MSR_IA32_GS_BASE: return write_base(v, SEG_GS, value);
+    case MSR_IA32_EFER:
+        return write_efer(v, value);
+    case MSR_IA32_FS_BASE:
+        return write_base(v, SEG_FS, value);
+    case MSR_IA32_GS_BASE:
+        return write_base(v, SEG_GS, value);
     case MSR_IA32_PRED_CMD: /* IBPB: no predictor of ours holds a guest's branches */
         return value <= 1 && (soft_has(v, FEATURE_SPEC_CTRL) || soft_has(v, FEATURE_IBPB));
     case MSR_IA32_BIOS_UPDT_TRIG:
-    case MSR_AMD_PATCH_LOADER: /* a microcode update that changes nothing */ return true;
-    default: /* the ones that can only be read */ return false;
+    case MSR_AMD_PATCH_LOADER: /* a microcode update that changes nothing */
+        return true;
+    default: /* the ones that can only be read */
+        return false;
     }
 }
 
@@ -206,14 +239,18 @@ static bool mtrr_range_ok(const struct soft_vcpu *v, u64 value, u64 extra)
 static bool value_ok(const struct soft_vcpu *v, u32 msr, u64 value)
 {
     switch (msr) {
-    case MSR_IA32_SPEC_CTRL: return !(value & BIT(2)) || soft_has(v, FEATURE_SPEC_CTRL_SSBD);
+    case MSR_IA32_SPEC_CTRL:
+        return !(value & BIT(2)) || soft_has(v, FEATURE_SPEC_CTRL_SSBD);
     case MSR_IA32_SYSENTER_ESP:
     case MSR_IA32_SYSENTER_EIP:
     case MSR_IA32_LSTAR:
     case MSR_IA32_CSTAR:
-    case MSR_IA32_KERNEL_GS_BASE: return soft_canonical(v, value);
-    case MSR_IA32_PAT: return memory_types_ok(value, true);
-    case MSR_IA32_MTRR_DEF_TYPE: return memory_types_ok(value & 0xff, false);
+    case MSR_IA32_KERNEL_GS_BASE:
+        return soft_canonical(v, value);
+    case MSR_IA32_PAT:
+        return memory_types_ok(value, true);
+    case MSR_IA32_MTRR_DEF_TYPE:
+        return memory_types_ok(value & 0xff, false);
     case MSR_IA32_MTRR_FIX64K_00000 ... MSR_IA32_MTRR_FIX4K_F8000:
         return memory_types_ok(value, false);
     case MSR_IA32_MTRR_PHYSBASE0 ... MSR_IA32_MTRR_PHYSMASK7:
@@ -223,7 +260,8 @@ static bool value_ok(const struct soft_vcpu *v, u32 msr, u64 value)
     case MSR_IA32_MC0_CTL ... MSR_IA32_MC3_MISC:
         /* Status, address and misc are cleared by software, not set; AMD has a switch for tests. */
         return (msr & 3) == 0 || value == 0 || (v->cpu.msr.hwcr & HWCR_MC_STATUS_WRITABLE);
-    default: return true;
+    default:
+        return true;
     }
 }
 
@@ -250,9 +288,12 @@ bool soft_wrmsr(struct soft_vcpu *v, u32 msr, u64 value)
         field = field_of(v, info);
         *field = (*field & ~info->value) | (value & info->value);
         return true;
-    case MSR_KIND_CONST: return false;
-    case MSR_KIND_QUIET: return true;
-    case MSR_KIND_SPECIAL: break;
+    case MSR_KIND_CONST:
+        return false;
+    case MSR_KIND_QUIET:
+        return true;
+    case MSR_KIND_SPECIAL:
+        break;
     }
     return write_special(v, msr, value);
 }

@@ -301,8 +301,7 @@ u64 soft_check_data_segment(struct soft_vcpu *v, u16 selector, enum exception ve
     return d;
 }
 
-u64 soft_check_stack_segment(struct soft_vcpu *v, u16 selector, unsigned cpl,
-                             enum exception vector)
+u64 soft_check_stack_segment(struct soft_vcpu *v, u16 selector, unsigned cpl, enum exception vector)
 {
     u32 error = selector_error(selector);
     u64 d;
@@ -470,8 +469,7 @@ static bool visible_descriptor(struct soft_vcpu *v, u16 selector, u32 types, u64
         return false;
     if (desc_is_system(*d) && !(types & BIT(desc_type(*d))))
         return false;
-    return desc_is_conforming(*d) ||
-           desc_dpl(*d) >= MAX(soft_cpl(v), selector_rpl(selector));
+    return desc_is_conforming(*d) || desc_dpl(*d) >= MAX(soft_cpl(v), selector_rpl(selector));
 }
 
 #define TYPES_LONG_SEGMENT (BIT(SYSSEG_LDT) | BIT(SYSSEG_TSS32_AVAIL) | BIT(SYSSEG_TSS32_BUSY))
@@ -481,8 +479,8 @@ static bool visible_descriptor(struct soft_vcpu *v, u16 selector, u32 types, u64
 void op_lar(struct soft_vcpu *v, const struct insn *i)
 {
     u32 types = soft_long_mode(v) ? TYPES_LONG_SEGMENT | BIT(SYSSEG_CALLGATE32)
-                                  : TYPES_SEGMENT | BIT(SYSSEG_CALLGATE16) |
-                                        BIT(SYSSEG_TASKGATE) | BIT(SYSSEG_CALLGATE32);
+                                  : TYPES_SEGMENT | BIT(SYSSEG_CALLGATE16) | BIT(SYSSEG_TASKGATE) |
+                                        BIT(SYSSEG_CALLGATE32);
     u16 selector;
     u64 d;
     bool ok;
@@ -504,8 +502,8 @@ void op_lsl(struct soft_vcpu *v, const struct insn *i)
 
     require_protected(v);
     selector = (u16)insn_read_rm(v, i, 2);
-    ok = visible_descriptor(v, selector, soft_long_mode(v) ? TYPES_LONG_SEGMENT : TYPES_SEGMENT,
-                            &d);
+    ok =
+        visible_descriptor(v, selector, soft_long_mode(v) ? TYPES_LONG_SEGMENT : TYPES_SEGMENT, &d);
     if (ok)
         write_gpr(v, i->reg, descriptor_limit(d), i->osize);
     set_zf(v, ok);
@@ -525,8 +523,7 @@ void op_verw(struct soft_vcpu *v, const struct insn *i)
     u64 d;
 
     require_protected(v);
-    set_zf(v,
-           visible_descriptor(v, (u16)insn_read_rm(v, i, 2), 0, &d) && desc_is_writable_data(d));
+    set_zf(v, visible_descriptor(v, (u16)insn_read_rm(v, i, 2), 0, &d) && desc_is_writable_data(d));
 }
 
 /* ARPL (vol. 2A) */

@@ -192,7 +192,7 @@ static void run_maskmovq(struct soft_vcpu *v, const struct insn *i)
     soft_fpu_sync(v);
     store_masked_bytes(v, i, v->cpu.fpr[i->dst], v->cpu.fpr[i->src], 8);
     /* As every MMX instruction but EMMS: TOP 0, all registers valid. */
-    v->cpu.fsw &= (u16)~(7u << 11);
+    v->cpu.fsw &= (u16) ~(7u << 11);
     v->cpu.ftw = 0;
     fpu_refresh_tags(&v->cpu);
     NEXT(v, i);

@@ -132,15 +132,24 @@ static u64 cr4_valid(const struct soft_vcpu *v)
         enum cpuid_feature feature;
         u64 bits;
     } bits[] = {
-        {FEATURE_VME, CR4_VME | CR4_PVI}, {FEATURE_TSC, CR4_TSD},
-        {FEATURE_DE, CR4_DE},             {FEATURE_PSE, CR4_PSE},
-        {FEATURE_PAE, CR4_PAE},           {FEATURE_MCE, CR4_MCE},
-        {FEATURE_PGE, CR4_PGE},           {FEATURE_FXSR, CR4_OSFXSR},
-        {FEATURE_SSE, CR4_OSXMMEXCPT},    {FEATURE_UMIP, CR4_UMIP},
-        {FEATURE_LA57, CR4_LA57},         {FEATURE_FSGSBASE, CR4_FSGSBASE},
-        {FEATURE_PCID, CR4_PCIDE},        {FEATURE_XSAVE, CR4_OSXSAVE},
-        {FEATURE_SMEP, CR4_SMEP},         {FEATURE_SMAP, CR4_SMAP},
-        {FEATURE_PKU, CR4_PKE},           {FEATURE_PKS, CR4_PKS},
+        {FEATURE_VME, CR4_VME | CR4_PVI},
+        {FEATURE_TSC, CR4_TSD},
+        {FEATURE_DE, CR4_DE},
+        {FEATURE_PSE, CR4_PSE},
+        {FEATURE_PAE, CR4_PAE},
+        {FEATURE_MCE, CR4_MCE},
+        {FEATURE_PGE, CR4_PGE},
+        {FEATURE_FXSR, CR4_OSFXSR},
+        {FEATURE_SSE, CR4_OSXMMEXCPT},
+        {FEATURE_UMIP, CR4_UMIP},
+        {FEATURE_LA57, CR4_LA57},
+        {FEATURE_FSGSBASE, CR4_FSGSBASE},
+        {FEATURE_PCID, CR4_PCIDE},
+        {FEATURE_XSAVE, CR4_OSXSAVE},
+        {FEATURE_SMEP, CR4_SMEP},
+        {FEATURE_SMAP, CR4_SMAP},
+        {FEATURE_PKU, CR4_PKE},
+        {FEATURE_PKS, CR4_PKS},
     };
     u64 valid = CR4_PCE;
 
@@ -287,8 +296,7 @@ static void op_xsetbv(struct soft_vcpu *v, const struct insn *i)
     if (!(v->cpu.cr4 & CR4_OSXSAVE))
         soft_raise(v, EXC_UD);
     soft_require_cpl0(v);
-    if ((u32)v->cpu.gpr[RCX] != 0 || !(value & XCR0_X87) ||
-        (value & ~cpuid_model_xcr0(v->cpuid)))
+    if ((u32)v->cpu.gpr[RCX] != 0 || !(value & XCR0_X87) || (value & ~cpuid_model_xcr0(v->cpuid)))
         raise_gp(v);
     if ((value & XCR0_AVX) && !(value & XCR0_SSE))
         raise_gp(v);
@@ -820,7 +828,10 @@ static void op_outsd(struct soft_vcpu *v, const struct insn *i)
 
 /* --- The table --- */
 
-#define INSN(name, fn, flags, feature) {ZYDIS_MNEMONIC_##name, fn, flags, feature}
+#define INSN(name, fn, flags, feature)                                                             \
+    {                                                                                              \
+        ZYDIS_MNEMONIC_##name, fn, flags, feature                                                  \
+    }
 #define ENDS INSN_ENDS_BLOCK
 #define ALWAYS INSN_NO_FEATURE
 

@@ -25,12 +25,26 @@ struct tss_layout {
 };
 
 static const struct tss_layout layout32 = {
-    .min_limit = 0x67, .size = 0x68, .width = 4, .cr3 = 0x1c, .ip = 0x20, .trap = 0x64,
-    .sregs = 0x48, .sreg_stride = 4, .nsregs = 6, .ldt = 0x60,
+    .min_limit = 0x67,
+    .size = 0x68,
+    .width = 4,
+    .cr3 = 0x1c,
+    .ip = 0x20,
+    .trap = 0x64,
+    .sregs = 0x48,
+    .sreg_stride = 4,
+    .nsregs = 6,
+    .ldt = 0x60,
 };
 static const struct tss_layout layout16 = {
-    .min_limit = 0x2b, .size = 0x2c, .width = 2, .ip = 0x0e,
-    .sregs = 0x22, .sreg_stride = 2, .nsregs = 4, .ldt = 0x2a,
+    .min_limit = 0x2b,
+    .size = 0x2c,
+    .width = 2,
+    .ip = 0x0e,
+    .sregs = 0x22,
+    .sreg_stride = 2,
+    .nsregs = 4,
+    .ldt = 0x2a,
 };
 
 static const struct tss_layout *layout_of(unsigned type)
@@ -167,8 +181,7 @@ static bool load_task(struct soft_vcpu *v, const struct tss_layout *l, const u8 
     for (unsigned r = 0; r < 8; r++)
         cpu->gpr[r] = image_get(image, l->ip + (2 + r) * w, w);
     for (unsigned s = 0; s < SEG_COUNT; s++) {
-        u16 selector =
-            s < l->nsregs ? (u16)image_get(image, l->sregs + s * l->sreg_stride, 2) : 0;
+        u16 selector = s < l->nsregs ? (u16)image_get(image, l->sregs + s * l->sreg_stride, 2) : 0;
 
         if (vm86)
             soft_set_real_segment(v, s, selector);
@@ -189,8 +202,8 @@ static bool load_task(struct soft_vcpu *v, const struct tss_layout *l, const u8 
     return ok;
 }
 
-void soft_task_switch(struct soft_vcpu *v, u16 selector, enum task_switch_source source, u64 next_ip,
-                      bool has_error, u32 error)
+void soft_task_switch(struct soft_vcpu *v, u16 selector, enum task_switch_source source,
+                      u64 next_ip, bool has_error, u32 error)
 {
     struct cpu *cpu = &v->cpu;
     u64 d = new_tss(v, selector, source);

@@ -112,7 +112,7 @@ static void emit_guest_mxcsr(struct thunk_arena *a, bool store)
 static void emit_host_mxcsr(struct thunk_arena *a)
 {
     EMIT(a, 0x0f, 0xae, 0x15);
-    emit32(a, (u32)-(s32)(a->used + 4));
+    emit32(a, (u32) - (s32)(a->used + 4));
 }
 
 static void emit_flags_in(struct thunk_arena *a)

@@ -14,12 +14,12 @@
 typedef u32 thunk_fn(struct soft_vcpu *v, void *memory);
 
 #define THUNK_INSN_MAX 15
-#define THUNK_MXCSR 0x01u     /* reads and writes MXCSR */
-#define THUNK_FLAGS_IN 0x02u  /* reads arithmetic flags */
-#define THUNK_FLAGS_OUT 0x04u /* writes them, all six */
-#define THUNK_X87 0x08u       /* uses the x87 and MMX registers */
-#define THUNK_POINTERS 0x10u  /* sets the x87 instruction and data pointers */
-#define THUNK_MM_ALIGN 0x20u  /* MXCSR.MM (AMD) lifts its alignment check */
+#define THUNK_MXCSR 0x01u      /* reads and writes MXCSR */
+#define THUNK_FLAGS_IN 0x02u   /* reads arithmetic flags */
+#define THUNK_FLAGS_OUT 0x04u  /* writes them, all six */
+#define THUNK_X87 0x08u        /* uses the x87 and MMX registers */
+#define THUNK_POINTERS 0x10u   /* sets the x87 instruction and data pointers */
+#define THUNK_MM_ALIGN 0x20u   /* MXCSR.MM (AMD) lifts its alignment check */
 #define THUNK_ZERO_UPPER 0x40u /* VEX, EVEX: it zeroes the rest of its destination */
 
 /* How a memory operand depends on a mask, for accesses that can't be done in one piece. */
@@ -38,18 +38,18 @@ struct thunk_spec {
     u32 vec_in, vec_out;         /* one bit a vector register */
     u8 k_in, k_out;
     u8 insn_len;
-    u8 flags;      /* THUNK_* */
-    u8 vec_size;   /* 16: legacy SSE or VEX.128; 32; 64 */
-    u8 fpu_class;  /* enum fpu_class */
+    u8 flags;                 /* THUNK_* */
+    u8 vec_size;              /* 16: legacy SSE or VEX.128; 32; 64 */
+    u8 fpu_class;             /* enum fpu_class */
     u8 gpr_in[3], gpr_out[3]; /* for the host's RAX, RCX, RDX: guest register + 1, or 0 */
-    u8 mem_access; /* ACCESS_READ or ACCESS_WRITE */
-    u8 mem_align;  /* the manual's alignment check in bytes, or 0 */
-    u8 masking;    /* enum thunk_masking */
-    u8 mask_reg;   /* the mask register, or MASKING_SIGN's vector register */
-    u8 mask_bits;  /* elements that the mask selects from */
-    u8 elem_size;  /* of the memory operand's elements, in bytes */
+    u8 mem_access;            /* ACCESS_READ or ACCESS_WRITE */
+    u8 mem_align;             /* the manual's alignment check in bytes, or 0 */
+    u8 masking;               /* enum thunk_masking */
+    u8 mask_reg;              /* the mask register, or MASKING_SIGN's vector register */
+    u8 mask_bits;             /* elements that the mask selects from */
+    u8 elem_size;             /* of the memory operand's elements, in bytes */
     u16 mem_size;
-    u16 fop;       /* x87: the opcode as FOP shows it */
+    u16 fop; /* x87: the opcode as FOP shows it */
 };
 
 struct thunk {

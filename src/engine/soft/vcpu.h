@@ -96,7 +96,7 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
 #define ATTN_KICK 0x10u
 #define ATTN_SHADOW 0x20u /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
 #define ATTN_POSTS 0x40u  /* others wrote memory that may hold decoded code (v->posts) */
-#define ATTN_LEFT 0x80u /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
+#define ATTN_LEFT 0x80u   /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
 
 struct soft_vcpu {
     struct cpu cpu; /* first: handlers index it */
