@@ -425,10 +425,9 @@ static void upper_write(void *opaque, u64 offset, u64 value, unsigned size)
 
 void rtc_set_cmos(struct rtc *r, u8 index, u8 value)
 {
-    if (index <= RTC_D)
-        return;
     device_lock(&r->dev);
-    r->cmos[index] = value;
+    if (index > RTC_D)
+        r->cmos[index] = value;
     device_unlock(&r->dev);
 }
 

@@ -53,7 +53,9 @@ void op_aam(struct soft_vcpu *v, const struct insn *i)
         v->cur = i;
         soft_raise(v, EXC_DE);
     }
+    /* cppcheck-suppress zerodivcond ; soft_raise does not return */
     reg_set16(v, RAX, (u16)((al / base) << 8 | al % base));
+    /* cppcheck-suppress zerodivcond */
     v->aflags = result_flags(al % base);
     NEXT(v, i);
 }

@@ -309,7 +309,7 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
         u64 page_left = in_page - MIN((u64)offset, in_page);
         u64 limit_left = left - MIN((u64)offset, left);
         u8 crossing[MAX_INSN_BYTES];
-        const u8 *bytes = host + offset;
+        const u8 *bytes = host ? host + offset : NULL;
         unsigned n = (unsigned)MIN(MIN(page_left, limit_left), (u64)MAX_INSN_BYTES);
         enum decode_result result = DECODE_SHORT;
 

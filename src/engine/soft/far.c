@@ -312,7 +312,7 @@ static void call_same(struct soft_vcpu *v, u16 selector, u64 d, u64 ip, unsigned
 /* A call to inner privilege: stack switch and parameter copy (vol. 3, 5.8.5). */
 static void call_inner(struct soft_vcpu *v, const struct call_gate *g)
 {
-    u64 code = g->code, frame[STACK_MAX], params[32];
+    u64 code = g->code, frame[STACK_MAX], params[32] = {0};
     unsigned cpl = desc_dpl(code), n = 0;
     struct stack old = soft_stack(v), s;
     struct segment ss;

@@ -335,7 +335,7 @@ static void load_null(struct soft_vcpu *v, enum segreg seg, u16 selector)
 {
     struct segment s = soft_null_segment(selector, seg == SEG_SS ? soft_cpl(v) : 0);
 
-    if (seg >= SEG_FS && cpuid_model_is_amd(v->cpuid) &&
+    if ((seg == SEG_FS || seg == SEG_GS) && cpuid_model_is_amd(v->cpuid) &&
         !soft_has(v, FEATURE_NULL_SEL_CLEARS_BASE)) {
         s.base = v->cpu.seg[seg].base;
         s.limit = v->cpu.seg[seg].limit;

@@ -257,6 +257,7 @@ static insn_fn *decode_gather(const struct decode_context *ctx, struct insn *out
     const ZydisDecodedOperand *memory = memory_operand(ctx);
     bool evex = zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
     union gather g = {.word = 0};
+    u8 elem_size;
 
     if (!memory)
         return NULL;
@@ -276,7 +277,8 @@ static insn_fn *decode_gather(const struct decode_context *ctx, struct insn *out
         }
     }
     g.flags = evex ? GATHER_EVEX : 0;
-    g.count = (u8)(zi->avx.vector_length / 8 / MAX(g.data_size, g.index_size));
+    elem_size = MAX(g.data_size, g.index_size);
+    g.count = (u8)(zi->avx.vector_length / 8 / elem_size);
     out->index = GPR_ZERO;
     out->imm = g.word;
     return scatter ? run_scatter : run_gather;

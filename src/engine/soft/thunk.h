@@ -49,7 +49,8 @@ struct thunk_spec {
     u8 mask_bits;             /* elements that the mask selects from */
     u8 elem_size;             /* of the memory operand's elements, in bytes */
     u16 mem_size;
-    u16 fop; /* x87: the opcode as FOP shows it */
+    u16 fop;  /* x87: the opcode as FOP shows it */
+    u16 zero; /* no padding: specs are compared as bytes */
 };
 
 struct thunk {
