@@ -427,6 +427,7 @@ void rtc_set_cmos(struct rtc *r, u8 index, u8 value)
 {
     device_lock(&r->dev);
     if (index > RTC_D)
+        /* cppcheck-suppress arrayIndexOutOfBoundsCond ; a u8 can't be 256 */
         r->cmos[index] = value;
     device_unlock(&r->dev);
 }
