@@ -348,19 +348,13 @@ void soft_run(struct soft_vcpu *v)
     soft_mode_changed(v);
     atomic_fetch_or(&v->attention, ATTN_INTERRUPT | ATTN_POSTS);
     v->timer_deadline = lapic_next_deadline(v->lapic);
-    if (v->cpu.event_pending) { /* a restored state: the delivery begins anew */
-        struct cpu *cpu = &v->cpu;
-
-        cpu->event_pending = false;
-        if (!_setjmp(v->unwind))
-            soft_deliver(v, cpu->event_vector, cpu->event_type, cpu->event_has_error,
-                         cpu->event_error);
-        else if (!_setjmp(v->unwind))
-            deliver_raised(v);
-    }
     if (_setjmp(v->unwind)) {
         uncount_rest(v);
         deliver_raised(v);
+    } else if (v->cpu.event_pending) { /* a restored state: the delivery begins anew */
+        v->cpu.event_pending = false;
+        soft_deliver(v, v->cpu.event_vector, v->cpu.event_type, v->cpu.event_has_error,
+                     v->cpu.event_error);
     }
     while (!v->leave) {
         run_undisturbed(v);
