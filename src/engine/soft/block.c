@@ -10,6 +10,9 @@
  *  3. Lookup entries are valid for one map_generation. A block whose bytes lie in two pages is found by
  *     linear address only after both translations were checked in the same generation.
  *
+ * A link tells of a linear address and nothing of the block that holds it, so it may be copied at will; it
+ * is checked like a lookup entry.
+ *
  * Memory comes from one arena that is handed out in order; when it is full, everything is dropped.
  */
 #include "engine/soft/block.h"
@@ -29,12 +32,6 @@
 #define PAGE_HASH_BITS 13
 #define MAX_INSN_BYTES 15
 
-struct lookup {
-    gva_t lin;
-    u64 generation;
-    struct block *block;
-};
-
 /* The blocks that have bytes in a page. */
 struct code_page {
     gpa_t page;
@@ -43,7 +40,7 @@ struct code_page {
 };
 
 struct block_cache {
-    struct lookup lookup[1u << LOOKUP_BITS];
+    struct block_link lookup[1u << LOOKUP_BITS];
     struct block *hash[1u << HASH_BITS];
     struct code_page *pages[1u << PAGE_HASH_BITS];
     u8 *arena;
@@ -93,7 +90,7 @@ static void *arena_alloc(struct block_cache *c, size_t n)
     return p;
 }
 
-static struct lookup *lookup_slot(struct block_cache *c, gva_t lin)
+static struct block_link *lookup_slot(struct block_cache *c, gva_t lin)
 {
     return &c->lookup[(lin ^ (lin >> LOOKUP_BITS)) & ((1u << LOOKUP_BITS) - 1)];
 }
@@ -245,9 +242,10 @@ void block_cache_flush(struct soft_vcpu *v)
         c->pages[n] = NULL;
     }
     for (size_t n = 0; n < ARRAY_SIZE(c->lookup); n++)
-        c->lookup[n] = (struct lookup){.block = &dropped_block};
+        c->lookup[n] = (struct block_link){.block = &dropped_block};
     memset(c->hash, 0, sizeof(c->hash));
     c->used = 0;
+    v->block = NULL;
 }
 
 /* --- Decoding --- */
@@ -304,6 +302,8 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
     bool more = true;
 
     *b = (struct block){.mode = v->mode, .gpa = gpa};
+    for (unsigned n = 0; n < BLOCK_LINKS; n++)
+        b->links[n].block = &dropped_block;
     while (more && b->count < max) {
         struct insn *i = &b->insns[b->count];
         u64 page_left = in_page - MIN((u64)offset, in_page);
@@ -392,7 +392,7 @@ static bool fits_limit(const struct soft_vcpu *v, const struct block *b)
 static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gva_t lin)
 {
     struct block_cache *c = v->blocks;
-    struct lookup *l = lookup_slot(c, lin);
+    struct block_link *l = lookup_slot(c, lin);
     const u8 *host;
     struct block *b;
     gpa_t gpa;
@@ -408,20 +408,39 @@ static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gv
             block_cache_flush(v);
         b = decode_block(v, lin, gpa, host);
         if (!host)
-            return b; /* code in MMIO is never kept */
+            return b; /* code in MMIO is never kept, and no link leads to it */
         block_insert(v, b);
     }
-    *l = (struct lookup){lin, v->map_generation, b};
+    *l = (struct block_link){lin, v->map_generation, b};
     return b;
 }
 
+static inline bool link_matches(const struct soft_vcpu *v, const struct block_link *l, gva_t lin)
+{
+    return l->lin == lin && l->generation == v->map_generation && l->block->mode == v->mode &&
+           (soft_code64(v) || fits_limit(v, l->block));
+}
+
+/*
+ * First among those that followed the last block, for these are close at hand in the host's caches, then
+ * in the lookup table.
+ */
 struct block *block_cache_find(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
-    struct lookup *l = lookup_slot(v->blocks, lin);
+    struct block_link *l = lookup_slot(v->blocks, lin);
+    struct block *last = v->block, *b;
 
-    if (likely(l->lin == lin && l->generation == v->map_generation && l->block->mode == v->mode &&
-               ((v->mode & MODE_CODE_MASK) == MODE_CODE64 || fits_limit(v, l->block))))
-        return l->block;
-    return find_slow(v, lin);
+    if (likely(last)) {
+        for (unsigned n = 0; n < BLOCK_LINKS; n++)
+            if (likely(link_matches(v, &last->links[n], lin)))
+                return last->links[n].block;
+    }
+    b = likely(link_matches(v, l, lin)) ? l->block : find_slow(v, lin);
+    last = v->block;
+    if (last && l->block == b) {
+        last->links[1] = last->links[0];
+        last->links[0] = *l;
+    }
+    return b;
 }

@@ -13,6 +13,15 @@
 #define BLOCK_MAX_INSNS 48
 #define MODE_DROPPED 0xffffffffu /* the mode of a block that was dropped: matches none */
 
+/* Where a block at a linear address is; true for one map_generation. */
+struct block_link {
+    gva_t lin;
+    u64 generation;
+    struct block *block;
+};
+
+#define BLOCK_LINKS 2
+
 struct block {
     u32 mode;
     u16 count;  /* instructions, not counting the one that leaves the block */
@@ -21,6 +30,7 @@ struct block {
     gpa_t gpa2; /* page of the bytes beyond gpa's page; 0: none */
     struct block *hash_next;
     struct block *page_next, *page2_next;
+    struct block_link links[BLOCK_LINKS]; /* blocks that came next, the last found first */
     struct insn insns[];
 };
 

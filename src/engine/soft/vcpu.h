@@ -143,12 +143,12 @@ struct soft_vcpu {
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
 
-    struct vcpu_exit *exit;    /* where the run loop's exit goes */
-    bool leave;                /* vcpu_run must return with *exit */
-    bool irq_waiting;          /* an interrupt was seen that could not be taken then */
-    unsigned poll;             /* blocks to go until the APIC timer is looked at */
-    u64 timer_deadline;        /* the APIC timer's, in VM ns; UINT64_MAX: none */
-    const struct block *block; /* the one that runs, for counting instructions */
+    struct vcpu_exit *exit; /* where the run loop's exit goes */
+    bool leave;             /* vcpu_run must return with *exit */
+    bool irq_waiting;       /* an interrupt was seen that could not be taken then */
+    unsigned poll;          /* blocks to go until the APIC timer is looked at */
+    u64 timer_deadline;     /* the APIC timer's, in VM ns; UINT64_MAX: none */
+    struct block *block;    /* the one that runs, for counting instructions */
 
     struct engine_stats stats;
 
