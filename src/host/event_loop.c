@@ -484,6 +484,7 @@ void event_loop_run(struct event_loop *loop)
         dispatch_timers(loop);
         dispatch_posts(loop);
     }
+    loop->stop = false;
     loop->in_run = false;
     pthread_mutex_unlock(&loop->lock);
 }

@@ -19,7 +19,7 @@ struct event_loop *event_loop_create(struct error *err);
 /* Not while it runs. What was posted and has not run is forgotten. NULL is fine. */
 void event_loop_destroy(struct event_loop *loop);
 
-/* Runs until event_loop_stop; returns at once when stop was called before. */
+/* Runs until event_loop_stop; returns at once when stop was called before. May run again then. */
 void event_loop_run(struct event_loop *loop);
 void event_loop_stop(struct event_loop *loop);
 

@@ -30,6 +30,7 @@
 #include "machine/acpi.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
+#include "state/stream.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -50,9 +51,17 @@ struct isa {
     bool driven[LEGACY_COUNT];
 };
 
+static const struct state_field isa_fields[] = {
+    STATE_HOST(struct isa, lock),    STATE_FIELD(struct isa, hpet_route),
+    STATE_FIELD(struct isa, own),    STATE_FIELD(struct isa, hpet),
+    STATE_FIELD(struct isa, driven),
+};
+static const struct state_desc isa_state = STATE_DESC("isa", 1, struct isa, isa_fields);
+
 struct board {
     struct board_config config;
     struct isa isa;
+    bool loading; /* see board_load */
     struct a20_gate a20;
     struct pic *pic;
     struct ioapic *ioapic;
@@ -120,6 +129,8 @@ static void isa_line_set(void *opaque, unsigned n, bool level)
 {
     struct board *b = opaque;
 
+    if (b->loading)
+        return;
     if (n == IRQ_PIT)
         legacy_set(b, &b->isa.own[LEGACY_PIT], LEGACY_PIT, level);
     else if (n == IRQ_RTC)
@@ -133,13 +144,16 @@ static void hpet_legacy_set(void *opaque, unsigned i, bool level)
 {
     struct board *b = opaque;
 
-    legacy_set(b, &b->isa.hpet[i], i, level);
+    if (!b->loading)
+        legacy_set(b, &b->isa.hpet[i], i, level);
 }
 
 static void hpet_legacy_route(void *opaque, bool on)
 {
     struct board *b = opaque;
 
+    if (b->loading)
+        return;
     pthread_mutex_lock(&b->isa.lock);
     b->isa.hpet_route = on;
     for (unsigned i = 0; i < LEGACY_COUNT; i++)
@@ -392,6 +406,70 @@ void board_reset(struct board *b)
 {
     for (unsigned i = 0; i < b->ndevices; i++)
         b->devices[i]->ops->reset(b->devices[i]);
+}
+
+void board_start(struct board *b)
+{
+    if (!b->config.serial)
+        return;
+    serial_writable(b->com1);
+    chardev_accept_input(b->config.serial);
+}
+
+void board_save(struct board *b, struct state_writer *w)
+{
+    pthread_mutex_lock(&b->isa.lock);
+    state_write_section(w, &isa_state, 0, &b->isa);
+    pthread_mutex_unlock(&b->isa.lock);
+    for (unsigned i = 0; i < b->ndevices; i++) {
+        struct device *dev = b->devices[i];
+
+        device_lock(dev);
+        state_write_section(w, dev->state, 0, dev);
+        device_unlock(dev);
+    }
+}
+
+static int load_sections(struct board *b, struct state_reader *r, struct error *err)
+{
+    int ret;
+
+    pthread_mutex_lock(&b->isa.lock);
+    ret = state_read_section(r, &isa_state, 0, &b->isa, err);
+    pthread_mutex_unlock(&b->isa.lock);
+    for (unsigned i = 0; i < b->ndevices && ret == 0; i++) {
+        struct device *dev = b->devices[i];
+
+        device_lock(dev);
+        ret = state_read_section(r, dev->state, 0, dev, err);
+        device_unlock(dev);
+    }
+    return ret;
+}
+
+/*
+ * Each device derives the levels of its lines from its registers, and the listeners at the other ends
+ * (the ISA wires, PIC, IOAPIC) have them in their own state: what is told meanwhile is no change, and
+ * must make no edge. The lines that leave the board, INTR and A20, have no state at their other ends: the
+ * PIC and the gate drive them as always.
+ */
+int board_load(struct board *b, struct state_reader *r, struct error *err)
+{
+    int ret;
+
+    b->loading = true;
+    ret = load_sections(b, r, err);
+    b->loading = false;
+    return ret;
+}
+
+const char *board_compare(const struct board *a, const struct board *b, char *buf, size_t buflen)
+{
+    const char *difference = state_compare(&isa_state, &a->isa, &b->isa, buf, buflen);
+
+    for (unsigned i = 0; i < a->ndevices && !difference; i++)
+        difference = state_compare(a->devices[i]->state, a->devices[i], b->devices[i], buf, buflen);
+    return difference;
 }
 
 int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)

@@ -10,6 +10,8 @@
 struct board;
 struct chardev;
 struct e820_map;
+struct state_reader;
+struct state_writer;
 
 struct board_config {
     struct device_env env;
@@ -28,6 +30,20 @@ void board_destroy(struct board *board);
 
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);
+
+/* Wakes what waits for a machine that runs: characters on their way through COM1. Any number of times. */
+void board_start(struct board *board);
+
+/*
+ * The state of all devices and of the wires between them, while no vCPU runs and the clock stands.
+ * Before a load the clock is set to the time of the save, and after it the vCPUs get their state: lines
+ * and timers are up to date then. A load that fails (-EINVAL with err set) leaves some devices as they
+ * were and some as saved.
+ */
+void board_save(struct board *board, struct state_writer *w);
+int board_load(struct board *board, struct state_reader *r, struct error *err);
+/* The name of the first state field in which two boards differ, in buf, or NULL. */
+const char *board_compare(const struct board *a, const struct board *b, char *buf, size_t buflen);
 
 /*
  * What firmware leaves behind for a kernel: the A20 gate open, and the ACPI tables in guest memory;

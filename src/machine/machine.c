@@ -1,15 +1,8 @@
 #include "machine/machine.h"
 
-#include "bus/clock.h"
-#include "bus/io.h"
-#include "bus/memory.h"
 #include "device/device.h"
 #include "host/log.h"
-#include "machine/board.h"
-#include "machine/loader.h"
-#include "machine/memory_map.h"
-#include "machine/vcpu_thread.h"
-#include "x86/cpuid.h"
+#include "machine/internal.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -18,31 +11,6 @@
 #include <unistd.h>
 
 #define PORT_COUNT 0x10000
-
-struct machine {
-    struct machine_config config;
-    const struct engine_ops *ops; /* config.engine */
-    struct event_loop *loop;
-
-    struct vm_clock *clock;
-    struct cpuid_model *cpuid;
-    struct guest_memory memory;
-    struct e820_map e820;
-    struct io_bus *ports, *mmio;
-    struct engine *engine;
-    struct board *board;
-    struct vcpu_thread *cpus;
-    unsigned ncpus; /* created so far */
-    bool running;
-    u64 resets;
-
-    /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
-    pthread_mutex_t request_lock;
-    bool reset_requested;
-    struct machine_end end; /* the first reason wins */
-    int request_fd;         /* eventfd that wakes the loop */
-    struct fd_watch request_watch;
-};
 
 static void park_all(struct machine *m)
 {
@@ -362,11 +330,37 @@ void machine_destroy(struct machine *m)
     free(m);
 }
 
+bool machine_has_request(struct machine *m)
+{
+    bool requested;
+
+    pthread_mutex_lock(&m->request_lock);
+    requested = m->end.reason != MACHINE_END_NONE || m->reset_requested;
+    pthread_mutex_unlock(&m->request_lock);
+    return requested;
+}
+
+void machine_fail(struct machine *m, const struct error *err)
+{
+    request_end(m, &(struct machine_end){.reason = MACHINE_END_ERROR, .error = *err});
+}
+
+static bool has_ended(struct machine *m)
+{
+    bool ended;
+
+    pthread_mutex_lock(&m->request_lock);
+    ended = m->end.reason != MACHINE_END_NONE;
+    pthread_mutex_unlock(&m->request_lock);
+    return ended;
+}
+
 void machine_start(struct machine *m)
 {
-    if (m->running)
+    if (m->running || has_ended(m))
         return;
     m->running = true;
+    board_start(m->board);
     vm_clock_start(m->clock);
     for (unsigned i = 0; i < m->ncpus; i++)
         vcpu_thread_resume(&m->cpus[i]);

@@ -14,6 +14,8 @@
 
 struct chardev;
 struct machine;
+struct state_reader;
+struct state_writer;
 
 /* Strings and the stream are borrowed, and must outlive the machine. */
 struct machine_config {
@@ -60,7 +62,7 @@ void machine_destroy(struct machine *m);
 /* Runs the event loop, from machine_start on, until the machine ends; the vCPUs are parked then. */
 void machine_run(struct machine *m, struct machine_end *end);
 
-/* Starts or goes on: the clock and all vCPUs. */
+/* Starts or goes on: the clock and all vCPUs. A machine that has ended stays as it is. */
 void machine_start(struct machine *m);
 /* Stops all vCPUs, then the clock. Returns when they have stopped. */
 void machine_pause(struct machine *m);
@@ -69,6 +71,20 @@ void machine_pause(struct machine *m);
  * afresh. Memory keeps what the loader doesn't write. A paused machine stays paused.
  */
 int machine_reset(struct machine *m, struct error *err);
+
+/*
+ * The whole state of a paused machine: clock, memory, devices, processors. -EBUSY while the guest's
+ * request for a reset or its end waits to be done.
+ */
+int machine_save(struct machine *m, struct state_writer *w, struct error *err);
+/*
+ * Puts a saved state in the place of a paused machine's own. The machine must be of the same kind:
+ * memory, processors and their model. When that is not so, the machine is as it was; when the state
+ * turns out damaged later on, the machine ends: it can't be started, and machine_run returns the error.
+ */
+int machine_load(struct machine *m, struct state_reader *r, struct error *err);
+/* The name of the first thing in which the states of two paused machines differ, in buf, or NULL. */
+const char *machine_compare(struct machine *a, struct machine *b, char *buf, size_t buflen);
 
 /* Ends machine_run with MACHINE_END_QUIT. Any thread. */
 void machine_quit(struct machine *m);
