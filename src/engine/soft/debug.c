@@ -115,7 +115,6 @@ void soft_debug_trap(struct soft_vcpu *v)
 
     v->cpu.db_pending = 0;
     v->cpu.dr[6] = (v->cpu.dr[6] & ~0xfULL) | why;
-    v->cpu.rflags &= ~EFLAGS_RF;
     soft_deliver(v, EXC_DB, CPU_EVENT_EXCEPTION, false, 0);
 }
 

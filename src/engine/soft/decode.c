@@ -96,10 +96,9 @@ static void fill_memory(const struct decode_context *ctx, const ZydisDecodedOper
         out->base = register_number(m->base);
     }
     if (m->index != ZYDIS_REGISTER_NONE &&
-        ZydisRegisterGetClass(m->index) <= ZYDIS_REGCLASS_GPR64) {
+        ZydisRegisterGetClass(m->index) <= ZYDIS_REGCLASS_GPR64)
         out->index = register_number(m->index);
-        out->scale = (u8)__builtin_ctz(m->scale ? m->scale : 1);
-    }
+    out->scale = (u8)__builtin_ctz(m->scale ? m->scale : 1);
     if (m->disp.has_displacement)
         out->disp += m->disp.value;
     if (m->segment != ZYDIS_REGISTER_NONE)
@@ -244,10 +243,51 @@ static insn_fn *choose_bmi(const struct decode_context *ctx, struct insn *out, e
     return bmi_fns[op][mem][ctx->ops[0].size == 64];
 }
 
+/*
+ * AMD's processors in 64-bit mode: 66 makes near branches 16-bit, and far pointers in memory have no
+ * 64-bit offset (APM vol. 3, 1.2.7 and appendix B).
+ */
+static void use_amd_widths(struct insn *out, const ZydisDecodedInstruction *zi)
+{
+    bool by_66 = zi->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE;
+
+    switch (zi->meta.branch_type) {
+    case ZYDIS_BRANCH_TYPE_SHORT:
+    case ZYDIS_BRANCH_TYPE_NEAR:
+        if (by_66 && !zi->raw.rex.W)
+            out->osize = 2;
+        return;
+    case ZYDIS_BRANCH_TYPE_FAR:
+        if (zi->mnemonic == ZYDIS_MNEMONIC_JMP || zi->mnemonic == ZYDIS_MNEMONIC_CALL)
+            break;
+        return;
+    default:
+        if (zi->mnemonic == ZYDIS_MNEMONIC_LFS || zi->mnemonic == ZYDIS_MNEMONIC_LGS ||
+            zi->mnemonic == ZYDIS_MNEMONIC_LSS)
+            break;
+        return;
+    }
+    out->osize = by_66 ? 2 : 4;
+}
+
 /* Condition code of Jcc, SETcc or CMOVcc: the low bits of the opcode. */
 static u8 condition_code(const ZydisDecodedInstruction *zi)
 {
     return zi->opcode & 15;
+}
+
+/* Instructions of other processors that share categories or mnemonics with ours. */
+static bool is_never_offered(const ZydisDecodedInstruction *zi)
+{
+    switch (zi->meta.isa_ext) {
+    case ZYDIS_ISA_EXT_KNC:
+    case ZYDIS_ISA_EXT_KNCE:
+    case ZYDIS_ISA_EXT_KNCV:
+    case ZYDIS_ISA_EXT_RTM:
+        return true;
+    default:
+        return false;
+    }
 }
 
 static insn_fn *choose_integer(struct soft_vcpu *v, const struct decode_context *ctx,
@@ -421,7 +461,13 @@ static insn_fn *choose_integer(struct soft_vcpu *v, const struct decode_context 
         SIMPLE(SALC, op_salc)
         SIMPLE(XLAT, op_xlat)
         SIMPLE(NOP, op_nop)
-        SIMPLE(PAUSE, op_pause)
+    case ZYDIS_MNEMONIC_PAUSE:
+        if (!zi->raw.rex.B)
+            return op_pause;
+        /* F3 REX.B 90: XCHG with R8, and the prefix means nothing. */
+        out->dst = register_number(ZYDIS_REGISTER_RAX);
+        out->src = register_number(ZYDIS_REGISTER_R8);
+        return xchg_fns[FORM_RR][osize];
         SIMPLE(LFENCE, op_fence)
         SIMPLE(MFENCE, op_fence)
         SIMPLE(SFENCE, op_fence)
@@ -602,7 +648,9 @@ enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n,
     }
     out->len = zi.length;
     fill_operands(&ctx, out);
-    out->fn = choose_integer(v, &ctx, out, more);
+    if ((v->mode & MODE_CODE_MASK) == MODE_CODE64 && cpuid_model_is_amd(v->cpuid))
+        use_amd_widths(out, &zi);
+    out->fn = is_never_offered(&zi) ? raise_ud : choose_integer(v, &ctx, out, more);
     if (!out->fn && !choose_system(v, &ctx, out, more) && !host_exec_decode(v, &ctx, out)) {
         out->fn = raise_ud;
         *more = false;

@@ -562,6 +562,9 @@ static void add_masking(struct thunk_spec *s, const struct decode_context *ctx,
     default:
         break;
     }
+    /* The mask of these is not of the memory operand's elements: they suppress no faults. */
+    if (zi->mnemonic == ZYDIS_MNEMONIC_VDBPSADBW || zi->mnemonic == ZYDIS_MNEMONIC_VPSHUFBITQMB)
+        return;
     if (zi->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || zi->raw.evex.aaa == 0 ||
         !(packed || suppresses_faults(zi->meta.exception_class)))
         return;

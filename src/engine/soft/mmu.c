@@ -398,10 +398,16 @@ static gva_t check_address(struct soft_vcpu *v, gva_t lin, size_t n, unsigned ac
     return lin;
 }
 
+/* #AC (vol. 3, table 6-7): what is a power of two wide lies on its own boundary. */
+static void check_alignment(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
+{
+    if (v->align_check && !(access & ACCESS_SYSTEM) && (lin & (n - 1)) && (n & (n - 1)) == 0)
+        soft_raise_error(v, EXC_AC, 0);
+}
+
 static void check_watches(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
 {
-    if (v->align_check && !(access & ACCESS_SYSTEM) && (lin & (n - 1)) && n <= 8)
-        soft_raise_error(v, EXC_AC, 0);
+    check_alignment(v, lin, n, access);
     if (v->data_breakpoints)
         soft_data_access(v, lin, n, access);
 }
@@ -537,8 +543,7 @@ void soft_store(struct soft_vcpu *v, gva_t lin, u64 value, unsigned size, unsign
 void soft_probe(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
 {
     lin = check_address(v, lin, n, access);
-    if (v->align_check && !(access & ACCESS_SYSTEM) && (lin & (n - 1)) && n <= 8)
-        soft_raise_error(v, EXC_AC, 0);
+    check_alignment(v, lin, n, access);
     translate(v, lin, access);
     if (crosses_page(lin, n))
         translate(v, next_page(v, lin), access);

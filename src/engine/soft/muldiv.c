@@ -143,13 +143,17 @@ insn_fn *const muldiv_fns[MULDIV_COUNT][2][4] = {ENTRY(mul), ENTRY(imul), ENTRY(
 
 /* --- IMUL with two and three operands --- */
 
+/* Flags go in as well: some processors leave the undefined ones as they were. */
 #define IMUL(bits)                                                                                 \
     static inline u##bits product##bits(struct soft_vcpu *v, u##bits a, u##bits b)                 \
     {                                                                                              \
-        u16 f;                                                                                     \
+        u32 f = v->aflags;                                                                         \
                                                                                                    \
-        __asm__("imul %[b], %[a]" ASM_SAVE_FLAGS : [a] "+r"(a), "=&a"(f) : [b] "r"(b) : "cc");     \
-        v->aflags = f;                                                                             \
+        __asm__(ASM_LOAD_FLAGS "imul %[b], %[a]" ASM_SAVE_FLAGS                                    \
+                : [a] "+r"(a), "+a"(f)                                                             \
+                : [b] "r"(b)                                                                       \
+                : "cc");                                                                           \
+        v->aflags = f & 0xffff;                                                                    \
         return a;                                                                                  \
     }                                                                                              \
     static void imul2_r##bits(struct soft_vcpu *v, const struct insn *i)                           \

@@ -137,34 +137,37 @@ void op_popa(struct soft_vcpu *v, const struct insn *i)
     NEXT(v, i);
 }
 
-/* ENTER size, level (SDM vol. 2A). i->imm: size; i->imm2: level. */
+/* Writes below *sp and moves it; RSP stays until the instruction is done. */
+static void enter_push(struct soft_vcpu *v, u64 *sp, u64 value, unsigned size)
+{
+    u64 to = stack_below(v, *sp, size);
+
+    soft_store(v, stack_linear(v, to, size, ACCESS_WRITE), value, size, ACCESS_WRITE | ACCESS_STACK);
+    *sp = to;
+}
+
+/*
+ * ENTER size, level (SDM vol. 2A). i->imm: size; i->imm2: level. It reads and writes by turns, so a fault
+ * leaves what was written below RSP, which the instruction writes again when it is restarted.
+ */
 void op_enter(struct soft_vcpu *v, const struct insn *i)
 {
-    u64 old_rsp = v->cpu.gpr[RSP], frame, rsp, rbp = v->cpu.gpr[RBP];
+    u64 sp = v->cpu.gpr[RSP], rbp = v->cpu.gpr[RBP], frame;
     unsigned level = i->imm2 & 31, size = i->osize;
-    u64 display[31];
 
     v->cur = i;
-    /* Read the display and probe every slot before anything is written. */
+    enter_push(v, &sp, rbp, size);
+    frame = sp;
     for (unsigned n = 1; n < level; n++) {
         rbp = stack_below(v, rbp, size);
-        display[n - 1] = stack_load_at(v, rbp, size);
+        enter_push(v, &sp, stack_load_at(v, rbp, size), size);
     }
-    rsp = old_rsp;
-    for (unsigned n = 0; n < (level ? level + 1 : 1); n++) {
-        stack_probe_at(v, rsp, size);
-        rsp = stack_below(v, rsp, size);
-    }
-    rsp = stack_below(v, rsp, (u16)i->imm);
-    stack_probe_write(v, rsp, size);
-
-    soft_push(v, v->cpu.gpr[RBP], size);
-    frame = v->cpu.gpr[RSP];
-    for (unsigned n = 1; n < level; n++)
-        soft_push(v, display[n - 1], size);
     if (level)
-        soft_push(v, frame, size);
-    v->cpu.gpr[RSP] = rsp;
+        enter_push(v, &sp, frame, size);
+    sp = stack_below(v, sp, (u16)i->imm);
+    stack_probe_write(v, sp, size);
+
+    v->cpu.gpr[RSP] = sp;
     if (size == 2)
         reg_set16(v, RBP, (u16)frame);
     else

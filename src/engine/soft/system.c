@@ -545,12 +545,12 @@ static void check_fsgsbase(struct soft_vcpu *v)
 static void read_base(struct soft_vcpu *v, const struct insn *i, enum segreg seg)
 {
     check_fsgsbase(v);
-    insn_write_rm(v, i, v->cpu.seg[seg].base, i->osize);
+    insn_write_rm(v, i, v->cpu.seg[seg].base, i->osize == 8 ? 8 : 4);
 }
 
 static void write_base(struct soft_vcpu *v, const struct insn *i, enum segreg seg)
 {
-    u64 base = insn_read_rm(v, i, i->osize);
+    u64 base = insn_read_rm(v, i, i->osize == 8 ? 8 : 4); /* 66 means nothing */
 
     check_fsgsbase(v);
     if (!soft_canonical(v, base))
