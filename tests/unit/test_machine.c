@@ -12,6 +12,7 @@
 #include "device/acpi_pm.h"
 #include "machine/layout.h"
 #include "machine/machine.h"
+#include "state/stream.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -211,21 +212,32 @@ static void write_kernel(char *path)
     close(fd);
 }
 
-/* Boots a machine whose n-th boot plays the n-th script, and runs it to its end. */
-static void play(const struct step *first, const struct step *second, bool no_reboot,
-                 struct machine_end *end, struct machine_stats *stats)
+static struct machine *create(const char *kernel, u64 memory, bool no_reboot,
+                              struct event_loop *loop)
 {
-    char kernel[] = "/tmp/test_machine.XXXXXX";
     struct machine_config config = {
         .engine = &fake_engine,
         .cpu = "host",
-        .memory = MIB(8),
+        .memory = memory,
         .cpus = 1,
         .kernel = kernel,
         .cmdline = "",
         .debug_exit_port = DEBUG_EXIT_PORT,
         .no_reboot = no_reboot,
     };
+    struct error err = {0};
+    struct machine *m = machine_create(&config, loop, &err);
+
+    if (!m)
+        fail_msg("%s", err.text);
+    return m;
+}
+
+/* Boots a machine whose n-th boot plays the n-th script, and runs it to its end. */
+static void play(const struct step *first, const struct step *second, bool no_reboot,
+                 struct machine_end *end, struct machine_stats *stats)
+{
+    char kernel[] = "/tmp/test_machine.XXXXXX";
     struct error err = {0};
     struct event_loop *loop = event_loop_create(&err);
     struct machine *m;
@@ -234,9 +246,7 @@ static void play(const struct step *first, const struct step *second, bool no_re
     script_of[0] = first;
     script_of[1] = second;
     atomic_store(&boots, 0);
-    m = machine_create(&config, loop, &err);
-    if (!m)
-        fail_msg("%s", err.text);
+    m = create(kernel, MIB(8), no_reboot, loop);
     machine_run(m, end);
     machine_stats(m, stats);
     machine_destroy(m);
@@ -348,6 +358,130 @@ static void test_a20_gate_reaches_the_engine(void **state)
     assert_int_equal(atomic_load(&a20_open), false);
 }
 
+static struct state_writer save(struct machine *m)
+{
+    struct state_writer w = {0};
+    struct error err;
+
+    if (machine_save(m, &w, &err))
+        fail_msg("%s", err.text);
+    return w;
+}
+
+static int load(struct machine *m, const struct state_writer *w, size_t len, struct error *err)
+{
+    struct state_reader r = {.data = w->data, .len = len};
+
+    return machine_load(m, &r, err);
+}
+
+/* A machine that was changed by its guest, paused; and what it was saved as. */
+struct moved {
+    char kernel[32];
+    struct event_loop *loop;
+    struct machine *from;
+    struct state_writer saved;
+};
+
+static void set_up_move(struct moved *t)
+{
+    /* Devices of every kind, and the A20 gate, which is closed last. */
+    static const struct step script[] = {
+        {STEP_OUT8, PORT_PIT_CONTROL_B, 1}, {STEP_OUT8, PORT_PIT + 3, 0x34},
+        {STEP_OUT8, PORT_PIT, 0x12},        {STEP_OUT8, PORT_PIT, 0x34},
+        {STEP_OUT8, PORT_PIC_MASTER, 0x11}, {STEP_OUT8, PORT_PIC_MASTER + 1, 0x20},
+        {STEP_OUT8, PORT_COM1 + 4, 0x0b},   {STEP_OUT8, PORT_I8042_COMMAND, 0xdd},
+        {STEP_OUT8, PORT_FAST_A20, 0},      {STEP_SPIN, 0, 0}};
+    static const struct step rest[] = {POWER_OFF_STEP, {STEP_SPIN, 0, 0}};
+    struct error err;
+
+    *t = (struct moved){.kernel = "/tmp/test_machine.XXXXXX"};
+    write_kernel(t->kernel);
+    script_of[0] = script;
+    script_of[1] = script_of[2] = rest;
+    atomic_store(&boots, 0);
+    t->loop = event_loop_create(&err);
+    t->from = create(t->kernel, MIB(8), false, t->loop);
+    machine_start(t->from);
+    while (atomic_load(&a20_open))
+        usleep(1000);
+    machine_pause(t->from);
+    t->saved = save(t->from);
+}
+
+static void tear_down_move(struct moved *t)
+{
+    state_writer_free(&t->saved);
+    machine_destroy(t->from);
+    event_loop_destroy(t->loop);
+    unlink(t->kernel);
+}
+
+static void test_state_goes_into_another_machine(void **state)
+{
+    struct state_writer again;
+    struct machine_end end;
+    struct machine *to;
+    struct error err;
+    struct moved t;
+    char where[128];
+
+    set_up_move(&t);
+    to = create(t.kernel, MIB(8), false, t.loop);
+    assert_true(atomic_load(&a20_open));
+    assert_non_null(machine_compare(t.from, to, where, sizeof(where)));
+    if (load(to, &t.saved, t.saved.len, &err))
+        fail_msg("%s", err.text);
+    if (machine_compare(t.from, to, where, sizeof(where)))
+        fail_msg("%s differs", where);
+    assert_false(atomic_load(&a20_open));
+    again = save(to);
+    assert_int_equal(again.len, t.saved.len);
+    assert_memory_equal(again.data, t.saved.data, again.len);
+    state_writer_free(&again);
+
+    machine_run(to, &end);
+    assert_int_equal(end.reason, MACHINE_END_POWER_OFF);
+    machine_destroy(to);
+    tear_down_move(&t);
+}
+
+static void test_damaged_state_ends_the_machine(void **state)
+{
+    struct machine_end end;
+    struct machine *to;
+    struct error err;
+    struct moved t;
+
+    set_up_move(&t);
+    to = create(t.kernel, MIB(8), false, t.loop);
+    assert_true(load(to, &t.saved, t.saved.len - 1, &err) < 0);
+    assert_int_equal(err.class, ERROR_INPUT);
+    machine_run(to, &end); /* no step of the guest's is played: it would power off */
+    assert_int_equal(end.reason, MACHINE_END_ERROR);
+    assert_string_equal(end.error.text, err.text);
+    machine_destroy(to);
+    tear_down_move(&t);
+}
+
+static void test_state_of_another_kind_is_refused(void **state)
+{
+    struct machine_end end;
+    struct machine *to;
+    struct error err;
+    struct moved t;
+
+    set_up_move(&t);
+    to = create(t.kernel, MIB(16), false, t.loop);
+    assert_true(load(to, &t.saved, t.saved.len, &err) < 0);
+    assert_non_null(strstr(err.text, "bytes of memory"));
+    machine_run(to, &end); /* it was left alone */
+    assert_int_equal(end.reason, MACHINE_END_POWER_OFF);
+    assert_true(machine_save(to, &t.saved, &err) < 0);
+    machine_destroy(to);
+    tear_down_move(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -359,6 +493,9 @@ int main(void)
         cmocka_unit_test(test_debug_exit_chooses_the_status),
         cmocka_unit_test(test_hypercall_and_halt_go_on),
         cmocka_unit_test(test_a20_gate_reaches_the_engine),
+        cmocka_unit_test(test_state_goes_into_another_machine),
+        cmocka_unit_test(test_damaged_state_ends_the_machine),
+        cmocka_unit_test(test_state_of_another_kind_is_refused),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
