@@ -21,7 +21,6 @@ enum binary_op {
 extern insn_fn *const binary_fns[BINARY_COUNT][FORMS][4];
 
 /* One operand (arith.c). Forms: FORM_RR: register, FORM_MR: memory, FORM_LOCK_MR. */
-#define UNARY_OPS(X) X(inc) X(dec) X(neg) X(not )
 enum unary_op { UNARY_inc, UNARY_dec, UNARY_neg, UNARY_not, UNARY_COUNT };
 extern insn_fn *const unary_fns[UNARY_COUNT][FORMS][4];
 
