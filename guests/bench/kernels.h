@@ -3,14 +3,14 @@
  *
  * A table of them is run by guest.c on the bare machine and by native.c under Linux, which see the
  * same object file. run(n) does n units of work and returns a checksum, which must be the same
- * everywhere. Only the system kernels (system.c) need the bare machine.
+ * everywhere. The system kernels, which need the bare machine, are in guest.c.
  */
 #ifndef BENCH_KERNELS_H
 #define BENCH_KERNELS_H
 
 typedef unsigned char u8;
 typedef unsigned int u32;
-typedef unsigned long u64;
+typedef unsigned long long u64;
 
 struct kernel {
     const char *name;

@@ -9,7 +9,7 @@ int main(void)
     kernels_prepare();
     for (const struct kernel *k = kernels; k < kernels + kernel_count; k++) {
         printf("begin %s\n", k->name);
-        printf("end %s %#lx\n", k->name, k->run(k->n));
+        printf("end %s %#llx\n", k->name, k->run(k->n));
     }
     printf("done\n");
     return 0;

@@ -39,6 +39,7 @@ volatile struct trap trap;
 volatile word trap_resume, trap_at, trap_sp, trap_bp;
 trap_handler trap_handlers[256];
 word user_kernel_sp;
+const char *check_group = "";
 static bool user_returned;
 
 void *memset(void *to, int c, word n)
@@ -100,12 +101,19 @@ void guest_exit(u8 status)
         __asm__ volatile("cli; hlt");
 }
 
-void check(const char *name, bool passed)
+/* Begins a check's line. */
+static void print_check(const char *name, bool passed)
 {
     if (!passed)
         failed++;
     print(passed ? "ok " : "not ok ");
+    print(check_group);
     print(name);
+}
+
+void check(const char *name, bool passed)
+{
+    print_check(name, passed);
     print("\n");
 }
 
@@ -115,9 +123,7 @@ void check_equal(const char *name, u64 got, u64 want)
         check(name, true);
         return;
     }
-    failed++;
-    print("not ok ");
-    print(name);
+    print_check(name, false);
     print(": got ");
     print_hex(got);
     print(" want ");
@@ -127,8 +133,7 @@ void check_equal(const char *name, u64 got, u64 want)
 
 void skip(const char *name, const char *why)
 {
-    print("ok ");
-    print(name);
+    print_check(name, true);
     print(" # skip: ");
     print(why);
     print("\n");
@@ -154,9 +159,7 @@ void expect_fault(const char *name, int vector, word error)
         check(name, true);
         return;
     }
-    failed++;
-    print("not ok ");
-    print(name);
+    print_check(name, false);
     print(": got ");
     print_trap(trap.vector, trap.error, trap.ip);
     print(" want ");

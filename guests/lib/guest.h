@@ -138,6 +138,8 @@ void guest_exit(u8 status) __attribute__((noreturn));
 
 void print(const char *text);
 void print_hex(u64 value);
+/* What the names of the checks that follow begin with; "" at first. */
+extern const char *check_group;
 void check(const char *name, bool passed);
 void check_equal(const char *name, u64 got, u64 want);
 void skip(const char *name, const char *why);

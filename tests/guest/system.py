@@ -30,7 +30,21 @@ _PERMISSIVE = {
     "gp-ltr-null": "taken for LLDT's null",
     "np-gate-of-exception": "EXT is not set",
 }
+_NO_GD = {name: "DR7.GD does not exist" for name in ("gd-clears-gd", "gd-is-a-fault", "gd")}
+_RSVD = "P is not set beside RSVD"
+_XSETBV = "#GP before #UD for CR4.OSXSAVE"
 DEVIATIONS = {
+    "breakpoints32": _NO_GD,
+    "breakpoints64": _NO_GD,
+    "paging64": dict(
+        {f"{level}-reserved-{how}": _RSVD for level in ("pml4e", "pdpte", "pde", "pte")
+         for how in ("load", "user-store")},
+        **{f"reserved-{what}": _RSVD for what in ("pml4e-ps", "nx-without-nxe")},
+        **{"2m-reserved-bit-13": _RSVD, "1g-reserved-bit-29": _RSVD}),
+    "sensitive32": {"xsetbv": _XSETBV},
+    "sensitive64": {"xsetbv": _XSETBV, "wrfsbase-noncanonical": "no canonical check"},
+    "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
+                   "wrmsr-lstar-noncanonical": "no canonical check"},
     "exceptions32": _PERMISSIVE,
     "exceptions64": _PERMISSIVE,
 }
