@@ -23,7 +23,6 @@ enum insn_address {
 #define INSN_REP 0x02   /* F3 */
 #define INSN_REPNE 0x04 /* F2 */
 #define INSN_MEM 0x08   /* the r/m operand (or the only explicit one) is memory */
-    0x10 /* the flags it sets are dead: the next instruction overwrites them all */
 
 struct insn {
     insn_fn *fn;
