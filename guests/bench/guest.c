@@ -13,7 +13,9 @@
 #define MSR_LSTAR 0xc0000082
 #define MSR_FMASK 0xc0000084
 #define VECTOR_CALL 0x80
+#define PORT_COM1_LCR 0x3fb
 #define PORT_COM1_LSR 0x3fd
+#define LCR_8_BITS 3
 
 #define PTE_P BIT(0)
 #define PTE_RW BIT(1)
@@ -185,6 +187,7 @@ void guest_main(void)
     window_pdpt[0] = (word)window_pd | PTE_P | PTE_RW | PTE_US;
     window_pd[0] = (word)window_pt | PTE_P | PTE_RW | PTE_US;
     __asm__ volatile("fninit");
+    outb(PORT_COM1_LCR, LCR_8_BITS); /* no firmware did it */
     kernels_prepare();
     for (unsigned i = 0; i < kernel_count; i++)
         run(&kernels[i]);

@@ -32,6 +32,7 @@ _PERMISSIVE = {
 }
 _NO_GD = {name: "DR7.GD does not exist" for name in ("gd-clears-gd", "gd-is-a-fault", "gd")}
 _RSVD = "P is not set beside RSVD"
+_SEGMENTS = "segment limits and rights are not checked"
 _XSETBV = "#GP before #UD for CR4.OSXSAVE"
 DEVIATIONS = {
     "breakpoints32": _NO_GD,
@@ -45,8 +46,27 @@ DEVIATIONS = {
     "sensitive64": {"xsetbv": _XSETBV, "wrfsbase-noncanonical": "no canonical check"},
     "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
                    "wrmsr-lstar-noncanonical": "no canonical check"},
-    "exceptions32": _PERMISSIVE,
-    "exceptions64": _PERMISSIVE,
+    "exceptions32": dict(_PERMISSIVE, **{"gp-null-data": _SEGMENTS}),
+    "exceptions64": dict(
+        _PERMISSIVE, **{
+            "ss-noncanonical": "#GP for any segment",
+            "gp-noncanonical-jump": "found at the target",
+            "gp-wrmsr-fsbase-noncanonical": "no canonical check",
+            "gp-cr8-reserved": "reserved bits are ignored"}),
+    "modes64": {"la57-reserved-ps": _RSVD},
+    "paging_legacy32": {
+        "two-level-4m-reserved-bit-21": _RSVD,
+        "pae-pointer-has-no-accessed-bit": "it sets one",
+        "pae-nx-without-nxe-is-reserved": _RSVD,
+        "pae-bit-62-is-reserved": _RSVD},
+    "tasks32": dict(
+        {name: _SEGMENTS for name in (
+            "limit-beyond", "limit-dword-across", "limit-wraps", "read-only-store",
+            "expand-down-inside", "expand-down-16-bit-top", "code-store", "granularity-4k-beyond",
+            "v86-word-at-ffff", "v86-limit")},
+        **{name: "no VME" for name in (
+            "vme-sti", "vme-sti-sets-vif", "vme-cli-clears-vif", "vme-pushf-shows-vif")},
+        **{"task-t-bit": "the T bit is ignored"}),
 }
 
 
