@@ -28,7 +28,7 @@
 static const char script[] =
     "set -e\n"
     "i=1\n"
-    "while [ $i -le 25 ]; do\n"
+    "while [ $i -le 32 ]; do\n"
     "    hash=$(seq $i 5000 | sha256sum | cut -c1-64)\n"
     "    sum=$(awk -v n=$i 'BEGIN { for (k = 1; k < 3000; k++) s += k / (k + n / 7);"
     " printf \"%.12f\", s }')\n"

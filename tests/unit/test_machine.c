@@ -9,6 +9,7 @@
 
 #include <cmocka.h>
 
+#include "chardev/chardev.h"
 #include "device/acpi_pm.h"
 #include "machine/layout.h"
 #include "machine/machine.h"
@@ -16,18 +17,21 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define DEBUG_EXIT_PORT 0xf4
 
-enum step_kind { STEP_OUT8, STEP_OUT16, STEP_EXIT, STEP_SPIN };
+enum step_kind { STEP_OUT8, STEP_OUT16, STEP_POLL8, STEP_EXIT, STEP_SPIN };
 
 struct step {
     enum step_kind kind;
-    u32 port; /* or the exit's reason */
-    u32 value;
+    u32 port;  /* or the exit's reason */
+    u32 value; /* STEP_POLL8: until one of these bits is set */
 };
 
 /* The script of the test that runs now; the engine below plays it once per boot. */
@@ -119,6 +123,10 @@ static void fake_vcpu_run(struct vcpu *v, struct vcpu_exit *exit)
             break;
         case STEP_OUT16:
             io_bus_write(v->engine->config.ports, s->port, s->value, 2);
+            break;
+        case STEP_POLL8:
+            if (!(io_bus_read(v->engine->config.ports, s->port, 1) & s->value))
+                continue;
             break;
         case STEP_EXIT:
             v->next++;
@@ -212,8 +220,8 @@ static void write_kernel(char *path)
     close(fd);
 }
 
-static struct machine *create(const char *kernel, u64 memory, bool no_reboot,
-                              struct event_loop *loop)
+static struct machine *create_with(const char *kernel, u64 memory, bool no_reboot,
+                                   struct chardev *serial, struct event_loop *loop)
 {
     struct machine_config config = {
         .engine = &fake_engine,
@@ -222,6 +230,7 @@ static struct machine *create(const char *kernel, u64 memory, bool no_reboot,
         .cpus = 1,
         .kernel = kernel,
         .cmdline = "",
+        .serial = serial,
         .debug_exit_port = DEBUG_EXIT_PORT,
         .no_reboot = no_reboot,
     };
@@ -231,6 +240,12 @@ static struct machine *create(const char *kernel, u64 memory, bool no_reboot,
     if (!m)
         fail_msg("%s", err.text);
     return m;
+}
+
+static struct machine *create(const char *kernel, u64 memory, bool no_reboot,
+                              struct event_loop *loop)
+{
+    return create_with(kernel, memory, no_reboot, NULL, loop);
 }
 
 /* Boots a machine whose n-th boot plays the n-th script, and runs it to its end. */
@@ -398,7 +413,7 @@ static void set_up_move(struct moved *t)
     *t = (struct moved){.kernel = "/tmp/test_machine.XXXXXX"};
     write_kernel(t->kernel);
     script_of[0] = script;
-    script_of[1] = script_of[2] = rest;
+    script_of[1] = rest;
     atomic_store(&boots, 0);
     t->loop = event_loop_create(&err);
     t->from = create(t->kernel, MIB(8), false, t->loop);
@@ -482,6 +497,54 @@ static void test_state_of_another_kind_is_refused(void **state)
     tear_down_move(&t);
 }
 
+static void stop_loop(void *opaque)
+{
+    event_loop_stop(opaque);
+}
+
+/* What was typed before the load, when nobody listened, arrives once the machine goes on. */
+static void test_input_reaches_a_restored_machine(void **state)
+{
+    static const struct step wait[] = {
+        {STEP_POLL8, PORT_COM1 + 5, 1}, POWER_OFF_STEP, {STEP_SPIN, 0, 0}};
+    static const struct chardev_owner nobody = {0};
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char directory[] = "/tmp/test_machine.XXXXXX", spec[64];
+    int client = socket(AF_UNIX, SOCK_STREAM, 0);
+    struct host_timer timer;
+    struct chardev *console;
+    struct machine_end end;
+    struct machine *to;
+    struct error err;
+    struct moved t;
+
+    set_up_move(&t);
+    script_of[1] = wait;
+    assert_non_null(mkdtemp(directory));
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s/console", directory);
+    snprintf(spec, sizeof(spec), "socket=%s/console", directory);
+    console = chardev_open(spec, t.loop, &nobody, &err);
+    if (!console)
+        fail_msg("%s", err.text);
+    to = create_with(t.kernel, MIB(8), false, console, t.loop);
+    assert_int_equal(connect(client, (struct sockaddr *)&address, sizeof(address)), 0);
+    assert_int_equal(write(client, "x", 1), 1);
+    timer = (struct host_timer){.fire = stop_loop, .opaque = t.loop};
+    event_loop_timer_arm(t.loop, &timer, host_clock_ns() + 50000000);
+    event_loop_run(t.loop);
+    event_loop_timer_remove(t.loop, &timer);
+
+    if (load(to, &t.saved, t.saved.len, &err))
+        fail_msg("%s", err.text);
+    machine_run(to, &end);
+    assert_int_equal(end.reason, MACHINE_END_POWER_OFF);
+    machine_destroy(to);
+    chardev_close(console);
+    close(client);
+    rmdir(directory);
+    tear_down_move(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -496,6 +559,7 @@ int main(void)
         cmocka_unit_test(test_state_goes_into_another_machine),
         cmocka_unit_test(test_damaged_state_ends_the_machine),
         cmocka_unit_test(test_state_of_another_kind_is_refused),
+        cmocka_unit_test(test_input_reaches_a_restored_machine),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
