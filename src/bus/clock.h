@@ -49,14 +49,19 @@ void vm_timer_cancel(struct vm_timer *t);
 /* Cancels and forgets the timer: after this no callback runs. Not from within the callback. */
 void vm_timer_destroy(struct vm_timer *t);
 
-/* ticks = ns * hz / 10^9 without overflow, rounded down; and the smallest ns with that many ticks. */
+/*
+ * ticks = ns * hz / 10^9 without overflow, rounded down; and the smallest ns with that many ticks,
+ * UINT64_MAX when it is beyond what 64 bits count: a timer for then never fires.
+ */
 static inline u64 clock_ns_to_ticks(u64 ns, u64 hz)
 {
     return (u64)((u128)ns * hz / NS_PER_SEC);
 }
 static inline u64 clock_ticks_to_ns(u64 ticks, u64 hz)
 {
-    return (u64)(((u128)ticks * NS_PER_SEC + hz - 1) / hz);
+    u128 ns = ((u128)ticks * NS_PER_SEC + hz - 1) / hz;
+
+    return ns > UINT64_MAX ? UINT64_MAX : (u64)ns;
 }
 
 #endif
