@@ -120,7 +120,8 @@ static const struct option options[] = {
     {"--initrd", "FILE", "initial file system (multiboot: modules, FILE[ ARGS][,...])", set_initrd},
     {"--append", "STRING", "kernel command line", set_append},
     {"--name", "NAME", "name of the machine (default: doppel)", set_name},
-    {"--engine", "ENGINE", "auto, kvm, bt or interp, with ,verify (default: auto)", set_engine},
+    {"--engine", "ENGINE", "auto or interp (default: auto); kvm and bt are not in this build",
+     set_engine},
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
@@ -226,8 +227,10 @@ void cli_run_help(FILE *out)
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
         "fault or a reset under --no-reboot; with --debug-exit, what the guest chose.\n"
         "\n"
-        "example:\n"
-        "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0 --memory "
-        "1G\n",
+        "examples:\n"
+        "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0\n"
+        "  doppel run --kernel vmlinuz --initrd test.cpio --append 'console=ttyS0 panic=-1' \\\n"
+        "             --serial console.log --no-reboot --stats stats.json\n"
+        "  doppel run --kernel guest.elf --serial none --debug-exit 0xf4\n",
         out);
 }

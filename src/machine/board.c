@@ -321,7 +321,11 @@ static int create_sysport(struct board *b, struct error *err)
     };
     struct sysport *ports = sysport_create(&b->config.env, &config, err);
 
-    return ports ? add(b, sysport_device(ports)) : -EIO;
+    if (ports)
+        return add(b, sysport_device(ports));
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--debug-exit: give a free port, such as 0xf4");
+    return -EIO;
 }
 
 static int create_acpi_pm(struct board *b, struct error *err)
@@ -364,10 +368,13 @@ static int create_fw_cfg(struct board *b, struct error *err)
 
 struct board *board_create(const struct board_config *config, struct error *err)
 {
-    /* Interrupt controllers first: the others may raise their lines from the start. */
+    /*
+     * Interrupt controllers first: the others may raise their lines from the start. The system ports
+     * last: the user chooses one of them, and whose place it would take is there by then.
+     */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,   create_ioapic,  create_pit,     create_hpet,    create_rtc,    create_com1,
-        create_i8042, create_sysport, create_acpi_pm, create_pvpanic, create_fw_cfg,
+        create_pic,   create_ioapic,  create_pit,     create_hpet,   create_rtc,     create_com1,
+        create_i8042, create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
     };
     struct board *b = calloc(1, sizeof(*b));
 

@@ -132,7 +132,11 @@ static int create_processor_model(struct machine *m, struct error *err)
 
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
-    return m->cpuid ? 0 : -EINVAL;
+    if (m->cpuid)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--cpu");
+    return -EINVAL;
 }
 
 static int create_buses(struct machine *m, struct error *err)

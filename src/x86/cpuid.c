@@ -361,7 +361,7 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
         if (ret == 0)
             ret = promise(m, name, support, v3_features, ARRAY_SIZE(v3_features), err);
     } else {
-        ret = error_input(err, "unknown CPU model '%s': use host, max, v2 or v3", name);
+        ret = error_input(err, "unknown CPU model '%s': use host, v2 or v3", name);
     }
     if (ret == 0 && (ncpus < 1 || ncpus > 255))
         ret = error_input(err, "%u CPUs: a machine has 1 to 255", ncpus);

@@ -65,6 +65,8 @@ def options(cases):
             ("engine-verify", *run, "--engine", "interp,verify"),
             ("debug-exit-range", *run, "--debug-exit", "65536"),
             ("debug-exit-octal", *run, "--debug-exit", "0x"),
+            ("debug-exit-taken", *run, "--debug-exit", "0x3f8"),
+            ("debug-exit-taken-later", *run, "--debug-exit", "0x505"),
             ("name-empty", *run, "--name", ""),
             ("name-slash", *run, "--name", "a/b"),
             ("disk", *run, "--disk", "disk.img"),
