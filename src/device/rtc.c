@@ -256,7 +256,7 @@ static void sync(struct rtc *r, s64 now)
     u8 *flags = &r->cmos[RTC_C];
     s64 period = period_ticks(r);
 
-    /* The host's clock may have been set back. */
+    /* After a restore, the host's clock may be behind the one that it was saved by. */
     if (now < r->seen)
         r->seen = now;
     if ((r->cmos[RTC_A] & A_DIVIDER_RESET) != A_DIVIDER_RESET && period &&
