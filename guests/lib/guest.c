@@ -294,6 +294,9 @@ void guest_start(void)
 #endif
     memset(tss.map, 0xff, sizeof(tss.map));
     tss.map[PORT_COM1 / 8] = 0;
+    /* The 8259s masked: no firmware's timer comes when a guest sets IF. */
+    outb(0x21, 0xff);
+    outb(0xa1, 0xff);
     load_tables();
     load_tr();
     guest_main();
