@@ -66,22 +66,26 @@ void chardev_accept_input(struct chardev *chr)
 static void deliver_input(struct chardev *chr, const struct chardev_handlers *device)
 {
     u8 buf[256];
-    size_t n;
+    size_t taken;
 
     do {
-        size_t wanted = device->can_receive(device->opaque);
+        size_t n = device->can_receive(device->opaque);
         const u8 *first;
 
         pthread_mutex_lock(&chr->lock);
-        n = MIN(MIN(ring_peek(&chr->in, &first), sizeof(buf)), wanted);
+        n = MIN(MIN(ring_peek(&chr->in, &first), sizeof(buf)), n);
         memcpy(buf, first, n);
-        ring_drop(&chr->in, n);
-        if (n && chr->backend->rings_changed)
+        pthread_mutex_unlock(&chr->lock);
+
+        taken = n ? device->receive(device->opaque, buf, n) : 0;
+
+        /* Nobody else drops from the ring. */
+        pthread_mutex_lock(&chr->lock);
+        ring_drop(&chr->in, taken);
+        if (taken && chr->backend->rings_changed)
             chr->backend->rings_changed(chr);
         pthread_mutex_unlock(&chr->lock);
-        if (n)
-            device->receive(device->opaque, buf, n);
-    } while (n);
+    } while (taken);
 }
 
 /* Below this much in `out`, a device that waits for room is told. */

@@ -23,8 +23,11 @@ struct chardev;
 struct chardev_handlers {
     /* How many characters the device can take now; 0: none until chardev_accept_input. */
     size_t (*can_receive)(void *opaque);
-    /* Input; len is at most what can_receive returned just before. */
-    void (*receive)(void *opaque, const u8 *buf, size_t len);
+    /*
+     * Input; len is at most what can_receive returned just before. Returns how many it took: the guest
+     * may have changed its mind since. After fewer than len: chardev_accept_input follows.
+     */
+    size_t (*receive)(void *opaque, const u8 *buf, size_t len);
     /* There is room again after a chardev_write that took less than all. */
     void (*writable)(void *opaque);
     void *opaque;

@@ -475,8 +475,8 @@ size_t serial_can_receive(struct serial *s)
 size_t serial_receive(struct serial *s, const u8 *buf, size_t len)
 {
     device_lock(&s->dev);
-    /* Whatever fits: the guest may have stopped listening since the stream asked. */
-    size_t n = MIN(len, (size_t)(fifo_size(s) - s->rx_count));
+    /* The guest may have stopped listening since the stream asked. */
+    size_t n = MIN(len, room_for_input(s));
     for (size_t i = 0; i < n; i++)
         rx_push(s, buf[i], 0);
     if (n)

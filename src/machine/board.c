@@ -182,9 +182,9 @@ static size_t com1_can_receive(void *opaque)
     return serial_can_receive(opaque);
 }
 
-static void com1_receive(void *opaque, const u8 *buf, size_t len)
+static size_t com1_receive(void *opaque, const u8 *buf, size_t len)
 {
-    serial_receive(opaque, buf, len);
+    return serial_receive(opaque, buf, len);
 }
 
 static void com1_writable(void *opaque)

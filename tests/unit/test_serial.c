@@ -218,6 +218,21 @@ static void loopback_keeps_characters_from_the_stream(void **state)
     finish(r, s);
 }
 
+static void input_stays_outside_when_the_guest_turns_away(void **state)
+{
+    struct rig *r = rig_create();
+    struct serial *s = listening(r, 0x01, 0x01);
+
+    assert_int_equal(serial_can_receive(s), 16);
+    out(r, 0x3fa, 0x00);
+    assert_int_equal(serial_receive(s, (const u8 *)"ab", 2), 1);
+    out(r, 0x3fa, 0x01);
+    assert_int_equal(serial_can_receive(s), 16);
+    out(r, 0x3fc, 0x1b);
+    assert_int_equal(serial_receive(s, (const u8 *)"ab", 2), 0);
+    finish(r, s);
+}
+
 static void an_overrun_loses_by_the_mode(void **state)
 {
     struct rig *r = rig_create();
@@ -381,6 +396,7 @@ int main(void)
         cmocka_unit_test(loopback_wires_the_modem_lines),
         cmocka_unit_test(modem_deltas_show_changes_until_they_are_read),
         cmocka_unit_test(loopback_keeps_characters_from_the_stream),
+        cmocka_unit_test(input_stays_outside_when_the_guest_turns_away),
         cmocka_unit_test(an_overrun_loses_by_the_mode),
         cmocka_unit_test(a_break_is_a_zero_with_its_flags),
         cmocka_unit_test(iir_answers_by_priority),
