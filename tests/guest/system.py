@@ -30,13 +30,23 @@ _PERMISSIVE = {
     "gp-ltr-null": "taken for LLDT's null",
     "np-gate-of-exception": "EXT is not set",
 }
-_NO_GD = {name: "DR7.GD does not exist" for name in ("gd-clears-gd", "gd-is-a-fault", "gd")}
+_DEBUG = dict(
+    {f"gd-{what}": "DR7.GD does not exist" for what in ("fault", "cleared", "dr6", "write-fault")},
+    **{name: "RF is not set within a repeated instruction"
+       for name in ("step-rep-rf-between", "write-rep-rf", "execute-rep-once")},
+    **{name: "only single steps are held back behind MOV SS"
+       for name in ("execute-after-mov-ss-inhibited", "access-mov-ss-deferred",
+                    "access-mov-ss-int-at-handler")},
+    **{"write-two-at-once": "one breakpoint is reported",
+       "access-rep-last-iteration": "RIP stays on the instruction",
+       "write-not-by-ud": "LOCK is not refused",
+       "dr7-fixed-zeros": "reserved bits are kept"})
 _RSVD = "P is not set beside RSVD"
 _SEGMENTS = "segment limits and rights are not checked"
 _XSETBV = "#GP before #UD for CR4.OSXSAVE"
 DEVIATIONS = {
-    "breakpoints32": _NO_GD,
-    "breakpoints64": _NO_GD,
+    "breakpoints32": _DEBUG,
+    "breakpoints64": _DEBUG,
     "paging64": dict(
         {f"{level}-reserved-{how}": _RSVD for level in ("pml4e", "pdpte", "pde", "pte")
          for how in ("load", "user-store")},

@@ -68,7 +68,7 @@ bool soft_code_breakpoint(struct soft_vcpu *v)
     bool hit = false;
     u64 matches = 0;
 
-    if (v->cpu.rflags & EFLAGS_RF)
+    if (v->cpu.rflags & EFLAGS_RF || soft_inside_repeated(v))
         return false;
     if (!soft_code64(v))
         lin = (u32)lin;
@@ -114,6 +114,7 @@ void soft_debug_trap(struct soft_vcpu *v)
     u64 why = v->cpu.db_pending;
 
     v->cpu.db_pending = 0;
+    v->cpu.activity = CPU_RUNNING; /* HLT (vol. 2A) */
     v->cpu.dr[6] = (v->cpu.dr[6] & ~0xfULL) | why;
     soft_deliver(v, EXC_DB, CPU_EVENT_EXCEPTION, false, 0);
 }

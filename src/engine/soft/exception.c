@@ -107,7 +107,8 @@ u64 soft_event_flags(const struct soft_vcpu *v)
 {
     u64 flags = soft_flags_get(v);
 
-    if (v->cpu.event_type == CPU_EVENT_EXCEPTION && vector_is_fault(v->cpu.event_vector))
+    if (soft_inside_repeated(v) ||
+        (v->cpu.event_type == CPU_EVENT_EXCEPTION && vector_is_fault(v->cpu.event_vector)))
         flags |= EFLAGS_RF;
     return flags;
 }
@@ -300,6 +301,7 @@ void soft_deliver(struct soft_vcpu *v, u8 vector, enum cpu_event_type type, bool
                   u32 error)
 {
     deliver(v, vector, type, has_error, error, v->cpu.gpr[GPR_RIP]);
+    v->repeat_icount = 0;
 }
 
 /* --- Software interrupts --- */

@@ -446,6 +446,16 @@ static void set_flat(struct soft_vcpu *v, u16 cs, u16 ss, unsigned cpl, bool cod
     soft_commit_segment(v, SEG_CS, s);
 }
 
+/* SYSCALL and SYSRET look at TF when they are done: FMASK keeps the kernel's entry from a single-step
+ * trap, and SYSRET traps at once, as if the SYSCALL had just completed. */
+static void step_by_new_flags(struct soft_vcpu *v)
+{
+    if (!(v->cpu.rflags & EFLAGS_TF))
+        return;
+    v->cpu.db_pending |= DR6_BS;
+    atomic_fetch_or(&v->attention, ATTN_SHADOW);
+}
+
 /* SYSCALL (vol. 2B; AMD APM vol. 3) */
 void op_syscall(struct soft_vcpu *v, const struct insn *i)
 {
@@ -465,6 +475,7 @@ void op_syscall(struct soft_vcpu *v, const struct insn *i)
         ip = (u32)cpu->msr.star;
         soft_flags_set(v, flags & ~(EFLAGS_VM | EFLAGS_IF));
     }
+    step_by_new_flags(v);
     set_flat(v, selector, (u16)(selector + 8), 0, soft_long_mode(v));
     soft_mode_changed(v);
     soft_set_ip(v, ip);
@@ -487,6 +498,7 @@ void op_sysret(struct soft_vcpu *v, const struct insn *i)
         soft_flags_set(v, cpu->gpr[R11] & 0x3c7fd7);
     else
         cpu->rflags |= EFLAGS_IF;
+    step_by_new_flags(v);
     set_flat(v, (u16)((to64 ? base + 16 : base) | 3), (u16)((base + 8) | 3), 3, to64);
     soft_mode_changed(v);
     soft_interrupts_open(v);

@@ -227,6 +227,10 @@ static void attend(struct soft_vcpu *v)
         take_sipi(v);
     if (v->cpu.activity != CPU_RUNNING && v->cpu.activity != CPU_HALTED)
         return;
+    if (v->cpu.db_pending && !v->cpu.shadow_ss) { /* of I/O or SYSRET, in an undisturbed block */
+        soft_debug_trap(v);
+        return;
+    }
     if (take_nmi(v))
         return;
     if (bits & (ATTN_INTERRUPT | ATTN_SHADOW)) {
@@ -255,11 +259,12 @@ static void run_undisturbed(struct soft_vcpu *v)
     }
 }
 
-/* Those that enter a handler with TF clear: no single-step trap follows them. */
+/* Those that enter a handler with TF clear: no single-step trap follows them. SYSCALL and SYSRET ask for
+ * theirs by the flags that they load. */
 static bool suppresses_step(const struct insn *i)
 {
     return i->run == op_int || i->run == op_int3 || i->run == op_into || i->run == op_int1 ||
-           i->run == op_syscall;
+           i->run == op_syscall || i->run == op_sysret;
 }
 
 static void careful_step(struct soft_vcpu *v)
@@ -368,5 +373,7 @@ void soft_run(struct soft_vcpu *v)
         else if (atomic_load_explicit(&v->attention, memory_order_relaxed) & ATTN_SHADOW)
             careful_step(v);
     }
+    if (soft_inside_repeated(v))
+        v->cpu.rflags |= EFLAGS_RF; /* for whoever goes on from the saved state */
     soft_fpu_sync(v);
 }

@@ -48,7 +48,8 @@ static inline bool interrupted(const struct soft_vcpu *v, u64 bytes_done)
 static void stay(struct soft_vcpu *v, const struct insn *i)
 {
     v->poll = 0; /* a chunk takes as long as many blocks */
-    soft_set_ip(v, soft_ip_mask(v, v->cpu.gpr[GPR_RIP] + i->offset));
+    v->cur = i;
+    soft_leave_repeated(v);
 }
 
 /* Elements of `size` from lin to the end of its page, at most `count`. */

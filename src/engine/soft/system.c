@@ -775,8 +775,7 @@ static void string_io_step(struct soft_vcpu *v, const struct insn *i, unsigned s
 
 /*
  * INS, OUTS (vol. 2A, 2B). With REP some elements at a time: it stops between two when something wants
- * attention or a trap is due, with RIP still on the instruction. RF then keeps a breakpoint on it from
- * triggering once more (vol. 3, 17.3.1.1).
+ * attention or a trap is due, with RIP still on the instruction.
  */
 static void string_io(struct soft_vcpu *v, const struct insn *i, unsigned size, bool in)
 {
@@ -794,11 +793,8 @@ static void string_io(struct soft_vcpu *v, const struct insn *i, unsigned size, 
         if (--left == 0 || v->cpu.db_pending || (atomic_load(&v->attention) & ~ATTN_SHADOW))
             break;
     }
-    if (count) {
-        if (soft_code_breakpoints_enabled(v))
-            v->cpu.rflags |= EFLAGS_RF;
-        soft_set_ip(v, soft_ip(v));
-    }
+    if (count)
+        soft_leave_repeated(v);
 }
 
 static void op_insb(struct soft_vcpu *v, const struct insn *i)

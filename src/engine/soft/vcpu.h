@@ -112,6 +112,7 @@ struct soft_vcpu {
     _Atomic u32 attention;
     u8 class_fault[FPU_CLASSES]; /* 0, or EXC_UD or EXC_NM */
     u64 icount;
+    u64 repeat_icount; /* icount when a repeated instruction was last left in the middle */
 
     /* Translation */
     struct tlb tlbs[TLB_KINDS];
@@ -243,6 +244,18 @@ static inline void soft_set_ip(struct soft_vcpu *v, u64 ip)
 {
     v->cpu.gpr[GPR_RIP] = ip;
     v->cur = &insn_none;
+}
+/* Leaves a repeated instruction between two iterations, with RIP on it. */
+static inline void soft_leave_repeated(struct soft_vcpu *v)
+{
+    soft_set_ip(v, soft_ip(v));
+    v->repeat_icount = v->icount;
+}
+/* Whether the next instruction is the rest of a repeated one: it is not broken at once more, and what
+ * comes in between pushes RF set (vol. 3, 17.3.1.1). */
+static inline bool soft_inside_repeated(const struct soft_vcpu *v)
+{
+    return v->repeat_icount == v->icount && v->icount;
 }
 
 #endif
