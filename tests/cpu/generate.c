@@ -14,6 +14,7 @@
  * Some cases are single-stepped (EFLAGS.TF), the others run into INT3, and those may have several
  * instructions in a row. A few percent are bytes at random, valid or not.
  */
+#define _GNU_SOURCE
 #include "generate.h"
 
 #include <stdlib.h>
@@ -974,6 +975,9 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
                       const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops)
 {
     prepare_registers(r, c, zi, ops);
+    /* Freed of their alignment by MXCSR.MM, these read only the half that they use. */
+    if (zi->mnemonic == ZYDIS_MNEMONIC_UNPCKLPS || zi->mnemonic == ZYDIS_MNEMONIC_UNPCKLPD)
+        c->before.mxcsr &= ~(u32)BIT(17);
     for (unsigned n = 0; n < zi->operand_count; n++) {
         const ZydisDecodedOperandMem *m = &ops[n].mem;
         u64 target;
@@ -981,6 +985,9 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
         if (ops[n].type != ZYDIS_OPERAND_TYPE_MEMORY || m->type == ZYDIS_MEMOP_TYPE_AGEN)
             continue;
         target = random_target(r, g->mode64, ops[n].size / 8);
+        /* AMD's processors want the sum before FS's or GS's base to be canonical, too. */
+        if (segment_base(&c->before, m->segment) && target >> 32)
+            target = WINDOW;
         if (gpr_number(m->base) == 4 && ops[n].visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN &&
             random_percent(r, 85))
             target = c->before.gpr[4];
@@ -1021,8 +1028,45 @@ static bool may_call_kernel(const u8 *p, unsigned len)
     return false;
 }
 
+/*
+ * Bytes that AMD's processors take and that are invalid by the manuals: they ignore the bits of VEX that
+ * would make a mask register's number 8 or more, and LOCK before 0F 00.
+ */
+static bool is_taken_by_amd(const u8 *p)
+{
+    u8 opcode = p[0] == 0xc5 ? p[2] : p[3];
+    bool extended = !(p[1] & 0x80) || !((p[0] == 0xc5 ? p[1] : p[2]) & 0x40);
+    u8 map = p[0] == 0xc5 ? 1 : p[1] & 31;
+    const u8 *lock = memchr(p, 0xf0, 4);
+
+    if (lock && memmem(lock, 8, "\x0f\0", 2))
+        return true;
+    if ((p[0] != 0xc4 && p[0] != 0xc5) || !extended)
+        return false;
+    return map == 1   ? (opcode >= 0x41 && opcode <= 0x4b) || (opcode >= 0x90 && opcode <= 0x99)
+           : map == 3 ? opcode >= 0x30 && opcode <= 0x33
+                      : false;
+}
+
+static bool has_repeat_prefix(const ZydisDecodedInstruction *zi)
+{
+    for (unsigned n = 0; n < zi->raw.prefix_count; n++) {
+        if ((zi->raw.prefixes[n].value | 1) == 0xf3)
+            return true;
+    }
+    return false;
+}
+
 static bool is_usable(const ZydisDecodedInstruction *zi)
 {
+    /* AMD's FXRSTOR raises #GP when base and index overflow a 32-bit address. */
+    if (wants_xsave_image(zi->mnemonic) && zi->address_width == 32 &&
+        zi->machine_mode == ZYDIS_MACHINE_MODE_LONG_64)
+        return false;
+    /* On AMD's processors a REP prefix changes the condition of LOOPE and LOOPNE. */
+    if ((zi->mnemonic == ZYDIS_MNEMONIC_LOOPE || zi->mnemonic == ZYDIS_MNEMONIC_LOOPNE) &&
+        has_repeat_prefix(zi))
+        return false;
     if (zi->mnemonic == ZYDIS_MNEMONIC_INT && zi->raw.imm[0].value.u == 0x80)
         return false;
     return !is_left_out(zi->mnemonic);
@@ -1060,7 +1104,7 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
             *valid = decode(g, code, 15, zi, ops);
             if (*valid && is_usable(zi))
                 return zi->length;
-            if (!*valid && keep_invalid && !may_call_kernel(code, 15))
+            if (!*valid && keep_invalid && !may_call_kernel(code, 15) && !is_taken_by_amd(code))
                 return 15;
         }
     }
@@ -1072,6 +1116,7 @@ static bool goes_on(const ZydisDecodedInstruction *zi)
     if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
         return false;
     switch (zi->meta.category) {
+    case ZYDIS_CATEGORY_DECIMAL: /* undefined flags would spread */
     case ZYDIS_CATEGORY_STRINGOP:
     case ZYDIS_CATEGORY_INTERRUPT:
     case ZYDIS_CATEGORY_RET:
@@ -1151,7 +1196,8 @@ void generate_case(const struct generator *g, struct random *r, struct test_case
             for (unsigned n = 0; n < len; n++)
                 c->code[n] = (u8)random_next(r);
             valid = decode(g, c->code, len, &zi, ops);
-        } while (valid ? !is_usable(&zi) : may_call_kernel(c->code, len));
+        } while (valid ? !is_usable(&zi)
+                       : may_call_kernel(c->code, len) || is_taken_by_amd(c->code));
         if (valid)
             len = zi.length;
     } else {

@@ -249,12 +249,12 @@ static insn_fn *choose_bmi(const struct decode_context *ctx, struct insn *out, e
  */
 static void use_amd_widths(struct insn *out, const ZydisDecodedInstruction *zi)
 {
-    bool by_66 = zi->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE;
+    bool narrow = (zi->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) && !zi->raw.rex.W;
 
     switch (zi->meta.branch_type) {
     case ZYDIS_BRANCH_TYPE_SHORT:
     case ZYDIS_BRANCH_TYPE_NEAR:
-        if (by_66 && !zi->raw.rex.W)
+        if (narrow)
             out->osize = 2;
         return;
     case ZYDIS_BRANCH_TYPE_FAR:
@@ -267,7 +267,7 @@ static void use_amd_widths(struct insn *out, const ZydisDecodedInstruction *zi)
             break;
         return;
     }
-    out->osize = by_66 ? 2 : 4;
+    out->osize = narrow ? 2 : 4;
 }
 
 /* Condition code of Jcc, SETcc or CMOVcc: the low bits of the opcode. */
@@ -422,8 +422,9 @@ static insn_fn *choose_integer(struct soft_vcpu *v, const struct decode_context 
         return movzx_fns[mem][ops[1].size == 16][size];
     case ZYDIS_MNEMONIC_MOVSX:
     case ZYDIS_MNEMONIC_MOVSXD:
-        /* MOVSXD with a 16-bit operand size moves 16 bits. */
-        if (size == 1 && ops[1].size != 8)
+        /* MOVSXD with a 16-bit operand size moves 16 bits; AMD's processors read 32. */
+        if (size == 1 && ops[1].size != 8 &&
+            !(zi->mnemonic == ZYDIS_MNEMONIC_MOVSXD && cpuid_model_is_amd(v->cpuid)))
             return mov_fns[mem ? FORM_RM : FORM_RR][1];
         return movsx_fns[mem][ops[1].size == 8 ? 0 : ops[1].size == 16 ? 1 : 2][size];
     case ZYDIS_MNEMONIC_LEA:
@@ -460,7 +461,12 @@ static insn_fn *choose_integer(struct soft_vcpu *v, const struct decode_context 
         SIMPLE(STD, op_std)
         SIMPLE(SALC, op_salc)
         SIMPLE(XLAT, op_xlat)
-        SIMPLE(NOP, op_nop)
+    case ZYDIS_MNEMONIC_NOP:
+        /* PREFETCHW's opcode with a register. */
+        if (zi->opcode_map == ZYDIS_OPCODE_MAP_0F && zi->opcode == 0x0d &&
+            cpuid_model_is_amd(v->cpuid))
+            return raise_ud;
+        return op_nop;
     case ZYDIS_MNEMONIC_PAUSE:
         if (!zi->raw.rex.B)
             return op_pause;

@@ -101,19 +101,17 @@ static void commit_code(struct soft_vcpu *v, u16 selector, u64 d, u64 ip)
 /* The target of a far JMP or CALL: from the instruction or from memory. */
 static void far_pointer(struct soft_vcpu *v, const struct insn *i, u16 *selector, u64 *offset)
 {
-    unsigned size = i->osize;
-    u8 pointer[10];
+    unsigned size = i->osize, access = i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ;
+    gva_t lin;
 
-    *offset = 0;
     if (!(i->flags & INSN_MEM)) {
         *selector = i->selector;
         *offset = size == 2 ? (u16)i->imm : (u32)i->imm;
         return;
     }
-    soft_load_bytes(v, insn_linear(v, i, size + 2, ACCESS_READ), pointer, size + 2,
-                    i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ);
-    memcpy(offset, pointer, size);
-    memcpy(selector, pointer + size, 2);
+    *offset = soft_load(v, insn_linear(v, i, size, ACCESS_READ), size, access);
+    lin = insn_linear(v, i, size + 2, ACCESS_READ);
+    *selector = (u16)soft_load(v, lin + size, 2, access | ACCESS_UNALIGNED);
 }
 
 /* Reads the descriptor that a far JMP or CALL names; only the null and limit checks are done. */

@@ -78,19 +78,32 @@ static bool x87_store_suppressed(struct soft_vcpu *v)
     return fsw & ~fcw & 0x1f;
 }
 
+/* FNSTCW and FNSTSW, which don't wait. */
+static bool is_fnst(const struct thunk_spec *s)
+{
+    return s->fpu_class == FPU_X87 && s->mem_access == ACCESS_WRITE && !(s->flags & THUNK_POINTERS);
+}
+
+/* The operand of a masked instruction outside 64-bit mode: limits are for the accessed elements. */
+static bool limits_by_element(const struct insn *i, const struct thunk_spec *s)
+{
+    return s->masking != MASKING_NONE && i->address == ADDRESS_CHECKED;
+}
+
 static __attribute__((noinline)) void run_slow(struct soft_vcpu *v, const struct insn *i,
                                                const struct thunk *t, gva_t lin)
 {
     const struct thunk_spec *s = &t->spec;
     unsigned access = s->mem_access | (i->seg == SEG_SS ? ACCESS_STACK : 0);
-    _Alignas(64) u8 bounce[192];
+    _Alignas(64) u8 bounce[192] = {0}; /* never the host's stack for a guest to read */
     u8 *copy = bounce + (lin & 63);
     void *p;
 
     v->cur = i;
-    if (s->flags & THUNK_X87)
+    if ((s->flags & THUNK_X87) && !is_fnst(s))
         fpu_check_pending(v, i);
-    if (s->mem_align && (lin & (s->mem_align - 1u)) && !mm_lifts_alignment(v, s))
+    if (s->mem_align && (lin & (s->mem_align - 1u)) && !mm_lifts_alignment(v, s) &&
+        !simd_masked_out(v, s))
         soft_raise_error(v, EXC_GP, 0);
     if (s->masking != MASKING_NONE) {
         simd_run_masked(v, i, t, lin);
@@ -107,6 +120,8 @@ static __attribute__((noinline)) void run_slow(struct soft_vcpu *v, const struct
         return;
     }
     soft_probe(v, lin, s->mem_size, access);
+    if (s->flags & THUNK_MERGES)
+        soft_load_bytes(v, lin, copy, s->mem_size, access & ~ACCESS_WRITE);
     thunk_run_at(v, i, t, copy);
     if (!(s->flags & THUNK_POINTERS) || !x87_store_suppressed(v))
         soft_store_bytes(v, lin, copy, s->mem_size, access);
@@ -135,7 +150,9 @@ static inline __attribute__((always_inline)) void run(struct soft_vcpu *v, const
     fpu_class_check(v, i, s->fpu_class);
     if (x87)
         fpu_make_live(v);
-    if (memory) {
+    if (memory && unlikely(limits_by_element(i, s))) {
+        run_slow(v, i, t, (u32)(v->seg_base[i->seg] + insn_offset(v, i)));
+    } else if (memory) {
         gva_t lin = insn_linear(v, i, s->mem_size, write ? ACCESS_WRITE : ACCESS_READ);
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);
         u64 tag = write ? e->write_tag : e->read_tag;
@@ -287,6 +304,11 @@ static bool has(const struct soft_vcpu *v, unsigned feature)
 static bool offered(const struct soft_vcpu *v, const ZydisDecodedInstruction *zi)
 {
     if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && !soft_has(v, FEATURE_AVX512F))
+        return false;
+    /* Outside 64-bit mode Intel's processors ignore W here. */
+    if ((zi->mnemonic == ZYDIS_MNEMONIC_VPINSRD || zi->mnemonic == ZYDIS_MNEMONIC_VPEXTRD) &&
+        zi->encoding == ZYDIS_INSTRUCTION_ENCODING_VEX && zi->raw.vex.W &&
+        zi->machine_mode != ZYDIS_MACHINE_MODE_LONG_64 && cpuid_model_is_amd(v->cpuid))
         return false;
     if (zi->mnemonic == ZYDIS_MNEMONIC_VPCLMULQDQ && zi->meta.isa_set == ZYDIS_ISA_SET_AVX)
         return soft_has(v, FEATURE_AVX) && soft_has(v, FEATURE_PCLMUL);
@@ -563,11 +585,22 @@ static void add_masking(struct thunk_spec *s, const struct decode_context *ctx,
         break;
     }
     /* The mask of these is not of the memory operand's elements: they suppress no faults. */
-    if (zi->mnemonic == ZYDIS_MNEMONIC_VDBPSADBW || zi->mnemonic == ZYDIS_MNEMONIC_VPSHUFBITQMB)
+    switch (zi->mnemonic) {
+    case ZYDIS_MNEMONIC_VDBPSADBW:
+    case ZYDIS_MNEMONIC_VGF2P8AFFINEQB:
+    case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
+    case ZYDIS_MNEMONIC_VCVTNE2PS2BF16:
         return;
-    if (zi->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || zi->raw.evex.aaa == 0 ||
-        !(packed || suppresses_faults(zi->meta.exception_class)))
+    default:
+        break;
+    }
+    if (zi->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX ||
+        (zi->raw.evex.aaa == 0 && zi->meta.category != ZYDIS_CATEGORY_COMPRESS) ||
+        !(packed || suppresses_faults(zi->meta.exception_class))) {
+        if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && zi->raw.evex.aaa != 0)
+            s->flags |= THUNK_MERGES;
         return;
+    }
     for (unsigned n = 0; n < zi->operand_count; n++) {
         const ZydisDecodedOperand *op = &ctx->ops[n];
 
@@ -578,6 +611,8 @@ static void add_masking(struct thunk_spec *s, const struct decode_context *ctx,
     if (widest == 0 || s->mem_size == 0)
         return;
     s->mask_reg = zi->raw.evex.aaa;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_VPSHUFBITQMB)
+        widest = 8; /* a mask bit a byte of the result */
     s->mask_bits = (u8)(zi->avx.vector_length / widest);
     narrow_size = s->mem_size / s->mask_bits;
     if (zi->meta.isa_set == ZYDIS_ISA_SET_AVX512F_SCALAR ||
@@ -655,6 +690,7 @@ static bool ignores_w(const ZydisDecodedInstruction *zi)
     case ZYDIS_MNEMONIC_VMOVD:
     case ZYDIS_MNEMONIC_VPEXTRD:
     case ZYDIS_MNEMONIC_VPINSRD:
+    case ZYDIS_MNEMONIC_VPBROADCASTD:
     case ZYDIS_MNEMONIC_VCVTSI2SS:
     case ZYDIS_MNEMONIC_VCVTSI2SD:
     case ZYDIS_MNEMONIC_VCVTUSI2SS:

@@ -74,6 +74,8 @@ insn_fn *x87_decode(const struct decode_context *ctx, struct insn *out);
 insn_fn *xsave_decode(const struct decode_context *ctx, struct insn *out);
 insn_fn *simd_mem_decode(const struct decode_context *ctx, struct insn *out);
 /* simd_mem.c: runs t on its masked memory operand at lin, element by element. */
+/* Whether its mask leaves out every element, so that memory is not accessed at all. */
+bool simd_masked_out(const struct soft_vcpu *v, const struct thunk_spec *s);
 void simd_run_masked(struct soft_vcpu *v, const struct insn *i, const struct thunk *t, gva_t lin);
 
 #endif

@@ -398,10 +398,15 @@ static gva_t check_address(struct soft_vcpu *v, gva_t lin, size_t n, unsigned ac
     return lin;
 }
 
-/* #AC (vol. 3, table 6-7): what is a power of two wide lies on its own boundary. */
+/*
+ * #AC (SDM vol. 3, table 6-7; APM vol. 2, 8.2.18): scalars and vectors lie on their own size, up to 16
+ * bytes, 80-bit numbers on 8 bytes, and the x87 images on their words, 2 or 4 bytes, whose number is odd.
+ */
 static void check_alignment(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
 {
-    if (v->align_check && !(access & ACCESS_SYSTEM) && (lin & (n - 1)) && (n & (n - 1)) == 0)
+    size_t boundary = n == 10 ? 8 : MIN(n & -n, 16);
+
+    if (v->align_check && !(access & (ACCESS_SYSTEM | ACCESS_UNALIGNED)) && (lin & (boundary - 1)))
         soft_raise_error(v, EXC_AC, 0);
 }
 

@@ -19,6 +19,7 @@
 #define ACCESS_EXEC 0x2u
 #define ACCESS_SYSTEM 0x4u /* implicit supervisor access, whatever CPL: GDT, LDT, IDT, TSS */
 #define ACCESS_STACK 0x8u  /* non-canonical addresses give #SS(0), not #GP(0) */
+#define ACCESS_UNALIGNED 0x10u /* never #AC */
 
 /* Slow paths, and all accesses of rarely run instructions. */
 u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access);

@@ -77,6 +77,7 @@ EXTEND(movsx, s, 8, 64)
 EXTEND(movsx, s, 16, 16)
 EXTEND(movsx, s, 16, 32)
 EXTEND(movsx, s, 16, 64)
+EXTEND(movsx, s, 32, 16)
 EXTEND(movsx, s, 32, 32)
 EXTEND(movsx, s, 32, 64)
 
@@ -85,8 +86,8 @@ insn_fn *const movzx_fns[2][2][4] = {
     {WIDE_SIZES(movzx_m8_), WIDE_SIZES(movzx_m16_)},
 };
 insn_fn *const movsx_fns[2][3][4] = {
-    {WIDE_SIZES(movsx_r8_), WIDE_SIZES(movsx_r16_), {NULL, NULL, movsx_r32_32, movsx_r32_64}},
-    {WIDE_SIZES(movsx_m8_), WIDE_SIZES(movsx_m16_), {NULL, NULL, movsx_m32_32, movsx_m32_64}},
+    {WIDE_SIZES(movsx_r8_), WIDE_SIZES(movsx_r16_), WIDE_SIZES(movsx_r32_)},
+    {WIDE_SIZES(movsx_m8_), WIDE_SIZES(movsx_m16_), WIDE_SIZES(movsx_m32_)},
 };
 
 /* --- LEA --- */
@@ -187,6 +188,15 @@ insn_fn *const xadd_fns[FORMS][4] = {
 
 /* --- CMPXCHG --- */
 
+/* What a 32-bit destination becomes when the comparison fails: some processors clear its upper half. */
+static inline u64 unchanged32(u64 dst)
+{
+    u64 other = (u32)~dst;
+
+    __asm__("cmpxchg %k[dst], %k[dst]" : [dst] "+r"(dst), "+a"(other) : : "cc");
+    return dst;
+}
+
 #define CMPXCHG(bits)                                                                              \
     static inline bool equals##bits(struct soft_vcpu *v, u##bits old)                              \
     {                                                                                              \
@@ -207,7 +217,8 @@ insn_fn *const xadd_fns[FORMS][4] = {
         if (equals##bits(v, old)) {                                                                \
             reg_set##bits(v, i->dst, reg_get##bits(v, i->src));                                    \
         } else {                                                                                   \
-            reg_set##bits(v, i->dst, old);                                                         \
+            if ((bits) == 32)                                                                      \
+                v->cpu.gpr[i->dst] = unchanged32(v->cpu.gpr[i->dst]);                              \
             reg_set##bits(v, RAX, old);                                                            \
         }                                                                                          \
         NEXT(v, i);                                                                                \

@@ -218,13 +218,19 @@ void soft_stack_room(struct soft_vcpu *v, const struct stack *s, unsigned bytes)
         stack_linear(v, s, s->sp - bytes, bytes);
 }
 
+/* Whether a frame can be accessed at once: alignment is checked word by word. */
+static bool in_one_piece(const struct soft_vcpu *v, const struct stack *s, u64 sp, unsigned bytes)
+{
+    return likely(!v->align_check && !stack_wraps(s, sp, bytes));
+}
+
 void soft_stack_push(struct soft_vcpu *v, struct stack *s, const u64 *values, unsigned n,
                      unsigned size)
 {
     u8 frame[STACK_MAX * 8];
     u64 sp = s->sp - n * size;
 
-    if (likely(!stack_wraps(s, sp, n * size))) {
+    if (in_one_piece(v, s, sp, n * size)) {
         for (unsigned k = 0; k < n; k++)
             memcpy(frame + (n - 1 - k) * size, &values[k], size);
         soft_store_bytes(v, stack_linear(v, s, sp, n * size), frame, n * size,
@@ -244,7 +250,7 @@ void soft_stack_pop(struct soft_vcpu *v, struct stack *s, u64 *values, unsigned 
 {
     u8 frame[STACK_MAX * 8];
 
-    if (likely(!stack_wraps(s, s->sp, n * size))) {
+    if (in_one_piece(v, s, s->sp, n * size)) {
         soft_load_bytes(v, stack_linear(v, s, s->sp, n * size), frame, n * size,
                         ACCESS_READ | s->access);
         for (unsigned k = 0; k < n; k++) {
@@ -411,14 +417,11 @@ void op_pop_sreg(struct soft_vcpu *v, const struct insn *i)
 static void load_far_pointer(struct soft_vcpu *v, const struct insn *i, enum segreg seg)
 {
     unsigned size = i->osize;
-    u64 offset = 0;
-    u16 selector;
-    u8 pointer[10];
+    unsigned access = operand_access(i, ACCESS_READ);
+    u64 offset = soft_load(v, insn_linear(v, i, size, ACCESS_READ), size, access);
+    gva_t lin = insn_linear(v, i, size + 2, ACCESS_READ);
+    u16 selector = (u16)soft_load(v, lin + size, 2, access | ACCESS_UNALIGNED);
 
-    soft_load_bytes(v, insn_linear(v, i, size + 2, ACCESS_READ), pointer, size + 2,
-                    operand_access(i, ACCESS_READ));
-    memcpy(&offset, pointer, size);
-    memcpy(&selector, pointer + size, 2);
     soft_load_segment(v, seg, selector);
     write_gpr(v, i->reg, offset, size);
 }

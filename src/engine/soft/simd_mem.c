@@ -38,7 +38,8 @@ static u64 element_mask(const struct soft_vcpu *v, const struct thunk_spec *s, u
         }
         return mask;
     }
-    mask = v->cpu.k[s->mask_reg] & low_bits(s->mask_bits);
+    /* K0 in its place means no mask: all elements. */
+    mask = (s->mask_reg ? v->cpu.k[s->mask_reg] : UINT64_MAX) & low_bits(s->mask_bits);
     if (s->masking == MASKING_K_PACKED)
         return low_bits((unsigned)__builtin_popcountll(mask)) & (mask ? ~0ULL : 0);
     if (s->masking == MASKING_K_REPEAT) {
@@ -46,6 +47,30 @@ static u64 element_mask(const struct soft_vcpu *v, const struct thunk_spec *s, u
             mask |= mask >> n & low_bits(*elements);
     }
     return mask & low_bits(*elements);
+}
+
+bool simd_masked_out(const struct soft_vcpu *v, const struct thunk_spec *s)
+{
+    unsigned elements;
+
+    return s->masking != MASKING_NONE && element_mask(v, s, &elements) == 0;
+}
+
+/*
+ * The linear address of the element `at` bytes into the operand. Past the last address VMASKMOV begins
+ * anew; the others fault.
+ */
+static gva_t element_linear(struct soft_vcpu *v, const struct insn *i, const struct thunk_spec *s,
+                            gva_t lin, unsigned at, unsigned access)
+{
+    u64 last = i->asize == 2 ? 0xffff : 0xffffffff, offset;
+
+    if (i->address == ADDRESS_FLAT)
+        return lin + at;
+    offset = insn_offset(v, i) + at;
+    if (offset > last && s->masking != MASKING_SIGN)
+        soft_raise_error(v, i->seg == SEG_SS ? EXC_SS : EXC_GP, 0);
+    return soft_linear(v, i->seg, offset & last, s->elem_size, access);
 }
 
 void simd_run_masked(struct soft_vcpu *v, const struct insn *i, const struct thunk *t, gva_t lin)
@@ -57,14 +82,17 @@ void simd_run_masked(struct soft_vcpu *v, const struct insn *i, const struct thu
     u64 mask = element_mask(v, s, &elements);
     unsigned access = s->mem_access | (i->seg == SEG_SS ? ACCESS_STACK : 0);
 
+    if (s->masking == MASKING_SIGN)
+        access |= ACCESS_UNALIGNED;
     v->cur = i;
     for (u64 m = mask; m; m &= m - 1) {
         unsigned at = (unsigned)__builtin_ctzll(m) * size;
+        gva_t element = element_linear(v, i, s, lin, at, access);
 
         if (access & ACCESS_WRITE)
-            soft_probe(v, lin + at, size, access);
+            soft_probe(v, element, size, access);
         else
-            soft_load_bytes(v, lin + at, copy + at, size, access);
+            soft_load_bytes(v, element, copy + at, size, access);
     }
     thunk_run_at(v, i, t, copy);
     if (!(access & ACCESS_WRITE))
@@ -72,7 +100,7 @@ void simd_run_masked(struct soft_vcpu *v, const struct insn *i, const struct thu
     for (u64 m = mask; m; m &= m - 1) {
         unsigned at = (unsigned)__builtin_ctzll(m) * size;
 
-        soft_store_bytes(v, lin + at, copy + at, size, access);
+        soft_store_bytes(v, element_linear(v, i, s, lin, at, access), copy + at, size, access);
     }
 }
 
@@ -118,7 +146,7 @@ static void gather_done(struct soft_vcpu *v, union gather g, unsigned n)
 static void run_gather(struct soft_vcpu *v, const struct insn *i)
 {
     union gather g = {.word = i->imm};
-    unsigned access = i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ;
+    unsigned access = ACCESS_UNALIGNED | (i->seg == SEG_SS ? ACCESS_STACK : ACCESS_READ);
     u8 *data = v->cpu.vec[g.data];
 
     fpu_class_check(v, i, g.flags & GATHER_EVEX ? FPU_AVX512 : FPU_AVX);
@@ -128,6 +156,7 @@ static void run_gather(struct soft_vcpu *v, const struct insn *i)
             u64 value = soft_load(v, gather_address(v, i, g, n, ACCESS_READ), g.data_size, access);
 
             memcpy(data + n * g.data_size, &value, g.data_size);
+            memset(data + g.count * g.data_size, 0, 64u - g.count * g.data_size);
         }
         gather_done(v, g, n);
     }
@@ -142,7 +171,7 @@ static void run_gather(struct soft_vcpu *v, const struct insn *i)
 static void run_scatter(struct soft_vcpu *v, const struct insn *i)
 {
     union gather g = {.word = i->imm};
-    unsigned access = ACCESS_WRITE | (i->seg == SEG_SS ? ACCESS_STACK : 0);
+    unsigned access = ACCESS_WRITE | ACCESS_UNALIGNED | (i->seg == SEG_SS ? ACCESS_STACK : 0);
 
     fpu_class_check(v, i, FPU_AVX512);
     v->cur = i;
@@ -159,7 +188,10 @@ static void run_scatter(struct soft_vcpu *v, const struct insn *i)
     NEXT(v, i);
 }
 
-/* MASKMOVDQU and MASKMOVQ: bytes of `data` whose mask byte has its sign bit, to [rDI]. */
+/*
+ * MASKMOVDQU and MASKMOVQ: bytes of `data` whose mask byte has its sign bit, to [rDI]. Whether bytes that
+ * the mask leaves out can fault is the implementation's (vol. 2B, MASKMOVDQU): as on AMD's they do.
+ */
 static void store_masked_bytes(struct soft_vcpu *v, const struct insn *i, const u8 *data,
                                const u8 *mask, unsigned size)
 {
@@ -167,10 +199,8 @@ static void store_masked_bytes(struct soft_vcpu *v, const struct insn *i, const 
     gva_t lin = insn_linear(v, i, size, ACCESS_WRITE);
 
     v->cur = i;
-    for (unsigned n = 0; n < size; n++) {
-        if (mask[n] & 0x80)
-            soft_probe(v, lin + n, 1, access);
-    }
+    for (unsigned n = 0; n < size; n += 8)
+        soft_probe(v, lin + n, 8, access);
     for (unsigned n = 0; n < size; n++) {
         if (mask[n] & 0x80)
             soft_store(v, lin + n, data[n], 1, access);

@@ -21,6 +21,7 @@ typedef u32 thunk_fn(struct soft_vcpu *v, void *memory);
 #define THUNK_POINTERS 0x10u   /* sets the x87 instruction and data pointers */
 #define THUNK_MM_ALIGN 0x20u   /* MXCSR.MM (AMD) lifts its alignment check */
 #define THUNK_ZERO_UPPER 0x40u /* VEX, EVEX: it zeroes the rest of its destination */
+#define THUNK_MERGES 0x80u     /* masked, but accesses its whole memory operand */
 
 /* How a memory operand depends on a mask, for accesses that can't be done in one piece. */
 enum thunk_masking {

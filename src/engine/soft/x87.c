@@ -190,7 +190,7 @@ static void environment_get(struct soft_vcpu *v, const struct insn *i, const u8 
     if (soft_protected(v)) {
         c->fip = words[3];
         c->fcs = (u16)words[4];
-        c->fop = i->osize == 2 ? c->fop : words[4] >> 16 & FOP_MASK;
+        c->fop = i->osize == 2 ? 0 : words[4] >> 16 & FOP_MASK;
         c->fdp = words[5];
         c->fds = (u16)words[6];
     } else {

@@ -220,8 +220,10 @@ static void x87_get(struct soft_vcpu *v, const u8 *image, bool wide)
         c->fds = (u16)(c->fdp >> 32);
         c->fip = (u32)c->fip;
         c->fdp = (u32)c->fdp;
-    } else {
+    } else { /* kept as linear addresses, which have 57 bits at most */
         c->fcs = c->fds = 0;
+        c->fip = (u64)((s64)(c->fip << 7) >> 7);
+        c->fdp = (u64)((s64)(c->fdp << 7) >> 7);
     }
 }
 
@@ -244,9 +246,16 @@ static gva_t aligned_operand(struct soft_vcpu *v, const struct insn *i, unsigned
 {
     gva_t lin = insn_linear(v, i, size, access);
 
-    if (lin & (align - 1))
-        soft_raise_error(v, EXC_GP, 0);
-    return lin;
+    if (!(lin & (align - 1)))
+        return lin;
+    /* FXSAVE and FXRSTOR may raise #AC by their 32-bit words instead (vol. 2A, FXSAVE). */
+    if (align == 16) {
+        if (soft_long_mode(v) && !(soft_canonical(v, lin) && soft_canonical(v, lin + size - 1)))
+            soft_raise_error(v, i->seg == SEG_SS ? EXC_SS : EXC_GP, 0);
+        if (v->align_check && (lin & 3))
+            soft_raise_error(v, EXC_AC, 0);
+    }
+    soft_raise_error(v, EXC_GP, 0);
 }
 
 /* --- FXSAVE, FXRSTOR --- */
