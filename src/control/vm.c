@@ -25,16 +25,14 @@ struct vm {
     int signal_fd;
     struct fd_watch signal_watch;
     struct machine *machine; /* NULL until it is created */
-    bool quit;               /* the user asked for the end, maybe before there was a machine */
 };
 
+/* On the loop's thread, so there is a machine: the loop runs within machine_run only. */
 static void vm_quit(void *opaque)
 {
     struct vm *vm = opaque;
 
-    vm->quit = true;
-    if (vm->machine)
-        machine_quit(vm->machine);
+    machine_quit(vm->machine);
 }
 
 static void signal_ready(void *opaque, u32 events)
@@ -129,11 +127,7 @@ static int create_machine(struct vm *vm, struct error *err)
     };
 
     vm->machine = machine_create(&config, vm->loop, err);
-    if (!vm->machine)
-        return -EIO;
-    if (vm->quit)
-        machine_quit(vm->machine);
-    return 0;
+    return vm->machine ? 0 : -EIO;
 }
 
 static int status_of(const struct machine_end *end)
