@@ -13,6 +13,7 @@
 
 #include "machine/layout.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 
@@ -176,11 +177,10 @@ int pic_ack(struct pic *pic)
     } else {
         int slave_level = pending_level(pic, SLAVE);
 
+        /* IR2 is up only while the slave asks: there is no spurious IRQ 15. */
+        assert(slave_level >= 0);
         acknowledge(master, CASCADE_IR);
-        if (slave_level >= 0)
-            acknowledge(slave, (unsigned)slave_level);
-        else
-            slave_level = SPURIOUS_IR;
+        acknowledge(slave, (unsigned)slave_level);
         vector = slave->vector_base + slave_level;
     }
     update_outputs(pic);
