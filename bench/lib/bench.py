@@ -1,4 +1,4 @@
-"""What the benchmarks share: build and run a command, time the lines that it prints, print tables."""
+"""What the benchmarks share: build and run a command, time the lines it prints, print tables."""
 
 import os
 import select

@@ -2,12 +2,12 @@
  * The boot sector of a disk whose next sectors hold a guest's image: for emulators that have a BIOS
  * and a disk, but no loader for multiboot.
  *
- * The linker gets (--defsym) what it must know of the guest: image_sectors, image_dwords and bss_dwords
- * for lengths, image_base for where it belongs, entry for where it begins. The image is read below
- * 640 KiB by INT 13h function 42h (Enhanced Disk Drive Specification 1.1), 32 KiB at a time, then
- * moved up in protected mode, since the BIOS leaves real mode's 1 MiB of reach. The guest starts as
- * the Multiboot Specification 0.6.96, section 3.2, has it, with an information structure that says
- * nothing (flags 0).
+ * The linker gets (--defsym) what it must know of the guest: image_sectors, image_dwords and
+ * bss_dwords for lengths, image_base for where it belongs, entry for where it begins. The image is
+ * read below 640 KiB by INT 13h function 42h (Enhanced Disk Drive Specification 1.1), 32 KiB at a
+ * time, then moved up in protected mode, since the BIOS leaves real mode's 1 MiB of reach. The
+ * guest starts as the Multiboot Specification 0.6.96, section 3.2, has it, with an information
+ * structure that says nothing (flags 0).
  */
 #define STAGE 0x10000 /* where the BIOS reads to: up to 0x90000, hence 512 KiB of image at most */
 #define CHUNK 64      /* sectors */

@@ -1,9 +1,9 @@
 /*
  * The guest of bench/bochs: runs the kernels, and then kernels of what operating systems do.
  *
- * Each is a line "begin NAME", the work, and a line "end NAME CHECKSUM". Whoever reads the serial port
- * takes the time between, so that no clock of the guest's, which an emulator may bend, has a part in
- * it.
+ * Each is a line "begin NAME", the work, and a line "end NAME CHECKSUM". Whoever reads the serial
+ * port takes the time between, so that no clock of the guest's, which an emulator may bend, has a
+ * part in it.
  */
 #include "guest.h"
 
@@ -33,7 +33,7 @@ static u64 faults;
 /* For functions of ring 3, which take no arguments. */
 static unsigned user_rounds;
 
-/* The shortest ways into the kernel and back. What SYSCALL does to RCX and R11 its caller expects. */
+/* The shortest ways into the kernel and back. The caller expects what SYSCALL does to RCX and R11. */
 void enter_by_syscall(void);
 void enter_by_interrupt(void);
 u64 enter_count, enter_user_sp;

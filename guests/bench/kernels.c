@@ -1,8 +1,8 @@
 /*
  * Kernels that run in user mode as well as on a bare machine: see kernels.h.
  *
- * The numbers of units are such that Bochs 2.7 takes some tenths of a second for each: long enough to
- * be timed from outside, by when a line arrives.
+ * The numbers of units are such that Bochs 2.7 takes some tenths of a second for each: long enough
+ * to be timed from outside, by when a line arrives.
  */
 #include "kernels.h"
 
@@ -18,7 +18,8 @@ static struct node {
     struct node *next;
     u64 value;
 } nodes[CHASE_NODES] __attribute__((aligned(4096)));
-static float vector_a[4096] __attribute__((aligned(16))), vector_b[4096] __attribute__((aligned(16)));
+static float vector_a[4096] __attribute__((aligned(16)));
+static float vector_b[4096] __attribute__((aligned(16)));
 
 /* Keeps the compiler from seeing through a value: no constant folding, no idiom recognition. */
 #define OPAQUE(x) __asm__ volatile("" : "+r"(x))
