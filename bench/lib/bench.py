@@ -32,8 +32,8 @@ def _cpu_seconds(pid):
 def timed_lines(command, patience, clock="wall", pipe=False):
     """Runs a command and yields (seconds, line) for each line of its stdout, as it arrives.
 
-    The seconds count from the start of the process: of the wall, or with clock="cpu" of the processor
-    time used. With pipe=True the lines come from a pipe of their own, whose path, good within the
+    The seconds count from the start of the process: of the wall, or with clock="cpu" of the
+    processor time used. With pipe=True the lines come from a pipe of their own, whose path, good within the
     command's process, replaces "{pipe}" in its words. The process is ended when the caller stops.
     """
     read_end, write_end = os.pipe()

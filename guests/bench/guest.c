@@ -33,7 +33,7 @@ static u64 faults;
 /* For functions of ring 3, which take no arguments. */
 static unsigned user_rounds;
 
-/* The shortest ways into the kernel and back. The caller expects what SYSCALL does to RCX and R11. */
+/* The shortest ways into the kernel and back. The caller expects RCX and R11 to be lost. */
 void enter_by_syscall(void);
 void enter_by_interrupt(void);
 u64 enter_count, enter_user_sp;

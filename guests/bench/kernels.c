@@ -303,7 +303,7 @@ static u64 run_copy(unsigned n)
 /* Strings the way a plain C library treats them: byte loops, REPNE SCASB, REPE CMPSB. */
 static u64 run_string(unsigned n)
 {
-    static const char text[] = "the quick brown fox jumps over the lazy dog and runs on for a while";
+    static const char text[] = "the quick brown fox jumps over the lazy dog and runs on for a bit";
     char word[sizeof(text)];
     u64 sum = 0;
 
