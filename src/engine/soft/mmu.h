@@ -17,8 +17,8 @@
 #define ACCESS_READ 0x0u
 #define ACCESS_WRITE 0x1u
 #define ACCESS_EXEC 0x2u
-#define ACCESS_SYSTEM 0x4u /* implicit supervisor access, whatever CPL: GDT, LDT, IDT, TSS */
-#define ACCESS_STACK 0x8u  /* non-canonical addresses give #SS(0), not #GP(0) */
+#define ACCESS_SYSTEM 0x4u     /* implicit supervisor access, whatever CPL: GDT, LDT, IDT, TSS */
+#define ACCESS_STACK 0x8u      /* non-canonical addresses give #SS(0), not #GP(0) */
 #define ACCESS_UNALIGNED 0x10u /* never #AC */
 
 /* Slow paths, and all accesses of rarely run instructions. */
