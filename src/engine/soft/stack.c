@@ -142,7 +142,8 @@ static void enter_push(struct soft_vcpu *v, u64 *sp, u64 value, unsigned size)
 {
     u64 to = stack_below(v, *sp, size);
 
-    soft_store(v, stack_linear(v, to, size, ACCESS_WRITE), value, size, ACCESS_WRITE | ACCESS_STACK);
+    soft_store(v, stack_linear(v, to, size, ACCESS_WRITE), value, size,
+               ACCESS_WRITE | ACCESS_STACK);
     *sp = to;
 }
 
