@@ -60,9 +60,9 @@ struct test_case {
     struct user_state before;
     u8 image; /* what the writable pages hold */
     u8 code_len;
-    u8 ncode;           /* instructions */
-    u8 starts[8];       /* where each begins in code */
-    u16 code_offset;    /* of the first instruction in its page */
+    u8 ncode;        /* instructions */
+    u8 starts[8];    /* where each begins in code */
+    u16 code_offset; /* of the first instruction in its page */
     u8 code[CODE_MAX];
     u8 npokes;
     struct poke pokes[POKES];
