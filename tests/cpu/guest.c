@@ -81,9 +81,14 @@ static void put_page_tables(struct guest *g)
 static void put_descriptors(struct guest *g)
 {
     static const u64 gdt[16] = {
-        [1] = 0x00cf9b000000ffff, [2] = 0x00af9b000000ffff, [3] = 0x00cf93000000ffff,
-        [4] = 0x00cffb000000ffff, [5] = 0x00cff3000000ffff, [6] = 0x00affb000000ffff,
-        [TSS_SELECTOR / 8] = 0x00008b0000004087 | (u64)TSS << 16, [9] = KERNEL >> 32,
+        [1] = 0x00cf9b000000ffff,
+        [2] = 0x00af9b000000ffff,
+        [3] = 0x00cf93000000ffff,
+        [4] = 0x00cffb000000ffff,
+        [5] = 0x00cff3000000ffff,
+        [6] = 0x00affb000000ffff,
+        [TSS_SELECTOR / 8] = 0x00008b0000004087 | (u64)TSS << 16,
+        [9] = KERNEL >> 32,
     };
 
     memory_write(&g->memory, GDT, gdt, sizeof(gdt));
@@ -93,7 +98,8 @@ static void put_descriptors(struct guest *g)
         const u8 code[STUB_SIZE] = {0xe6, (u8)n, 0xeb, 0xfe}; /* OUT n, AL; JMP to itself */
 
         put64(g, IDT + 16 * n,
-              (stub & 0xffff) | 0x10 << 16 | (0x8e00 | dpl << 13) << 32 | (stub >> 16 & 0xffff) << 48);
+              (stub & 0xffff) | 0x10 << 16 | (0x8e00 | dpl << 13) << 32 |
+                  (stub >> 16 & 0xffff) << 48);
         put64(g, IDT + 16 * n + 8, stub >> 32);
         memory_write(&g->memory, STUBS + n * STUB_SIZE, code, sizeof(code));
     }
@@ -171,8 +177,8 @@ static int create_machine(struct guest *g, struct error *err)
     g->mmio = io_bus_create("mmio", BIT(40), err);
     if (!g->clock || !g->ports || !g->mmio)
         return -1;
-    g->range = (struct io_range){
-        .name = "stubs", .base = 0, .size = 256, .ops = &out_ops, .opaque = g};
+    g->range =
+        (struct io_range){.name = "stubs", .base = 0, .size = 256, .ops = &out_ops, .opaque = g};
     if (io_bus_add(g->ports, &g->range, err) < 0 ||
         memory_add_slot(&g->memory, 0, MEMORY_SIZE, 0, err) < 0)
         return -1;
@@ -195,8 +201,14 @@ struct guest *guest_create(const char *engine, const u8 *read_only, struct error
     if (!g->ops || create_machine(g, err) < 0)
         goto fail;
     config = (struct engine_config){
-        .memory = &g->memory, .ports = g->ports, .mmio = g->mmio, .clock = g->clock,
-        .machine = {no_interrupt, no_eoi, g}, .cpuid = g->cpuid, .ncpus = 1, .verify = verify,
+        .memory = &g->memory,
+        .ports = g->ports,
+        .mmio = g->mmio,
+        .clock = g->clock,
+        .machine = {no_interrupt, no_eoi, g},
+        .cpuid = g->cpuid,
+        .ncpus = 1,
+        .verify = verify,
     };
     g->engine = g->ops->create(&config, err);
     g->vcpu = g->engine ? g->ops->vcpu_create(g->engine, 0, err) : NULL;
