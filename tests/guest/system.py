@@ -54,6 +54,8 @@ DEVIATIONS = {
         **{"2m-reserved-bit-13": _RSVD, "1g-reserved-bit-29": _RSVD}),
     "sensitive32": {"xsetbv": _XSETBV},
     "sensitive64": {"xsetbv": _XSETBV, "wrfsbase-noncanonical": "no canonical check"},
+    "strings32": {"limit-stops": _SEGMENTS, "limit-stores-whole-elements": _SEGMENTS},
+    "strings64": {"fault-at-the-instruction": "RF is not set"},
     "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
                    "wrmsr-lstar-noncanonical": "no canonical check"},
     "exceptions32": dict(_PERMISSIVE, **{"gp-null-data": _SEGMENTS}),
