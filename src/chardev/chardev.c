@@ -96,7 +96,7 @@ static void do_work(void *opaque)
 {
     struct chardev *chr = opaque;
     struct chardev_handlers device;
-    bool attached, quit, writable;
+    bool attached, quit, writable, send_break;
 
     pthread_mutex_lock(&chr->lock);
     device = chr->handlers;
@@ -106,12 +106,17 @@ static void do_work(void *opaque)
     writable = attached && chr->starved && chr->out.used <= LOW_WATER;
     if (writable)
         chr->starved = false;
+    send_break = attached && chr->send_break;
+    chr->send_break = false;
     pthread_mutex_unlock(&chr->lock);
 
     if (quit && chr->owner.quit)
         chr->owner.quit(chr->owner.opaque);
     if (writable)
         device.writable(device.opaque);
+    /* Before the input: the SysRq key that is meant may have been read along with the break. */
+    if (send_break)
+        device.receive_break(device.opaque);
     if (attached)
         deliver_input(chr, &device);
 }

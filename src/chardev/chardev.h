@@ -30,6 +30,8 @@ struct chardev_handlers {
     size_t (*receive)(void *opaque, const u8 *buf, size_t len);
     /* There is room again after a chardev_write that took less than all. */
     void (*writable)(void *opaque);
+    /* The user sent a break (Ctrl-A b), for Linux the SysRq key of its serial console. */
+    void (*receive_break)(void *opaque);
     void *opaque;
 };
 

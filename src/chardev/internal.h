@@ -55,6 +55,7 @@ struct chardev {
     bool drop_output; /* nobody is there to take it */
     bool starved;     /* chardev_write took less than all: `writable` is due */
     bool quit;        /* the owner's quit is due */
+    bool send_break;  /* the device's receive_break is due */
     bool closing;
     struct host_timer work;
 };

@@ -25,6 +25,7 @@
 
 static const char escape_help[] = "\r\n"
                                   "Ctrl-A x  end the VM\r\n"
+                                  "Ctrl-A b  send a break (Linux: SysRq, then its key)\r\n"
                                   "Ctrl-A a  send Ctrl-A to the guest (so does Ctrl-A twice)\r\n"
                                   "Ctrl-A h  show this\r\n";
 
@@ -128,6 +129,9 @@ static bool filter_key(struct stdio_chardev *s, u8 key)
     switch (key) {
     case 'x':
         s->chr.quit = true;
+        return false;
+    case 'b':
+        s->chr.send_break = true;
         return false;
     case 'h':
     case '?':

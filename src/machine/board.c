@@ -192,6 +192,11 @@ static void com1_writable(void *opaque)
     serial_writable(opaque);
 }
 
+static void com1_receive_break(void *opaque)
+{
+    serial_receive_break(opaque);
+}
+
 /* Notes a device that was created, for its reset and its end. */
 static int add(struct board *b, struct device *dev)
 {
@@ -292,7 +297,8 @@ static int create_com1(struct board *b, struct error *err)
     if (!b->com1)
         return -EIO;
     if (chr) {
-        struct chardev_handlers handlers = {com1_can_receive, com1_receive, com1_writable, b->com1};
+        struct chardev_handlers handlers = {com1_can_receive, com1_receive, com1_writable,
+                                            com1_receive_break, b->com1};
 
         chardev_attach(chr, &handlers);
     }

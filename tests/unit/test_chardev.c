@@ -76,13 +76,22 @@ static void echo_writable(void *opaque)
     pthread_mutex_unlock(&echo.lock);
 }
 
+static void echo_break(void *opaque)
+{
+    chardev_write(chr, (const u8 *)"<break>", 7);
+}
+
 static void echo_quit(void *opaque)
 {
     echo.quit_calls++;
 }
 
 static const struct chardev_handlers echo_handlers = {
-    .can_receive = echo_can_receive, .receive = echo_receive, .writable = echo_writable};
+    .can_receive = echo_can_receive,
+    .receive = echo_receive,
+    .writable = echo_writable,
+    .receive_break = echo_break,
+};
 static const struct chardev_owner owner = {.quit = echo_quit};
 
 static void *run(void *opaque)
@@ -469,6 +478,8 @@ static void keys_reach_the_guest_but_for_the_escape(void **state)
     expect(terminal, "ls\r\003\004");
     type("\001a\001\001\001zb", 7);
     expect(terminal, "\001\001b");
+    type("\001bh", 3);
+    expect(terminal, "<break>h");
     type("\001h", 2);
     expect(terminal, "\r\nCtrl-A x  end the VM\r\n");
     type("\001x", 2);
