@@ -41,12 +41,29 @@ _DEBUG = dict(
        "access-rep-last-iteration": "RIP stays on the instruction",
        "write-not-by-ud": "LOCK is not refused",
        "dr7-fixed-zeros": "reserved bits are kept"})
+_FPU = dict(
+    {f"xm-{which}{what}": "SIMD exceptions are never raised"
+     for which in ("invalid", "denormal", "divide-by-zero", "overflow", "underflow", "precision")
+     for what in ("", "-flag-and-destination", "-is-ud-without-osxmmexcpt")},
+    **{name: "reserved bits of MXCSR are taken"
+       for name in ("mxcsr-reserved", "mxcsr-unchanged-by-fault", "fxrstor-mxcsr-reserved",
+                    "xrstor-mxcsr-reserved")},
+    **{name: "unmasked x87 exceptions come only at WAIT"
+       for name in ("mf-at-fld", "mf-at-mmx", "mf-at-emms", "mf-after-unmasking",
+                    "mf-not-when-masked-by-fnstenv")},
+    **{f"ts-em-{mp}switch-{what}": "#NM before #UD" for mp in ("", "mp-") for what in ("mmx", "sse")},
+    **{f"fnstenv-{what}": "upper halves are 0" for what in ("control", "status-top", "tags")},
+    **{"stack-underflow-status": "stack faults are not noted",
+       "xrstor-ts": "TS is not looked at",
+       "avx-not-by-em": "EM is looked at"})
 _RSVD = "P is not set beside RSVD"
 _SEGMENTS = "segment limits and rights are not checked"
 _XSETBV = "#GP before #UD for CR4.OSXSAVE"
 DEVIATIONS = {
     "breakpoints32": _DEBUG,
     "breakpoints64": _DEBUG,
+    "fpu32": _FPU,
+    "fpu64": _FPU,
     "paging64": dict(
         {f"{level}-reserved-{how}": _RSVD for level in ("pml4e", "pdpte", "pde", "pte")
          for how in ("load", "user-store")},
