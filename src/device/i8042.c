@@ -338,9 +338,11 @@ static void write_keyboard(struct i8042 *k, u8 value)
         k->scanning = true;
         break;
     case DEV_DISABLE:
-    case DEV_DEFAULTS:
         keyboard_defaults(k);
-        k->scanning = value == DEV_DEFAULTS;
+        k->scanning = false;
+        break;
+    case DEV_DEFAULTS: /* goes on scanning if it was */
+        keyboard_defaults(k);
         break;
     case DEV_RESET:
         keyboard_defaults(k);

@@ -339,8 +339,13 @@ static void keys_are_dropped_while_scanning_is_off(void **state)
     assert_string_equal(read_all(r), "fa");
     i8042_key((struct i8042 *)dev, 0x1c, true);
     assert_string_equal(read_all(r), "");
-    out(r, 0x60, 0xf4);
+    out(r, 0x60, 0xf6); /* the defaults leave it off */
     assert_string_equal(read_all(r), "fa");
+    i8042_key((struct i8042 *)dev, 0x1c, true);
+    assert_string_equal(read_all(r), "");
+    out(r, 0x60, 0xf4);
+    out(r, 0x60, 0xf6); /* and on */
+    assert_string_equal(read_all(r), "fa fa");
     i8042_key((struct i8042 *)dev, 0x1c, true);
     assert_string_equal(read_all(r), "1e");
     dev->ops->destroy(dev);
