@@ -749,7 +749,7 @@ static void read_clocks(u64 *ns, u64 *tsc)
 static u64 tsc_hz_measured(void)
 {
     const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
-    u64 ns0, ns1, tsc0, tsc1;
+    u64 ns0 = 0, ns1 = 0, tsc0 = 0, tsc1 = 0;
 
     read_clocks(&ns0, &tsc0);
     nanosleep(&pause, NULL);
