@@ -187,7 +187,8 @@ static void data(void)
     check_equal("write-dr6", hits[0].dr6, DR6_EMPTY | 1);
     check_equal("write-done-before", memory[19], 1);
     watch(0, DR7(0, WRITE, FOUR));
-    TRY("movb (%0), %%al; movb %%al, 4(%0); movb %%al, -1(%0)", : : "r"(memory + 16) : "memory", "eax");
+    TRY("movb (%0), %%al; movb %%al, 4(%0); movb %%al, -1(%0)",
+        : : "r"(memory + 16) : "memory", "eax");
     check_equal("write-not-by-read-or-neighbours", nhits, 0);
     TRY("movl %k1, (%0)", : : "a"(memory + 13), "c"(1) : "memory");
     check_equal("write-overlap-below", nhits, 1);

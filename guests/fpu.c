@@ -81,7 +81,8 @@ static void switches(void)
         FAULTS("switch-mmx", em ? UD : ts ? NM : NONE, 0, ".byte 0x0f, 0xef, 0xc0", :);
         FAULTS("switch-sse", em ? UD : ts ? NM : NONE, 0, ".byte 0x0f, 0x57, 0xc0", :);
         FAULTS("switch-fxsave", em || ts ? NM : NONE, 0, "fxsave (%0)", : : "r"(image) : "memory");
-        FAULTS("switch-ldmxcsr", em ? UD : ts ? NM : NONE, 0, "ldmxcsr %0", : : "m"((u32){ALL_MASKED}));
+        FAULTS("switch-ldmxcsr", em ? UD : ts ? NM : NONE, 0, "ldmxcsr %0",
+               : : "m"((u32){ALL_MASKED}));
         FAULTS("switch-prefetch", NONE, 0, ".byte 0x0f, 0x18, 0x08", : : "a"(image));
         FAULTS("switch-sfence", NONE, 0, "sfence", :);
     }

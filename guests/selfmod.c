@@ -1,6 +1,7 @@
 /*
- * Code that changes code: its next instruction, its own block, an
- * instruction across two pages, a loop that patches itself each time, by REP MOVS and LOCK. Built for 32 and 64 bits.
+ * Code that changes code: its next instruction, its own block, an instruction across two pages, a
+ * loop that patches itself each time; by REP MOVS and STOS, LOCK, PUSH, and another address of the
+ * page; and data that is written all the time beside code. Built for 32 and 64 bits.
  *
  * Intel SDM vol. 3, 11.6: on the same processor and linear address a store is seen by the next
  * fetch; by another linear address, after a jump that serializes (CPUID here).
@@ -18,6 +19,69 @@ static void write_function(u8 *at, u32 value)
     memcpy(at + 1, &value, 4);
     at[5] = 0xc3;
 }
+
+/* A PUSH onto code that ran; then the code again. */
+static u32 push_over(u8 *at, u32 value)
+{
+    word first = 0xb8 | (word)value << 8, result;
+
+    write_function(at + 1, 0); /* the first byte of what is pushed comes to `at` */
+    at[0] = 0x90;
+    ((function)(word)at)();
+    /* B8 and three bytes of the number, over NOP, B8 and the start of the old one. */
+    __asm__ volatile("mov " REG_SP ", %0; mov %1, " REG_SP "; push %2; mov %0, " REG_SP
+                     : "=&r"(result) : "r"(at + sizeof(word)), "r"(first) : "memory");
+    at[5] = 0xc3;
+    return ((function)(word)at)();
+}
+
+/* Stores to the same page, between and by its code: a counter beside the function that counts. */
+static void hot_data(void)
+{
+    static const u8 count_up[] = {0xff, 0x07, 0x8b, 0x07, 0xc3}; /* incl (di); movl (di), eax; ret */
+    volatile u32 *counter = (volatile u32 *)(page + 2048);
+    u32 result = 0;
+
+    memcpy(page + 2000, count_up, sizeof(count_up));
+    *counter = 0;
+    for (unsigned i = 0; i < 20000; i++)
+        __asm__ volatile("call *%2" : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+    check_equal("hot-data-beside-code", result, 20000);
+    page[2000 + 1] = 0x0f; /* decl (di) */
+    __asm__ volatile("call *%2" : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+    check_equal("hot-code-changed", result, 19999);
+}
+
+#ifdef __x86_64__
+extern u64 boot_pml4[];
+#define ALIAS 0x4000000UL
+static u64 table[512] __attribute__((aligned(4096)));
+
+/* The page at a second linear address: written by one, run by the other. */
+static void alias(void)
+{
+    u64 *pdpt = (u64 *)(boot_pml4[0] & ~0xfffULL), *pd = (u64 *)(pdpt[0] & ~0xfffULL);
+    u8 *twin = (u8 *)ALIAS;
+
+    table[0] = (word)page | 3;
+    pd[ALIAS >> 21] = (word)table | 3;
+    set_cr3(cr3());
+    write_function(page, 1);
+    check_equal("alias-runs", ((function)(word)twin)(), 1);
+    check_equal("alias-original", ((function)(word)page)(), 1);
+    twin[1] = 2;
+    cpuid(0, 0);
+    check_equal("alias-written-original-runs", ((function)(word)page)(), 2);
+    page[1] = 3;
+    cpuid(0, 0);
+    check_equal("original-written-alias-runs", ((function)(word)twin)(), 3);
+    /* Another page under the same address. */
+    write_function(page + 4096, 77);
+    table[0] = (word)(page + 4096) | 3;
+    __asm__ volatile("invlpg (%0)" : : "r"(twin) : "memory");
+    check_equal("remapped-code", ((function)(word)twin)(), 77);
+}
+#endif
 
 void guest_main(void)
 {
@@ -51,4 +115,11 @@ void guest_main(void)
     check_equal("rep-movs-over-code", ((function)(word)(page + 64))(), 2);
     __asm__ volatile("lock; incb %0" : "+m"(page[65]));
     check_equal("locked-increment-of-code", ((function)(word)(page + 64))(), 3);
+    memset(page + 65, 0x21, 4);
+    check_equal("rep-stos-over-code", ((function)(word)(page + 64))(), 0x21212121);
+    check_equal("push-over-code", push_over(page + 256, 0x5566) & 0xffffff, 0x5566);
+    hot_data();
+#ifdef __x86_64__
+    alias();
+#endif
 }

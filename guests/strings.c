@@ -1,6 +1,6 @@
 /*
- * String instructions: every size both ways, repeated and not, by 16, 32 and 64-bit addresses; faults
- * in the middle with exact registers; pages crossed; overlaps; interrupts inside a long one.
+ * String instructions: every size both ways, repeated and not, by 16, 32 and 64-bit addresses;
+ * faults in the middle with exact registers; pages crossed; overlaps; interrupts inside a long one.
  * Built for 32 and 64 bits.
  *
  * Intel SDM vol. 2B, REP; vol. 1, 7.3.9.
@@ -38,7 +38,8 @@ static void set(const void *source, const void *destination, word count)
 
 static void expect(const char *name, const void *source, const void *destination, word count)
 {
-    check(name, trap.vector == NONE && si == (word)source && di == (word)destination && cx == count);
+    check(name, trap.vector == NONE && si == (word)source && di == (word)destination &&
+                    cx == count);
 }
 
 #define EACH_SIZE(suffix, size)                                                                   \
@@ -328,7 +329,8 @@ static void interrupts(void)
     else
         check_equal("interrupted-registers", interrupted.bad, 0);
     check("interrupted-finishes", cx == 0 && di == interrupted.sum);
-    check("interrupted-data", big[0] == 0x77 && big[n / 2] == 0x77 && big[n - 1] == 0x77 && !big[n]);
+    check("interrupted-data", big[0] == 0x77 && big[n / 2] == 0x77 && big[n - 1] == 0x77 &&
+                                  !big[n]);
 }
 
 void guest_main(void)

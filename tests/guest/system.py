@@ -51,7 +51,8 @@ _FPU = dict(
     **{name: "unmasked x87 exceptions come only at WAIT"
        for name in ("mf-at-fld", "mf-at-mmx", "mf-at-emms", "mf-after-unmasking",
                     "mf-not-when-masked-by-fnstenv")},
-    **{f"ts-em-{mp}switch-{what}": "#NM before #UD" for mp in ("", "mp-") for what in ("mmx", "sse")},
+    **{f"ts-em-{mp}switch-{what}": "#NM before #UD"
+       for mp in ("", "mp-") for what in ("mmx", "sse")},
     **{f"fnstenv-{what}": "upper halves are 0" for what in ("control", "status-top", "tags")},
     **{"stack-underflow-status": "stack faults are not noted",
        "xrstor-ts": "TS is not looked at",
