@@ -38,17 +38,20 @@ static u32 push_over(u8 *at, u32 value)
 /* Stores to the same page, between and by its code: a counter beside the function that counts. */
 static void hot_data(void)
 {
-    static const u8 count_up[] = {0xff, 0x07, 0x8b, 0x07, 0xc3}; /* incl (di); movl (di), eax; ret */
+    /* incl (di); movl (di), eax; ret */
+    static const u8 count_up[] = {0xff, 0x07, 0x8b, 0x07, 0xc3};
     volatile u32 *counter = (volatile u32 *)(page + 2048);
     u32 result = 0;
 
     memcpy(page + 2000, count_up, sizeof(count_up));
     *counter = 0;
     for (unsigned i = 0; i < 20000; i++)
-        __asm__ volatile("call *%2" : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+        __asm__ volatile("call *%2"
+                         : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
     check_equal("hot-data-beside-code", result, 20000);
     page[2000 + 1] = 0x0f; /* decl (di) */
-    __asm__ volatile("call *%2" : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+    __asm__ volatile("call *%2"
+                     : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
     check_equal("hot-code-changed", result, 19999);
 }
 

@@ -75,7 +75,8 @@ DEVIATIONS = {
     "strings32": {"limit-stops": _SEGMENTS, "limit-stores-whole-elements": _SEGMENTS},
     "strings64": {"fault-at-the-instruction": "RF is not set"},
     "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
-                   "wrmsr-lstar-noncanonical": "no canonical check"},
+                   **{f"wrmsr-{msr}-noncanonical": "no canonical check"
+                      for msr in ("lstar", "cstar", "sysenter-eip", "sysenter-esp")}},
     "exceptions32": dict(_PERMISSIVE, **{"gp-null-data": _SEGMENTS}),
     "exceptions64": dict(
         _PERMISSIVE, **{
