@@ -49,7 +49,7 @@ enum encoding_kind { ENCODING_LEGACY, ENCODING_VEX, ENCODING_EVEX };
 struct form {
     u16 mnemonic;
     u8 kind, map, opcode;
-    u8 pp;      /* 0: none, 1: 66, 2: F3, 3: F2 */
+    u8 pp; /* 0: none, 1: 66, 2: F3, 3: F2 */
     u8 w, l;
     s8 reg, rm; /* fixed ModRM fields, or -1 */
     u8 memory;  /* ModRM.mod is not 3 */
@@ -367,8 +367,12 @@ static void find_legacy(struct generator *g)
             if (map == 1 && (opcode == 0x38 || opcode == 0x3a))
                 continue;
             for (unsigned bits = 0; bits < 16; bits++) {
-                struct form f = {.kind = ENCODING_LEGACY, .map = (u8)map, .opcode = (u8)opcode,
-                                 .pp = bits & 3, .w = bits >> 2 & 1, .memory = bits >> 3 & 1};
+                struct form f = {.kind = ENCODING_LEGACY,
+                                 .map = (u8)map,
+                                 .opcode = (u8)opcode,
+                                 .pp = bits & 3,
+                                 .w = bits >> 2 & 1,
+                                 .memory = bits >> 3 & 1};
 
                 if (!f.w || g->mode64)
                     find_forms_of(g, f);
@@ -382,8 +386,12 @@ static void find_vector(struct generator *g)
     for (unsigned map = 1; map < 4; map++) {
         for (unsigned opcode = 0; opcode < 256; opcode++) {
             for (unsigned bits = 0; bits < 128; bits++) {
-                struct form f = {.map = (u8)map, .opcode = (u8)opcode, .pp = bits & 3,
-                                 .w = bits >> 2 & 1, .l = bits >> 3 & 3, .memory = bits >> 5 & 1,
+                struct form f = {.map = (u8)map,
+                                 .opcode = (u8)opcode,
+                                 .pp = bits & 3,
+                                 .w = bits >> 2 & 1,
+                                 .l = bits >> 3 & 3,
+                                 .memory = bits >> 5 & 1,
                                  .broadcast = bits >> 6};
 
                 f.kind = ENCODING_EVEX;
@@ -425,8 +433,8 @@ static void index_forms(struct generator *g, const char *only)
 
         while (end < g->nforms && g->forms[end].mnemonic == g->forms[n].mnemonic)
             end++;
-        if (!only || !strcasecmp(only, ZydisMnemonicGetString(
-                                           (ZydisMnemonic)g->forms[n].mnemonic))) {
+        if (!only ||
+            !strcasecmp(only, ZydisMnemonicGetString((ZydisMnemonic)g->forms[n].mnemonic))) {
             probe(g, &g->forms[n], &zi, ops);
             *m = (struct mnemonic_forms){g->forms[n].mnemonic, (u8)group_of(&zi, ops), n, end - n};
             g->nmnemonics++;
@@ -486,8 +494,9 @@ const ZydisDecoder *generator_decoder(const struct generator *g)
 
 static u32 random_float(struct random *r)
 {
-    static const u32 special[] = {0, 0x80000000, 0x7f800000, 0xff800000, 0x7fc00000, 0x7fa00001,
-                                  1, 0x807fffff, 0x00800000, 0x7f7fffff, 0x3f800000, 0xbf800000,
+    static const u32 special[] = {0,          0x80000000, 0x7f800000, 0xff800000,
+                                  0x7fc00000, 0x7fa00001, 1,          0x807fffff,
+                                  0x00800000, 0x7f7fffff, 0x3f800000, 0xbf800000,
                                   0x4f000000, 0xcf000000, 0x5f000000, 0x3f000000};
 
     switch (random_below(r, 4)) {
@@ -503,11 +512,23 @@ static u32 random_float(struct random *r)
 
 static u64 random_double(struct random *r)
 {
-    static const u64 special[] = {
-        0, BIT(63), 0x7ffULL << 52, 0xfffULL << 52, 0x7ff8000000000000, 0x7ff4000000000001, 1,
-        0x800fffffffffffff, 0x0010000000000000, 0x7fefffffffffffff, 0x3ff0000000000000,
-        0xbff0000000000000, 0x41e0000000000000, 0xc1e0000000000000, 0x43e0000000000000,
-        0x47efffffe0000001, 0x380fffffffffffff};
+    static const u64 special[] = {0,
+                                  BIT(63),
+                                  0x7ffULL << 52,
+                                  0xfffULL << 52,
+                                  0x7ff8000000000000,
+                                  0x7ff4000000000001,
+                                  1,
+                                  0x800fffffffffffff,
+                                  0x0010000000000000,
+                                  0x7fefffffffffffff,
+                                  0x3ff0000000000000,
+                                  0xbff0000000000000,
+                                  0x41e0000000000000,
+                                  0xc1e0000000000000,
+                                  0x43e0000000000000,
+                                  0x47efffffe0000001,
+                                  0x380fffffffffffff};
 
     switch (random_below(r, 4)) {
     case 0:
@@ -585,7 +606,7 @@ static void random_extended(struct random *r, u8 *p)
         break;
     case 2:
         break; /* unnormal, more often than not */
-    case 3: /* an integer */
+    case 3:    /* an integer */
         exponent = (u16)((exponent & 0x8000) | (0x3fff + random_below(r, 66)));
         significand = (significand | BIT(63)) & ~(~0ULL >> random_below(r, 63));
         significand |= BIT(63);
@@ -633,7 +654,7 @@ static void random_x87(struct random *r, struct user_state *s)
     if (random_percent(r, 50))
         s->fcw = (u16)((s->fcw & ~0xf00) | (random_next(r) & 0xf00));
     if (random_percent(r, 12))
-        s->fcw &= (u16)~(random_next(r) & 0x3f);
+        s->fcw &= (u16) ~(random_next(r) & 0x3f);
     s->fsw = (u16)(random_next(r) & 0x7f00);
     if (random_percent(r, 20))
         s->fsw |= (u16)(random_next(r) & 0x7f);
@@ -892,7 +913,7 @@ static void prepare_memory(const struct generator *g, struct random *r, struct t
     case ZYDIS_MNEMONIC_LSL:
     case ZYDIS_MNEMONIC_VERR:
     case ZYDIS_MNEMONIC_VERW:
-        if (random_percent(r, 60))
+        if (random_percent(r, 60) || zi->mnemonic == ZYDIS_MNEMONIC_LSL)
             poke(c, target, selector);
         break;
     default:
@@ -907,7 +928,8 @@ static void prepare_registers(struct random *r, struct test_case *c,
     static const u16 selectors[] = {USER_CS32, USER_CS64, USER_DS, 0, 3, 8, 0x10, 0x18, 0x40, 0x63};
     struct user_state *s = &c->before;
 
-    if ((zi->attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE)) ||
+    if ((zi->attributes &
+         (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE)) ||
         zi->meta.category == ZYDIS_CATEGORY_STRINGOP)
         s->gpr[1] = random_below(r, 40);
     switch (zi->mnemonic) {
@@ -959,10 +981,11 @@ static void prepare_registers(struct random *r, struct test_case *c,
     case ZYDIS_MNEMONIC_VERR:
     case ZYDIS_MNEMONIC_VERW:
         for (unsigned n = 0; n < zi->operand_count_visible; n++) {
-            int number = ops[n].type == ZYDIS_OPERAND_TYPE_REGISTER ? gpr_number(ops[n].reg.value)
-                                                                    : -1;
+            int number =
+                ops[n].type == ZYDIS_OPERAND_TYPE_REGISTER ? gpr_number(ops[n].reg.value) : -1;
 
-            if (number >= 0 && number != 4 && zi->opcode < 0xa0 && random_percent(r, 50))
+            if (number >= 0 && number != 4 && zi->opcode < 0xa0 &&
+                (random_percent(r, 50) || zi->mnemonic == ZYDIS_MNEMONIC_LSL))
                 s->gpr[number] = selectors[random_below(r, ARRAY_SIZE(selectors))];
         }
         break;
@@ -971,12 +994,41 @@ static void prepare_registers(struct random *r, struct test_case *c,
     }
 }
 
+/* Freed of their alignment by MXCSR.MM, these read only the half of the operand that they use. */
+static bool reads_half_under_mm(ZydisMnemonic mnemonic)
+{
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_UNPCKLPS:
+    case ZYDIS_MNEMONIC_UNPCKLPD:
+    case ZYDIS_MNEMONIC_UNPCKHPS:
+    case ZYDIS_MNEMONIC_UNPCKHPD:
+    case ZYDIS_MNEMONIC_PUNPCKLBW:
+    case ZYDIS_MNEMONIC_PUNPCKLWD:
+    case ZYDIS_MNEMONIC_PUNPCKLDQ:
+    case ZYDIS_MNEMONIC_PUNPCKLQDQ:
+    case ZYDIS_MNEMONIC_PUNPCKHBW:
+    case ZYDIS_MNEMONIC_PUNPCKHWD:
+    case ZYDIS_MNEMONIC_PUNPCKHDQ:
+    case ZYDIS_MNEMONIC_PUNPCKHQDQ:
+    case ZYDIS_MNEMONIC_PSLLW:
+    case ZYDIS_MNEMONIC_PSLLD:
+    case ZYDIS_MNEMONIC_PSLLQ:
+    case ZYDIS_MNEMONIC_PSRLW:
+    case ZYDIS_MNEMONIC_PSRLD:
+    case ZYDIS_MNEMONIC_PSRLQ:
+    case ZYDIS_MNEMONIC_PSRAW:
+    case ZYDIS_MNEMONIC_PSRAD:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static void fit_state(const struct generator *g, struct random *r, struct test_case *c,
                       const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops)
 {
     prepare_registers(r, c, zi, ops);
-    /* Freed of their alignment by MXCSR.MM, these read only the half that they use. */
-    if (zi->mnemonic == ZYDIS_MNEMONIC_UNPCKLPS || zi->mnemonic == ZYDIS_MNEMONIC_UNPCKLPD)
+    if (reads_half_under_mm(zi->mnemonic))
         c->before.mxcsr &= ~(u32)BIT(17);
     for (unsigned n = 0; n < zi->operand_count; n++) {
         const ZydisDecodedOperandMem *m = &ops[n].mem;
@@ -1081,7 +1133,8 @@ static const struct mnemonic_forms *pick_mnemonic(const struct generator *g, str
             choice -= group_weights[group++];
         if (g->group_first[group] < g->group_first[group + 1])
             return &g->mnemonics[g->group_first[group] +
-                                 random_below(r, g->group_first[group + 1] - g->group_first[group])];
+                                 random_below(r,
+                                              g->group_first[group + 1] - g->group_first[group])];
     }
 }
 
@@ -1114,6 +1167,8 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
 static bool goes_on(const ZydisDecodedInstruction *zi)
 {
     if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
+        return false;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_LSL) /* of selector 0x78: the processor's number */
         return false;
     switch (zi->meta.category) {
     case ZYDIS_CATEGORY_DECIMAL: /* undefined flags would spread */

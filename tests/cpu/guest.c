@@ -89,6 +89,7 @@ static void put_descriptors(struct guest *g)
         [6] = 0x00affb000000ffff,
         [TSS_SELECTOR / 8] = 0x00008b0000004087 | (u64)TSS << 16,
         [9] = KERNEL >> 32,
+        [15] = 0x0040f50000000000, /* the processor's number in its limit */
     };
 
     memory_write(&g->memory, GDT, gdt, sizeof(gdt));

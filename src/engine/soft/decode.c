@@ -81,6 +81,16 @@ static unsigned size_index(unsigned bytes)
     return bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : 3;
 }
 
+/*
+ * SIB.base 5 with ModRM.mod 0 is a 32-bit displacement and no base, whatever REX.B says. Zydis 4.0 sees
+ * R13D there when the address size is 32 bits in 64-bit mode.
+ */
+static bool is_baseless(const ZydisDecodedInstruction *zi)
+{
+    return (zi->attributes & ZYDIS_ATTRIB_HAS_SIB) && zi->raw.modrm.mod == 0 &&
+           zi->raw.sib.base == 5;
+}
+
 static void fill_memory(const struct decode_context *ctx, const ZydisDecodedOperand *op,
                         struct insn *out)
 {
@@ -92,15 +102,16 @@ static void fill_memory(const struct decode_context *ctx, const ZydisDecodedOper
         out->base = GPR_RIP;
         /* Relative to the next instruction; gpr[GPR_RIP] is the block's start. */
         out->disp = out->offset + out->len;
-    } else if (m->base != ZYDIS_REGISTER_NONE) {
+    } else if (m->base != ZYDIS_REGISTER_NONE && !is_baseless(ctx->zi)) {
         out->base = register_number(m->base);
     }
-    if (m->index != ZYDIS_REGISTER_NONE &&
-        ZydisRegisterGetClass(m->index) <= ZYDIS_REGCLASS_GPR64)
+    if (m->index != ZYDIS_REGISTER_NONE && ZydisRegisterGetClass(m->index) <= ZYDIS_REGCLASS_GPR64)
         out->index = register_number(m->index);
     out->scale = (u8)__builtin_ctz(m->scale ? m->scale : 1);
     if (m->disp.has_displacement)
         out->disp += m->disp.value;
+    else if (is_baseless(ctx->zi))
+        out->disp += ctx->zi->raw.disp.value;
     if (m->segment != ZYDIS_REGISTER_NONE)
         out->seg = segment_number(m->segment);
     out->address = (ctx->mode & MODE_CODE_MASK) == MODE_CODE64 && out->asize == 8 ? ADDRESS_FLAT

@@ -156,7 +156,6 @@ static void run_gather(struct soft_vcpu *v, const struct insn *i)
             u64 value = soft_load(v, gather_address(v, i, g, n, ACCESS_READ), g.data_size, access);
 
             memcpy(data + n * g.data_size, &value, g.data_size);
-            memset(data + g.count * g.data_size, 0, 64u - g.count * g.data_size);
         }
         gather_done(v, g, n);
     }

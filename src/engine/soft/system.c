@@ -786,6 +786,7 @@ static void string_io(struct soft_vcpu *v, const struct insn *i, unsigned size, 
         string_io_step(v, i, size, in);
         return;
     }
+    check_io(v, (u16)v->cpu.gpr[RDX], size); /* even when there is nothing to do */
     count = reg_get_asize(v, RCX, i->asize);
     while (count) {
         string_io_step(v, i, size, in);
