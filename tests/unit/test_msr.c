@@ -28,6 +28,7 @@ u64 soft_tsc(struct soft_vcpu *v)
 void soft_mode_changed(struct soft_vcpu *v)
 {
     mode_changes++;
+    v->canonical_shift = v->cpu.cr4 & CR4_LA57 ? 7 : 16;
 }
 
 void soft_tlb_flush(struct soft_vcpu *v)
@@ -64,6 +65,7 @@ static struct soft_vcpu *make_vcpu(const char *model, const struct cpuid_support
                                                         .tsc_deadline = true,
                                                         .ops = &ops});
     cpu_reset(&v->cpu, 0);
+    soft_mode_changed(v);
     flushes = mode_changes = 0;
     return v;
 }
@@ -180,6 +182,7 @@ static void bases_are_canonical(void **state)
     assert_true(v->cpu.seg[SEG_FS].base == 0x00007fffffffffff);
     assert_true(v->seg_base[SEG_GS] == 0x00007fffffffffff);
     v->cpu.cr4 |= CR4_LA57;
+    soft_mode_changed(v);
     round_trip(v, MSR_IA32_FS_BASE, 0x0000800000000000);
 }
 
