@@ -277,6 +277,47 @@ static void ioapic(void)
     ioapic_write(0x10 + 2 * 2, LVT_MASKED);
 }
 
+static u16 pit_count(void)
+{
+    u8 low;
+
+    outb(0x43, 0); /* latch channel 0 */
+    low = inb(0x40);
+    return (u16)(low | inb(0x40) << 8);
+}
+
+/* 20 ms by the HPET are 23864 ticks of the PIT, and twice as long twice as many of the APIC timer. */
+static void rates(void)
+{
+    volatile u64 *hpet = (volatile u64 *)HPET;
+    u64 window = 20000000000000ULL / (hpet[0] >> 32), start;
+    u32 ticks[2];
+    u16 pit;
+
+    hpet[2] = 1;
+    outb(0x43, 0x34);
+    outb(0x40, 0);
+    outb(0x40, 0);
+    apic_write(APIC_TIMER, LVT_MASKED);
+    for (unsigned n = 0; n < 2; n++) {
+        apic_write(APIC_INITIAL, 0xffffffff);
+        start = hpet[0xf0 / 8];
+        while (hpet[0xf0 / 8] - start < window << n)
+            ;
+        ticks[n] = 0xffffffff - apic_read(APIC_CURRENT);
+    }
+    start = hpet[0xf0 / 8];
+    pit = pit_count();
+    while (hpet[0xf0 / 8] - start < window)
+        ;
+    pit = (u16)(pit - pit_count());
+    check("pit-runs-as-the-hpet", pit > 22000 && pit < 40000);
+    check("apic-timer-runs-as-the-hpet", ticks[1] > ticks[0] && ticks[1] / 3 < ticks[0]);
+    outb(0x43, 0x30);
+    apic_write(APIC_INITIAL, 0);
+    hpet[2] = 0;
+}
+
 static void x2apic_mode(void)
 {
     if (!(cpuid(1, 0).c & BIT(21))) {
@@ -315,6 +356,7 @@ void guest_main(void)
     nmi();
     legacy();
     ioapic();
+    rates();
     check_group = "x2-";
     x2apic_mode();
 }
