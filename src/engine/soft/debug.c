@@ -120,7 +120,7 @@ void soft_debug_trap(struct soft_vcpu *v)
 }
 
 /*
- * What MOV from and to a debug register checks: #UD, then #GP(0), then the general-detect fault, which
+ * What MOV from and to a debug register checks: #GP(0), then #UD, then the general-detect fault, which
  * pushes RF set as all faults but instruction breakpoints do (17.2.2, 17.2.4, 17.3.1.3). Returns the
  * register's number with DR4 and DR5 resolved.
  */
@@ -128,9 +128,11 @@ static unsigned debug_register(struct soft_vcpu *v, const struct insn *i)
 {
     unsigned n = i->reg;
 
-    if (n > 7 || ((n == 4 || n == 5) && (v->cpu.cr4 & CR4_DE)))
+    if (n > 7)
         soft_raise(v, EXC_UD);
     soft_require_cpl0(v);
+    if ((n == 4 || n == 5) && (v->cpu.cr4 & CR4_DE))
+        soft_raise(v, EXC_UD);
     if (v->cpu.dr[7] & DR7_GD) {
         v->cpu.dr[6] |= DR6_BD;
         v->cpu.rflags |= EFLAGS_RF;

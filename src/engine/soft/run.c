@@ -261,10 +261,10 @@ static void run_undisturbed(struct soft_vcpu *v)
 
 /* Those that enter a handler with TF clear: no single-step trap follows them. SYSCALL and SYSRET ask for
  * theirs by the flags that they load. */
-static bool suppresses_step(const struct insn *i)
+static bool suppresses_step(const struct soft_vcpu *v, const struct insn *i)
 {
-    return i->run == op_int || i->run == op_int3 || i->run == op_into || i->run == op_int1 ||
-           i->run == op_syscall || i->run == op_sysret;
+    return i->run == op_int || i->run == op_int3 || i->run == op_int1 || i->run == op_syscall ||
+           i->run == op_sysret || (i->run == op_into && (v->aflags & AFLAG_OF));
 }
 
 static void careful_step(struct soft_vcpu *v)
@@ -291,7 +291,7 @@ static void careful_step(struct soft_vcpu *v)
         atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
     if (cpu->shadow_ss)
         return; /* what is due waits for the next instruction */
-    if (step && !suppresses_step(&v->block->insns[0]))
+    if (step && !suppresses_step(v, &v->block->insns[0]))
         cpu->db_pending |= DR6_BS;
     if (cpu->db_pending)
         soft_debug_trap(v);
