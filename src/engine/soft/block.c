@@ -137,7 +137,8 @@ static _Atomic u64 *lines_of(struct soft_vcpu *v, gpa_t gpa)
 
     if (!slot)
         return NULL;
-    return &e->code_lines[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
+    return &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT]
+                .code_lines;
 }
 
 /* The lines of a page that [from, from + n) touches, cut at the page's end. */

@@ -29,7 +29,7 @@ struct place {
     gpa_t gpa;
     u8 *host; /* NULL: MMIO */
     bool rom;
-    _Atomic u64 *code_lines; /* the page's word; NULL with host NULL */
+    struct page_track *track; /* the page's; NULL with host NULL */
 };
 
 /* --- Physical memory --- */
@@ -47,9 +47,14 @@ static struct place place_of(struct soft_vcpu *v, gpa_t gpa)
         return p;
     p.host = slot->host + (gpa - slot->gpa);
     p.rom = slot->flags & MEMORY_ROM;
-    p.code_lines =
-        &e->code_lines[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
+    p.track = &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
     return p;
+}
+
+/* Whether code was decoded from the page, so that block_cache_written must hear of a store. */
+static bool holds_code(const struct place *p)
+{
+    return atomic_load_explicit(&p->track->code_lines, memory_order_relaxed);
 }
 
 static void mark_dirty(struct soft_vcpu *v, gpa_t gpa)
@@ -130,7 +135,7 @@ static bool update_entry(struct soft_vcpu *v, gpa_t gpa, unsigned size, u64 seen
 
     if (!p.host || p.rom)
         return true;
-    if (atomic_load_explicit(p.code_lines, memory_order_relaxed))
+    if (holds_code(&p))
         block_cache_written(v, gpa, size);
     if (size == 4) {
         u32 old = (u32)seen;
@@ -340,19 +345,51 @@ static enum tlb_kind access_kind(const struct soft_vcpu *v, unsigned access)
     return access & ACCESS_SYSTEM ? TLB_KERNEL : v->tlb_kind;
 }
 
+/*
+ * Lets stores to e's page take the fast path, if nothing must see them first. Under the dirty log only a
+ * write may do so: the first since the log was read has to come here.
+ */
+static void grant_writes(struct soft_vcpu *v, struct tlb_entry *e, gva_t page,
+                         const struct place *p, bool write)
+{
+    if (!(e->info & TLB_INFO_WRITABLE) || p->rom || holds_code(p))
+        return;
+    if (v->engine->dirty_logging) {
+        if (!write)
+            return;
+        mark_dirty(v, p->gpa);
+    }
+    atomic_store_explicit(&p->track->write_tagged, true, memory_order_relaxed);
+    e->write_tag = page;
+}
+
+/* Notes an entry that goes with the next write of CR3. */
+static void note_nonglobal(struct soft_vcpu *v, enum tlb_kind kind, gva_t lin)
+{
+    if (v->nnonglobal < NONGLOBAL_LIST)
+        v->nonglobal[v->nnonglobal] =
+            (u16)(kind * TLB_SIZE + ((lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1)));
+    if (v->nnonglobal <= NONGLOBAL_LIST)
+        v->nnonglobal++;
+}
+
 /* Translates within one page, and keeps the result. */
 static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
 {
     enum tlb_kind kind = access_kind(v, access);
     struct tlb_entry *e = tlb_slot(&v->tlbs[kind], lin);
     gva_t page = lin & ~(GUEST_PAGE_SIZE - 1);
-    bool write = access & ACCESS_WRITE, can_read = true, can_write = true;
+    bool write = access & ACCESS_WRITE, can_read = true;
     u64 info = 0;
     struct place p;
 
-    if ((write ? e->write_tag : e->read_tag) == page) {
-        p.gpa = (e->info & ~(GUEST_PAGE_SIZE - 1)) | (lin & (GUEST_PAGE_SIZE - 1));
-        return place_of(v, p.gpa);
+    if (e->read_tag == page && (!write || (e->info & TLB_INFO_WRITABLE))) {
+        p = place_of(v, (e->info & ~(GUEST_PAGE_SIZE - 1)) | (lin & (GUEST_PAGE_SIZE - 1)));
+        if (write) {
+            mark_dirty(v, p.gpa);
+            grant_writes(v, e, page, &p, true);
+        }
+        return p;
     }
     v->stats.tlb_misses++;
     if (v->cpu.cr0 & CR0_PG) {
@@ -361,9 +398,12 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
         translate_paged(v, lin, kind, access, &w);
         p = place_of(v, w.gpa);
         can_read = !key_denies(v, &w, kind, false);
-        can_write = w.dirty && permits(v, &w, kind, ACCESS_WRITE) && !key_denies(v, &w, kind, true);
+        if (w.dirty && permits(v, &w, kind, ACCESS_WRITE) && !key_denies(v, &w, kind, true))
+            info |= TLB_INFO_WRITABLE;
         if (w.global)
             info |= TLB_INFO_GLOBAL;
+        else
+            note_nonglobal(v, kind, lin);
         if (w.page_mask != GUEST_PAGE_SIZE - 1) {
             info |= w.page_mask >= GIB(1) - 1 ? TLB_INFO_HUGE : TLB_INFO_LARGE;
             v->large_low = MIN(v->large_low, lin & ~w.page_mask);
@@ -371,18 +411,18 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
         }
     } else {
         p = place_of(v, lin & v->a20_mask);
+        info |= TLB_INFO_WRITABLE;
+        note_nonglobal(v, kind, lin);
     }
     if (!p.host)
         return p;
     if (write)
         mark_dirty(v, p.gpa);
-    /* A page's first write since the dirty log was read must come here: only a write sets the tag. */
-    can_write = can_write && !p.rom && !atomic_load_explicit(p.code_lines, memory_order_relaxed) &&
-                (write || !v->engine->dirty_logging);
     e->read_tag = can_read ? page : page ^ GUEST_PAGE_SIZE;
-    e->write_tag = can_write ? page : page ^ GUEST_PAGE_SIZE;
+    e->write_tag = page ^ GUEST_PAGE_SIZE;
     e->addend = (u64)(uintptr_t)p.host - lin;
     e->info = (p.gpa & ~(GUEST_PAGE_SIZE - 1)) | info;
+    grant_writes(v, e, page, &p, write);
     return p;
 }
 
@@ -455,7 +495,7 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
     if (p->host) {
         if (p->rom)
             return;
-        if (atomic_load_explicit(p->code_lines, memory_order_relaxed))
+        if (holds_code(p))
             block_cache_written(v, p->gpa, n);
         memcpy(p->host, buf, n);
         return;
@@ -564,7 +604,7 @@ void *soft_pointer(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
     p = translate(v, lin, access);
     if (!p.host || (p.rom && (access & ACCESS_WRITE)))
         return NULL;
-    if ((access & ACCESS_WRITE) && atomic_load_explicit(p.code_lines, memory_order_relaxed))
+    if ((access & ACCESS_WRITE) && holds_code(&p))
         block_cache_written(v, p.gpa, n);
     return p.host;
 }
@@ -641,19 +681,31 @@ void soft_tlb_flush(struct soft_vcpu *v)
     v->stats.tlb_flushes++;
     v->large_low = UINT64_MAX;
     v->large_high = 0;
+    v->nnonglobal = 0;
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
             clear_entry(&v->tlbs[k], n);
+}
+
+static void drop_nonglobal(struct soft_vcpu *v, unsigned kind, unsigned n)
+{
+    if (!(v->tlbs[kind].entries[n].info & TLB_INFO_GLOBAL))
+        clear_entry(&v->tlbs[kind], n);
 }
 
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
-    for (unsigned k = 0; k < TLB_KINDS; k++)
-        for (unsigned n = 0; n < TLB_SIZE; n++)
-            if (!(v->tlbs[k].entries[n].info & TLB_INFO_GLOBAL))
-                clear_entry(&v->tlbs[k], n);
+    if (v->nnonglobal <= NONGLOBAL_LIST) {
+        for (unsigned i = 0; i < v->nnonglobal; i++)
+            drop_nonglobal(v, v->nonglobal[i] / TLB_SIZE, v->nonglobal[i] % TLB_SIZE);
+    } else {
+        for (unsigned k = 0; k < TLB_KINDS; k++)
+            for (unsigned n = 0; n < TLB_SIZE; n++)
+                drop_nonglobal(v, k, n);
+    }
+    v->nnonglobal = 0;
 }
 
 /* Large pages are held as entries of 4 KiB; all of the one that holds lin have to go. */
@@ -684,6 +736,11 @@ void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
 
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
 {
+    struct place p = place_of(v, page);
+
+    /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
+    if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
+        return;
     for (unsigned k = 0; k < TLB_KINDS; k++)
         for (unsigned n = 0; n < TLB_SIZE; n++)
             if ((v->tlbs[k].entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)

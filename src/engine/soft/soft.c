@@ -51,9 +51,9 @@ static void *map_zeroed(size_t n)
     return p == MAP_FAILED ? NULL : p;
 }
 
-static size_t lines_size(const struct memory_slot *s)
+static size_t tracks_size(const struct memory_slot *s)
 {
-    return (s->size >> GUEST_PAGE_SHIFT) * sizeof(u64);
+    return (s->size >> GUEST_PAGE_SHIFT) * sizeof(struct page_track);
 }
 static size_t dirty_words(const struct memory_slot *s)
 {
@@ -65,8 +65,8 @@ static void soft_destroy(struct engine *engine)
     struct soft_engine *e = engine_of(engine);
 
     for (unsigned n = 0; n < e->config.memory->nslots; n++) {
-        if (e->code_lines[n])
-            munmap((void *)e->code_lines[n], lines_size(&e->config.memory->slots[n]));
+        if (e->pages[n])
+            munmap(e->pages[n], tracks_size(&e->config.memory->slots[n]));
         free((void *)e->dirty[n]);
     }
     if (e->lapic_bus)
@@ -89,8 +89,8 @@ static struct engine *soft_create(const struct engine_config *config, struct err
     pthread_mutex_init(&e->split_lock, NULL);
     e->lapic_bus = lapic_bus_create();
     for (unsigned n = 0; n < config->memory->nslots; n++) {
-        e->code_lines[n] = map_zeroed(lines_size(&config->memory->slots[n]));
-        if (!e->code_lines[n])
+        e->pages[n] = map_zeroed(tracks_size(&config->memory->slots[n]));
+        if (!e->pages[n])
             goto fail;
     }
     if (e->lapic_bus)
@@ -347,7 +347,7 @@ static void soft_memory_written(struct engine *engine, gpa_t gpa, u64 len)
     if (e->dirty_logging)
         set_dirty(e->dirty[n], first, last);
     for (u64 page = first; page <= last; page++)
-        any |= atomic_load_explicit(&e->code_lines[n][page], memory_order_relaxed);
+        any |= atomic_load_explicit(&e->pages[n][page].code_lines, memory_order_relaxed);
     if (!any)
         return;
     for (unsigned c = 0; c < e->nvcpus; c++)
@@ -360,8 +360,8 @@ static void soft_memory_changed(struct engine *engine)
     struct soft_engine *e = engine_of(engine);
 
     for (unsigned n = 0; n < e->config.memory->nslots; n++)
-        if (!e->code_lines[n])
-            e->code_lines[n] = map_zeroed(lines_size(&e->config.memory->slots[n]));
+        if (!e->pages[n])
+            e->pages[n] = map_zeroed(tracks_size(&e->config.memory->slots[n]));
     for (unsigned c = 0; c < e->nvcpus; c++)
         if (e->vcpus[c]) {
             block_cache_flush(e->vcpus[c]);

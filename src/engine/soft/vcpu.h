@@ -62,8 +62,11 @@ struct tlb_entry {
     u64 info;      /* guest-physical page address | TLB_INFO_* */
 };
 #define TLB_INFO_GLOBAL 0x1
-#define TLB_INFO_LARGE 0x2 /* part of a 2 or 4 MiB page */
-#define TLB_INFO_HUGE 0x4  /* part of a 1 GiB page */
+#define TLB_INFO_LARGE 0x2    /* part of a 2 or 4 MiB page */
+#define TLB_INFO_HUGE 0x4     /* part of a 1 GiB page */
+#define TLB_INFO_WRITABLE 0x8 /* writes are allowed and D is set, even if write_tag is not */
+
+#define NONGLOBAL_LIST 256
 
 struct tlb {
     struct tlb_entry entries[TLB_SIZE];
@@ -117,6 +120,10 @@ struct soft_vcpu {
     /* Translation */
     struct tlb tlbs[TLB_KINDS];
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
+    /* TLB entries of pages that are not global, filled since these were last dropped, as kind * TLB_SIZE
+     * + index; more than fit: drop by looking at every entry. */
+    u16 nonglobal[NONGLOBAL_LIST];
+    unsigned nnonglobal;
     struct fetch_entry fetches[FETCH_ENTRIES];
     u64 map_generation; /* changes whenever any translation may have */
     gva_t large_low,
@@ -167,13 +174,20 @@ struct soft_vcpu {
     pthread_cond_t posts_done;
 };
 
+/* What the engine knows of a page of guest memory. */
+struct page_track {
+    _Atomic u64 code_lines; /* which of its 64-byte lines hold decoded code */
+    _Atomic bool
+        write_tagged; /* a TLB entry may have had a write tag for it since the last protect */
+};
+
 struct soft_engine {
     struct engine_config config;
     struct soft_vcpu *vcpus[64];
     unsigned nvcpus;
     struct lapic_bus *lapic_bus;
-    /* One word a page of each slot: which 64-byte lines hold decoded code. */
-    _Atomic u64 *code_lines[MEMORY_MAX_SLOTS];
+    /* By slot, one a page. */
+    struct page_track *pages[MEMORY_MAX_SLOTS];
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     bool dirty_logging;
     _Atomic bool a20;
