@@ -81,11 +81,14 @@ void soft_drop_inner_segments(struct soft_vcpu *v)
     unsigned cpl = soft_cpl(v);
 
     for (unsigned n = 0; n < ARRAY_SIZE(data); n++) {
-        const struct segment *s = &v->cpu.seg[data[n]];
+        struct segment *s = &v->cpu.seg[data[n]];
         bool conforming =
             (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN)) == (SEG_ATTR_CODE | SEG_ATTR_DOWN);
 
-        if (!(s->attr & SEG_ATTR_UNUSABLE) && !conforming && segment_dpl(s) < cpl)
+        /* A null selector loses its RPL; the base that FS or GS may have stays. */
+        if (s->attr & SEG_ATTR_UNUSABLE)
+            s->selector = 0;
+        else if (!conforming && segment_dpl(s) < cpl)
             soft_commit_segment(v, data[n], soft_null_segment(0, 0));
     }
 }
