@@ -237,12 +237,14 @@ static inline bool soft_has(const struct soft_vcpu *v, enum cpuid_feature f)
     return cpuid_model_has(v->cpuid, f);
 }
 
-/* Cuts an instruction pointer to the code segment's size. */
+/*
+ * Cuts an instruction pointer to its width. That is 32 bits in 16-bit code too: only branches with 16-bit
+ * operands wrap at 64 KiB; code that runs off the end meets the segment's limit, or goes on in a larger
+ * segment.
+ */
 static inline u64 soft_ip_mask(const struct soft_vcpu *v, u64 ip)
 {
-    unsigned code = v->mode & MODE_CODE_MASK;
-
-    return code == MODE_CODE64 ? ip : code == MODE_CODE32 ? (u32)ip : (u16)ip;
+    return (v->mode & MODE_CODE_MASK) == MODE_CODE64 ? ip : (u32)ip;
 }
 /* The current instruction's address, and the next one's. */
 static inline u64 soft_ip(const struct soft_vcpu *v)
