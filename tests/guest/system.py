@@ -60,6 +60,14 @@ _FPU = dict(
 _RSVD = "P is not set beside RSVD"
 _SEGMENTS = "segment limits and rights are not checked"
 _XSETBV = "#GP before #UD for CR4.OSXSAVE"
+_TRANSFERS = {
+    "jump-sets-accessed": "CS is not marked accessed",
+    "retf-stack-accessed": "SS is not marked accessed",
+    "iret-stack-accessed": "SS is not marked accessed",
+    "retf-stack-absent": "#NP, not #SS",
+    "iret-stack-absent": "#NP, not #SS",
+    "gate-to-conforming": "CS has the RPL of the gate's code",
+}
 DEVIATIONS = {
     "breakpoints32": _DEBUG,
     "breakpoints64": _DEBUG,
@@ -74,6 +82,34 @@ DEVIATIONS = {
     "sensitive64": {"xsetbv": _XSETBV, "wrfsbase-noncanonical": "no canonical check"},
     "strings32": {"limit-stops": _SEGMENTS, "limit-stores-whole-elements": _SEGMENTS},
     "strings64": {"fault-at-the-instruction": "RF is not set"},
+    "segments32": dict(
+        _TRANSFERS,
+        **{f"limit-{seg}-{what}": _SEGMENTS for seg in ("es", "ss") for what in (
+            "across", "beyond", "zero", "top-wraps", "pages-across", "down-across", "down-inside",
+            "down-16-bit-across", "down-16-bit-beyond", "down-pages-inside", "down-nothing")},
+        **{f"null-use-{seg}": _SEGMENTS for seg in ("ds", "es", "fs", "gs")},
+        **{f"stack16-{what}": _SEGMENTS for what in (
+            "push-across", "pop-across", "push-odd-across", "down-below")},
+        **{name: _SEGMENTS for name in (
+            "store-read-only", "add-read-only", "store-code", "gate-limit",
+            "inner-stack-without-room")},
+        **{"call-limit": "the error code is the selector",
+           "inner-stack-absent": "#TS, not #SS"},
+        **{name: "a 16-bit gate has a 32-bit offset" for name in (
+            "gate16", "gate16-stack", "gate16-offset-is-16-bits")}),
+    "segments64": dict(
+        _TRANSFERS,
+        **{f"{how}-code-l-and-d": "L beside D is not refused"
+           for how in ("jump", "call", "retf", "iret")},
+        **{f"{how}-compatibility-stack-null": "any null SS is taken outside of ring 3"
+           for how in ("retf", "iret")},
+        **{name: "types of legacy mode are taken" for name in (
+            "lar-types", "lsl-types", "ltr-16-bit")},
+        **{name: "the upper half is not checked" for name in (
+            "ltr-noncanonical", "lldt-upper-type", "lldt-noncanonical")},
+        **{f"null-{seg}-keeps-base": "the base is cleared on AMD's too" for seg in ("fs", "gs")},
+        **{"null-ss-rpl": "any null SS is taken",
+           "es-base-does-not-count": "an override brings the base in"}),
     "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
                    **{f"wrmsr-{msr}-noncanonical": "no canonical check"
                       for msr in ("lstar", "cstar", "sysenter-eip", "sysenter-esp")}},
