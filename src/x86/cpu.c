@@ -39,7 +39,8 @@ static const struct state_field msr_fields[] = {
     MSR_FIELD(mc_misc),        MSR_FIELD(feature_control),
     MSR_FIELD(bios_sign_id),   MSR_FIELD(hwcr),
     MSR_FIELD(syscfg),         MSR_FIELD(vm_cr),
-    MSR_FIELD(vm_hsave_pa)};
+    MSR_FIELD(vm_hsave_pa),    MSR_FIELD(kvm_wall_clock),
+    MSR_FIELD(kvm_system_time)};
 static const struct state_desc msr_desc = STATE_DESC("msr", 1, struct cpu_msrs, msr_fields);
 
 #define CPU_FIELD(m) STATE_FIELD(struct cpu, m)

@@ -90,7 +90,7 @@ static const struct {
 /* Offered by `host` whenever the engine supports them, whatever the host has. */
 static const u8 synthetic[] = {
     FEATURE_HYPERVISOR, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST, FEATURE_ARAT,
-    FEATURE_INVARIANT_TSC,
+    FEATURE_INVARIANT_TSC, FEATURE_KVM_CLOCKSOURCE2, FEATURE_KVM_CLOCKSOURCE_STABLE,
 };
 static const u8 synthetic_amd[] = {
     FEATURE_TOPOEXT, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE,
@@ -119,7 +119,8 @@ static const u8 v2_features[] = {
     FEATURE_SSE, FEATURE_SSE2, FEATURE_SSE3, FEATURE_SSSE3, FEATURE_SSE41, FEATURE_SSE42,
     FEATURE_CX16, FEATURE_POPCNT, FEATURE_LAHF64, FEATURE_SYSCALL, FEATURE_NX, FEATURE_LM,
     FEATURE_RDTSCP, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST,
-    FEATURE_HYPERVISOR, FEATURE_ARAT, FEATURE_INVARIANT_TSC,
+    FEATURE_HYPERVISOR, FEATURE_ARAT, FEATURE_INVARIANT_TSC, FEATURE_KVM_CLOCKSOURCE2,
+    FEATURE_KVM_CLOCKSOURCE_STABLE,
 };
 /* What v3 has beyond v2: the psABI's list, and what both Haswell and the first Zen have. */
 static const u8 v3_features[] = {
@@ -682,11 +683,14 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
     }
 }
 
+/* The signature is KVM's, since what is offered behind it is: a guest finds the clock by it. */
 static void leaf_hypervisor(const struct cpuid_model *m, u32 leaf, struct cpuid_regs *out)
 {
     if (leaf == 0x40000000) {
         out->eax = 0x40000010;
-        memcpy(&out->ebx, "doppeldoppel", 12);
+        memcpy(&out->ebx, "KVMKVMKVM\0\0\0", 12);
+    } else if (leaf == 0x40000001) {
+        feature_bits(m, leaf, 0, out);
     } else if (leaf == 0x40000010) { /* timing, as hypervisors agreed to say it: kHz */
         out->eax = (u32)(m->tsc_hz / 1000);
         out->ebx = (u32)(LAPIC_TIMER_HZ / 1000);

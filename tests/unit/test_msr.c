@@ -129,7 +129,7 @@ static void list_is_sorted(void **unused)
 
 static void unknown_is_gp(void **state)
 {
-    static const u32 absent[] = {0x0,        0xc1,       0x186,      0x480,     0x4b564d00,
+    static const u32 absent[] = {0x0,        0xc1,       0x186,      0x480,     0x4b564d02,
                                  0x40000000, 0xc0010000, 0xc0010015, 0xffffffff};
     struct soft_vcpu *v = *state;
     u64 value = 77;

@@ -6,6 +6,7 @@
 #include "engine/soft/msr.h"
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
+#include "engine/soft/pvclock.h"
 #include "host/log.h"
 #include "x86/msr.h"
 
@@ -83,6 +84,7 @@ static void adjust_tsc(struct soft_vcpu *v, u64 delta)
     v->cpu.tsc_offset += delta;
     v->cpu.msr.tsc_adjust += delta;
     lapic_set_tsc_offset(v->lapic, v->cpu.tsc_offset);
+    pvclock_tsc_changed(v);
 }
 
 /* The ratio of the frequency to 100 MHz, where Intel's processors show it. */
@@ -120,6 +122,12 @@ static bool read_special(struct soft_vcpu *v, u32 msr, u64 *value)
         return true;
     case MSR_IA32_PERF_STATUS:
         *value = bus_ratio(v) << 8;
+        return true;
+    case MSR_KVM_WALL_CLOCK_NEW:
+        *value = v->cpu.msr.kvm_wall_clock;
+        return true;
+    case MSR_KVM_SYSTEM_TIME_NEW:
+        *value = v->cpu.msr.kvm_system_time;
         return true;
     default: /* the ones that can only be written */
         return false;
@@ -212,6 +220,10 @@ static bool write_special(struct soft_vcpu *v, u32 msr, u64 value)
     case MSR_IA32_BIOS_UPDT_TRIG:
     case MSR_AMD_PATCH_LOADER: /* a microcode update that changes nothing */
         return true;
+    case MSR_KVM_WALL_CLOCK_NEW:
+        return pvclock_set_wall_clock(v, value);
+    case MSR_KVM_SYSTEM_TIME_NEW:
+        return pvclock_set_system_time(v, value);
     default: /* the ones that can only be read */
         return false;
     }
