@@ -139,7 +139,6 @@ static void console_path(char *buf, size_t len, unsigned n)
  */
 static struct machine *create_machine(struct chardev *console, u64 memory)
 {
-    static char cmdline[128];
     struct machine_config config = {
         .engine = &engine_interp,
         .cpu = "host",
@@ -147,14 +146,12 @@ static struct machine *create_machine(struct chardev *console, u64 memory)
         .cpus = 1,
         .kernel = kernel,
         .initrd = initrd,
-        .cmdline = cmdline,
+        .cmdline = "console=ttyS0 quiet",
         .serial = console,
     };
     struct machine *m;
     struct error err;
 
-    snprintf(cmdline, sizeof(cmdline), "console=ttyS0 quiet tsc_early_khz=%llu",
-             (unsigned long long)host_tsc_hz() / 1000);
     m = machine_create(&config, loop, &err);
     if (!m)
         die(err.text);
