@@ -1,6 +1,6 @@
 /*
- * Paging in 32-bit mode: two levels with pages of 4 KiB and 4 MiB, and PAE with its four
- * page-directory-pointer entries, which are read when CR3 is loaded and only then.
+ * Paging in 32-bit mode: two levels with pages of 4 KiB and 4 MiB, the latter above 4 GiB too, and PAE
+ * with its four page-directory-pointer entries, which are read when CR3 is loaded and only then.
  *
  * Intel SDM vol. 3, 4.3 and 4.4.
  */
@@ -122,6 +122,55 @@ static void two_levels(void)
     paging_off();
 }
 
+#define HIGH_VALUE 0x36
+static bool high_memory; /* at 4 GiB and up; then pse36() has left HIGH_VALUE there */
+
+/* PSE-36: bits 20 to 13 of the entry of a 4 MiB page are bits 39 to 32 of its address. Those that the
+ * processor has no address lines for are reserved. */
+static void pse36(void)
+{
+    u32 at = 0x40000000u + ((u32)frame_a & 0x3fffff), entry = (u32)frame_a & 0xffc00000u;
+    u32 width = cpuid(0x80000000, 0).a >= 0x80000008 ? cpuid(0x80000008, 0).a & 0xff : 36;
+
+    check_group = "pse36-";
+    if (!(cpuid(1, 0).d & BIT(17))) {
+        skip("all", "not there");
+        return;
+    }
+    entry |= PS | P | W | U;
+    frame_a[0] = 0x11;
+    directory[256] = entry | 1u << 13;
+    paging_on((word)directory, CR4_PSE);
+    TRY("movb %1, (%0)", : : "r"(at), "i"(HIGH_VALUE) : "memory");
+    expect_none("store");
+    check_equal("is-not-below", frame_a[0], 0x11);
+    TRY("movb (%1), %0", : "=q"(seen) : "r"(at) : "memory");
+    high_memory = seen == HIGH_VALUE;
+    if (high_memory)
+        check("load", true);
+    else
+        check_equal("load-of-nothing", seen, 0xff);
+    check_equal("accessed-dirty", directory[256], entry | 1u << 13 | A | D);
+    directory[256] = entry | 1u << 20;
+    flush();
+    if (width >= 40) {
+        TRY("movb (%1), %0", : "=q"(seen) : "r"(at) : "memory");
+        expect_none("bit-39");
+    } else {
+        load();
+        expect_pf("bit-39-is-reserved", PF_P | PF_RSVD);
+        directory[256] = entry | 1u << (width - 32 + 13);
+        flush();
+        run_user(store, 0);
+        expect_pf("first-bit-beyond-address-is-reserved", PF_P | PF_RSVD | PF_W | PF_U);
+    }
+    directory[256] = entry;
+    flush();
+    TRY("movb (%1), %0", : "=q"(seen) : "r"(at) : "memory");
+    check_equal("load-below", seen, 0x11);
+    paging_off();
+}
+
 static void pae(void)
 {
     check_group = "pae-";
@@ -142,6 +191,14 @@ static void pae(void)
     __asm__ volatile("invlpg (%0)" : : "r"(VA) : "memory");
     load();
     check_equal("invlpg", seen, 0x44);
+    if (high_memory) {
+        pae_table[1] = BIT(32) | ((u32)frame_a & 0x3ff000) | P | W | U;
+        flush();
+        load();
+        check_equal("finds-what-pse36-stored", seen, HIGH_VALUE);
+        pae_table[1] = (u32)frame_b | P | W | U;
+        flush();
+    }
     pae_table[1] |= BIT(63);
     flush();
     load();
@@ -187,6 +244,7 @@ static void pae(void)
 void guest_main(void)
 {
     two_levels();
+    pse36();
     pae();
     check_group = "";
     check("paging-is-off-again", !(cr0() & CR0_PG));
