@@ -1,6 +1,6 @@
 /*
- * Paging in 32-bit mode: two levels with pages of 4 KiB and 4 MiB, the latter above 4 GiB too, and PAE
- * with its four page-directory-pointer entries, which are read when CR3 is loaded and only then.
+ * Paging in 32-bit mode: two levels with pages of 4 KiB and 4 MiB, the latter above 4 GiB too, and
+ * PAE with its four page-directory-pointer entries, which are read when CR3 is loaded and only then.
  *
  * Intel SDM vol. 3, 4.3 and 4.4.
  */
@@ -125,8 +125,8 @@ static void two_levels(void)
 #define HIGH_VALUE 0x36
 static bool high_memory; /* at 4 GiB and up; then pse36() has left HIGH_VALUE there */
 
-/* PSE-36: bits 20 to 13 of the entry of a 4 MiB page are bits 39 to 32 of its address. Those that the
- * processor has no address lines for are reserved. */
+/* PSE-36: bits 20 to 13 of the entry of a 4 MiB page are bits 39 to 32 of its address. Those that
+ * the processor has no address lines for are reserved. */
 static void pse36(void)
 {
     u32 at = 0x40000000u + ((u32)frame_a & 0x3fffff), entry = (u32)frame_a & 0xffc00000u;

@@ -1,24 +1,24 @@
 /*
- * Segments, gates and far transfers: what every kind of descriptor, selector and limit lets through,
- * and the vector and error code of what it does not.
+ * Segments, gates and far transfers: what every kind of descriptor, selector and limit lets
+ * through, and the vector and error code of what it does not.
  *
- * Intel SDM vol. 3, chapters 3, 5 and 7; vol. 2, the operation of MOV, JMP, CALL, RET, IRET, LAR, LSL,
- * VERR, VERW and ARPL. Where AMD differs (APM vol. 2, 4.8; vol. 3), the check says so.
+ * Intel SDM vol. 3, chapters 3, 5 and 7; vol. 2, the operation of MOV, JMP, CALL, RET, IRET, LAR,
+ * LSL, VERR, VERW and ARPL. Where AMD differs (APM vol. 2, 4.8; vol. 3), the check says so.
  *
- * A transfer that succeeds lands on `int $VECTOR_LANDED`, in whatever ring and width; landing and fault
- * both come to catch(), which notes where the processor was and goes on behind the TRY in the ring that
- * the test is at home in.
+ * A transfer that succeeds lands on `int $VECTOR_LANDED`, in whatever ring and width; landing and
+ * fault both come to catch(), which notes where the processor was and goes on behind the TRY in the
+ * ring that the test is at home in.
  */
 #include "guest.h"
 
 #define VECTOR_LANDED 0x46
 
-#define S_ANY SEL_FREE            /* what a test is about; 16 bytes */
-#define S_GATE (SEL_FREE + 0x10)  /* 16 bytes */
+#define S_ANY SEL_FREE           /* what a test is about; 16 bytes */
+#define S_GATE (SEL_FREE + 0x10) /* 16 bytes */
 #define S_CONFORMING (SEL_FREE + 0x20)
 #define S_CODE1 (SEL_FREE + 0x29) /* ring 1, with its RPL */
 #define S_DATA1 (SEL_FREE + 0x31)
-#define S_LDT (SEL_FREE + 0x38) /* 16 bytes */
+#define S_LDT (SEL_FREE + 0x38)  /* 16 bytes */
 #define S_TASK (SEL_FREE + 0x48) /* 16 bytes */
 #define S_BEYOND 0xfff8
 
@@ -215,8 +215,8 @@ static void loads_in_ring3(void)
                                 : : "r"(S_BEYOND | 3))
 #define ACCESSED_BY(seg)                                                                          \
     set(S_ANY, flat(DATA, 0xc));                                                                  \
-    TRY("mov %%" #seg ", %%ecx; mov %w0, %%" #seg "; mov %%ecx, %%" #seg, : : "r"(S_ANY)            \
-        : "ecx", "memory");                                                                       \
+    TRY("mov %%" #seg ", %%ecx; mov %w0, %%" #seg "; mov %%ecx, %%" #seg,                         \
+        : : "r"(S_ANY) : "ecx", "memory");                                                        \
     check("accessed-by-" #seg, gdt[S_ANY / 8] & ACCESSED)
 
 static void loads(void)
@@ -261,8 +261,8 @@ static void loads(void)
 /* --- Limits --- */
 
 #ifndef __x86_64__
-/* The segment in ES, and in SS: an access that fails is #GP(0), or #SS(0) by SS. Ring 3, so that the
- * exception has a stack. */
+/* The segment in ES, and in SS: an access that fails is #GP(0), or #SS(0) by SS. Ring 3, so that
+ * the exception has a stack. */
 static void access(const char *name, u64 d, u32 offset, bool ok)
 {
     set(S_ANY, d | 3ULL << 45);
@@ -300,8 +300,8 @@ static void limits(void)
 }
 
 #define USE_NULL(seg)                                                                             \
-    TRY("mov %w0, %%" #seg "; movb %%" #seg ":(%1), %%al; mov %w2, %%" #seg,                        \
-        : : "r"(3), "r"(area), "r"(SEL_USER_DATA) : "eax");                                         \
+    TRY("mov %w0, %%" #seg "; movb %%" #seg ":(%1), %%al; mov %w2, %%" #seg,                      \
+        : : "r"(3), "r"(area), "r"(SEL_USER_DATA) : "eax");                                       \
     expect("null-use-" #seg, GP, 0)
 
 static void nulls(void)
@@ -334,8 +334,8 @@ volatile u32 sp_after;
 
 /* An instruction on the 16-bit stack, in ring 3; its SP afterwards is in sp_after. */
 #define ON_STACK16(sp, insn)                                                                      \
-    TRY("mov %%esp, %%edx; mov %w0, %%ss; mov %1, %%esp; " insn "; mov %%esp, %%ecx; mov %w2, %%ss; "   \
-        "mov %%edx, %%esp; mov %%ecx, sp_after",                                                   \
+    TRY("mov %%esp, %%edx; mov %w0, %%ss; mov %1, %%esp; " insn "; mov %%esp, %%ecx; "            \
+        "mov %w2, %%ss; mov %%edx, %%esp; mov %%ecx, sp_after",                                   \
         : : "r"(S_ANY | 3), "r"(sp), "r"(SEL_USER_DATA) : "eax", "ecx", "edx", "memory")
 
 static void stack16(void)
@@ -650,8 +650,8 @@ static void inwards(void)
     expect_landed("iret-conforming-rpl3", S_CONFORMING | 3);
 }
 
-/* The data segments on the way out: those that the outer ring may not use become null, and so does a
- * null selector's RPL. */
+/* The data segments on the way out: those that the outer ring may not use become null, and a null
+ * selector loses its RPL. */
 static void nulling(void)
 {
     word *f = &frames[256];
@@ -1032,6 +1032,46 @@ static void null_stack_in_ring3(void)
     FAULTS("ring3-null-ss", GP, 0, "mov %w0, %%ss", : : "r"(3));
 }
 
+/* In compatibility mode segments count again, and gates lead to 64-bit mode. */
+void compatibility_store(void);
+void compatibility_store_beyond(void);
+void compatibility_call(void);
+__asm__(".code32\n"
+        "compatibility_store:\n"
+        "    movb $0x77, %es:0x1f\n"
+        "    int $0x46\n"
+        "compatibility_store_beyond:\n"
+        "    movb $0x77, %es:0x20\n"
+        "    int $0x46\n"
+        "compatibility_call:\n"
+        "    lcall $0x7b, $0\n"
+        ".code64\n");
+
+static void compatibility(void)
+{
+    word *sp = &stack1[60];
+
+    set(S_ANY, descriptor((u32)(word)area, 0x1f, DATA | DPL(3), 4));
+    LOAD_ES(S_ANY | 3);
+    iret(SEL_USER_CODE32, (word)compatibility_store, SEL_USER_DATA);
+    expect_landed("compatibility-store", SEL_USER_CODE32);
+    check_equal("compatibility-base", area[0x1f], 0x77);
+    iret(SEL_USER_CODE32, (word)compatibility_store_beyond, SEL_USER_DATA);
+    expect("compatibility-limit", GP, 0);
+    LOAD_ES(0);
+    iret(SEL_USER_CODE32, (word)compatibility_store, SEL_USER_DATA);
+    expect("compatibility-null-use", GP, 0);
+    __asm__ volatile("mov %0, %%es" : : "r"(SEL_DATA));
+    set_gate_to(S_CODE1, TYPE_GATE32 | DPL(3), 0);
+    iret(SEL_USER_CODE32, (word)compatibility_call, SEL_USER_DATA);
+    expect_landed("compatibility-gate", S_CODE1);
+    check_equal("compatibility-gate-stack", landed.sp, (word)(sp - 4));
+    check_equal("compatibility-gate-saves-ip", sp[-4], (word)compatibility_call + 7);
+    check_equal("compatibility-gate-saves-cs", sp[-3], SEL_USER_CODE32);
+    check_equal("compatibility-gate-saves-sp", sp[-2], (word)sp);
+    check_equal("compatibility-gate-saves-ss", sp[-1], SEL_USER_DATA);
+}
+
 static void nested(void)
 {
     flags_set(flags_get() | FLAG_NT);
@@ -1139,6 +1179,7 @@ void guest_main(void)
     local();
 #ifdef __x86_64__
     bases();
+    compatibility();
     if (on_tcg())
         skip("ring3-null-ss", "TCG takes it, and does not come back");
     else

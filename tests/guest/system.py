@@ -111,7 +111,8 @@ DEVIATIONS = {
         **{name: "the upper half is not checked" for name in (
             "ltr-noncanonical", "lldt-upper-type", "lldt-noncanonical")},
         **{f"null-{seg}-keeps-base": "the base is cleared on AMD's too" for seg in ("fs", "gs")},
-        **{"null-ss-rpl": "any null SS is taken",
+        **{"compatibility-limit": _SEGMENTS, "compatibility-null-use": _SEGMENTS,
+           "null-ss-rpl": "any null SS is taken",
            "es-base-does-not-count": "an override brings the base in"}),
     "syscalls64": {"syscall-fmask": "flags that FMASK spares are cleared",
                    **{f"wrmsr-{msr}-noncanonical": "no canonical check"
