@@ -73,7 +73,8 @@ static void deliver_input(struct chardev *chr, const struct chardev_handlers *de
         const u8 *first;
 
         pthread_mutex_lock(&chr->lock);
-        n = MIN(MIN(ring_peek(&chr->in, &first), sizeof(buf)), n);
+        /* A break that came meanwhile goes before the input that came with it: in the next round. */
+        n = chr->send_break ? 0 : MIN(MIN(ring_peek(&chr->in, &first), sizeof(buf)), n);
         memcpy(buf, first, n);
         pthread_mutex_unlock(&chr->lock);
 
