@@ -235,7 +235,7 @@ static void data(void)
     /* MOV SS from a watched place: the trap waits for the instruction behind it. */
     *(u16 *)(memory + 16) = SEL_DATA;
     watch(0, DR7(0, ACCESS, TWO));
-    TRY("mov (%0), %%ss; nop; nop", : : "r"(memory + 16) : "memory");
+    TRY("mov (%0), %%ss; nop; nop", : : "a"(memory + 16) : "memory");
     check_equal("access-mov-ss-deferred", hit_at(0), 3);
     watch(0, DR7(0, ACCESS, TWO));
     TRY("mov (%0), %%ss; int $0x40; nop", : : "r"(memory + 16) : "memory");
