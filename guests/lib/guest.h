@@ -210,6 +210,13 @@ u64 descriptor(u32 base, u32 limit, u8 access, u8 flags);
 void load_tables(void);
 void load_tr(void);
 
+/* The registers at `start`, and boot_entry.eax as each segment shows it there. FS and GS are looked
+ * at under multiboot only. */
+struct boot_entry {
+    u32 eax, ebx, flags, cr0, by_es, by_fs, by_gs;
+};
+extern struct boot_entry boot_entry;
+
 /* Instructions */
 static inline void outb(u16 port, u8 v) { __asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port)); }
 static inline u8 inb(u16 port)

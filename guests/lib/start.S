@@ -4,26 +4,56 @@
  * A loader enters at `start` in flat 32-bit protected mode without paging, by multiboot 1 (by the
  * addresses in the header, so that a loader takes a 64-bit ELF file too) or by the PVH note. A
  * 64-bit guest maps the first 4 GiB to themselves, for user mode too, and goes on in long mode.
+ *
+ * What the entry found is kept in boot_entry for guests/boot.c. With MULTIBOOT_BY_ELF, multiboot is
+ * the only way in, and by the ELF file's segments.
  */
 #include "selectors.h"
 
         .section .head, "a"
+        /* wants modules on pages, and memory information */
+        .globl  multiboot_header
 multiboot_header:
-        .long   0x1badb002, 0x00010000, -(0x1badb002 + 0x00010000)
+#ifdef MULTIBOOT_BY_ELF
+        .long   0x1badb002, 0x00000003, -(0x1badb002 + 0x00000003)
+#else
+        .long   0x1badb002, 0x00010003, -(0x1badb002 + 0x00010003)
         .long   multiboot_header, multiboot_header, image_end, bss_end, start
 
         .section .note.pvh, "a", @note
         .long   4, 4, 18                /* XEN_ELFNOTE_PHYS32_ENTRY */
         .asciz  "Xen"
         .long   start
+#endif
 
         .text
         .code32
         .globl  start
 start:
-        cli
-        cld
+        movl    %eax, boot_entry
+        movl    %ebx, boot_entry + 4
         movl    $stack_top, %esp
+        pushfl
+        popl    boot_entry + 8
+        movl    %cr0, %ecx
+        movl    %ecx, boot_entry + 12
+        movl    %es:boot_entry, %ecx
+        movl    %ecx, boot_entry + 16
+        /* To the end of each limit: less than 4 GiB ends in a triple fault. */
+        movl    %ds:0xfffffffc, %ecx
+        movl    %es:0xfffffffc, %ecx
+        movl    %ss:0xfffffffc, %ecx
+        movl    %cs:0xfffffffc, %ecx
+        cmpl    $0x2badb002, %eax       /* PVH leaves FS and GS undefined */
+        jne     1f
+        movl    %fs:boot_entry, %ecx
+        movl    %ecx, boot_entry + 20
+        movl    %gs:boot_entry, %ecx
+        movl    %ecx, boot_entry + 24
+        movl    %fs:0xfffffffc, %ecx
+        movl    %gs:0xfffffffc, %ecx
+1:      cli
+        cld
         lgdt    gdt_pointer
         ljmp    $SEL_BOOT_CODE, $1f
 1:      movl    $SEL_DATA, %eax
@@ -243,6 +273,10 @@ boot_pdpt:
 boot_pd:
         .skip   4 * 4096
 #endif
+        .globl  boot_entry
+boot_entry:                             /* struct boot_entry of guest.h */
+        .skip   28
+        .balign 4096
         .globl  stack_top
         .skip   32768
 stack_top:

@@ -190,4 +190,5 @@ def main():
     cases.done()
 
 
-main()
+if __name__ == "__main__":
+    main()
