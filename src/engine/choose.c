@@ -5,9 +5,10 @@
 
 #include "host/log.h"
 
+#include <errno.h>
 #include <string.h>
 
-const struct engine_ops *const engines[] = {&engine_interp, NULL};
+const struct engine_ops *const engines[] = {&engine_kvm, &engine_interp, NULL};
 
 /* What --engine may name, here or in another build. */
 static const char *const known[] = {"auto", "kvm", "bt", "interp"};
@@ -21,14 +22,27 @@ static bool is_known(const char *name, size_t len)
     return false;
 }
 
+/* Whether it is there; and, since /dev/kvm on its own promises little, whether it works. */
+static int try(const struct engine_ops *engine, struct error *err)
+{
+    int ret = engine->probe(err);
+
+    return ret || !engine->trial ? ret : engine->trial(err);
+}
+
+/* Those that were passed over are told of, unless there is simply no such thing on this host. */
 static const struct engine_ops *choose_auto(struct error *err)
 {
     for (size_t i = 0; engines[i]; i++) {
-        if (!engines[i]->probe(err)) {
+        int ret = try(engines[i], err);
+
+        if (!ret) {
             log_debug("engine %s", engines[i]->name);
+            *err = (struct error){0};
             return engines[i];
         }
-        log_info("engine %s can't run here: %s", engines[i]->name, err->text);
+        log_message(ret == -ENOENT ? LOG_DEBUG : LOG_INFO, "engine %s can't run here: %s",
+                    engines[i]->name, err->text);
     }
     return NULL;
 }
@@ -52,6 +66,6 @@ const struct engine_ops *engine_choose(const char *name, bool *verify, struct er
         if (!strcmp(engines[i]->name, name))
             return engines[i]->probe(err) ? NULL : engines[i];
     }
-    error_input(err, "this build has no engine %s: give auto or interp", name);
+    error_input(err, "this build has no engine %s: give auto, kvm or interp", name);
     return NULL;
 }

@@ -62,6 +62,9 @@ struct engine_config {
 struct engine_stats {
     u64 instructions; /* interp: guest instructions; 0 where unknown */
     u64 exits_port, exits_mmio, exits_halt, exits_irq_window, exits_exception, exits_interrupt;
+    u64 exits_eoi, exits_msr, exits_dirty_ring, exits_signal; /* kvm */
+    /* kvm: what they took in this process, from exit to entry. */
+    u64 ns_port, ns_mmio, ns_irq_window, ns_eoi, ns_msr, ns_dirty_ring, ns_signal;
     u64 blocks_decoded, blocks_translated, cache_bytes, tlb_misses, tlb_flushes, smc_invalidations;
 };
 
@@ -70,6 +73,13 @@ struct engine_ops {
 
     /* 0 when this host can run it; else an error whose text says why not. */
     int (*probe)(struct error *err);
+    /*
+     * Runs a small guest for some milliseconds: 0 when it ran as it should, else an error whose text
+     * says how not. For `auto`, after probe. NULL: an engine that can be trusted.
+     */
+    int (*trial)(struct error *err);
+    /* The most vCPUs that a machine can have; NULL: one. */
+    unsigned (*max_cpus)(void);
     /* The CPUID features that it can offer on this host. */
     void (*cpuid_support)(struct cpuid_support *out);
     struct engine *(*create)(const struct engine_config *config, struct error *err);
@@ -113,7 +123,7 @@ struct engine_ops {
 
 /* All engines of this build, best first; ends with NULL. */
 extern const struct engine_ops *const engines[];
-extern const struct engine_ops engine_interp;
+extern const struct engine_ops engine_interp, engine_kvm;
 
 /* `name` as in --engine ("auto", "interp", ...); on failure NULL, and err says what is to be had. */
 const struct engine_ops *engine_choose(const char *name, bool *verify, struct error *err);

@@ -128,8 +128,12 @@ static void memory_written(void *opaque, gpa_t gpa, u64 len)
 
 static int create_processor_model(struct machine *m, struct error *err)
 {
+    unsigned max = m->ops->max_cpus ? m->ops->max_cpus() : 1;
     struct cpuid_support support = {0};
 
+    if (m->config.cpus > max)
+        return error_input(err, "--cpus: engine %s gives a machine %u at most, not %u",
+                           m->ops->name, max, m->config.cpus);
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
     if (m->cpuid)

@@ -40,7 +40,9 @@ static const struct state_field msr_fields[] = {
     MSR_FIELD(bios_sign_id),   MSR_FIELD(hwcr),
     MSR_FIELD(syscfg),         MSR_FIELD(vm_cr),
     MSR_FIELD(vm_hsave_pa),    MSR_FIELD(kvm_wall_clock),
-    MSR_FIELD(kvm_system_time)};
+    MSR_FIELD(kvm_system_time), MSR_FIELD(kvm_async_pf),
+    MSR_FIELD(kvm_async_pf_int), MSR_FIELD(kvm_steal_time),
+    MSR_FIELD(kvm_pv_eoi)};
 static const struct state_desc msr_desc = STATE_DESC("msr", 1, struct cpu_msrs, msr_fields);
 
 #define CPU_FIELD(m) STATE_FIELD(struct cpu, m)

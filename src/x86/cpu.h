@@ -32,7 +32,8 @@ struct cpu_msrs {
     u64 mtrr_def_type, mtrr_fix[11], mtrr_phys_base[8], mtrr_phys_mask[8];
     u64 mcg_status, mcg_ctl, mc_ctl[4], mc_status[4], mc_addr[4], mc_misc[4];
     u64 feature_control, bios_sign_id, hwcr, syscfg, vm_cr, vm_hsave_pa;
-    u64 kvm_wall_clock, kvm_system_time;
+    /* KVM's paravirtual ones. What an engine doesn't offer it keeps, for the one that does. */
+    u64 kvm_wall_clock, kvm_system_time, kvm_async_pf, kvm_async_pf_int, kvm_steal_time, kvm_pv_eoi;
 };
 
 struct cpu {
