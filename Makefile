@@ -4,6 +4,7 @@
 #   make run        boots Debian's kernel to a shell on this terminal; in a pipe, runs the script on
 #                   stdin in the guest (make fails when it fails; scripts/run has its status)
 #   make test       unit, cpu and guest tests; the last line is "N passed, N failed"
+#   make test-kvm   the KVM engine one level down, under QEMU: all of it (make test runs the short part)
 #   make bench      each benchmark with its peer beside it
 #   make lint       clang-format, clang-tidy, cppcheck
 #   make install    to DESTDIR and PREFIX (/usr/local)
@@ -15,7 +16,7 @@ BUILD ?= build
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: all build run test bench lint format install clean
+.PHONY: all build run test test-kvm bench lint format install clean
 .DEFAULT_GOAL := all
 
 all: build
@@ -37,6 +38,15 @@ test:
 	@touch $(BUILD)/.with-tests
 	@$(MAKE) --no-print-directory build
 	@tests/run $(BUILD)
+
+test-kvm:
+	@scripts/deps build test bench
+	@test -f $(BUILD)/build.ninja || meson setup -Dtests=true $(BUILD)
+	@test -f $(BUILD)/.with-tests || meson configure -Dtests=true $(BUILD)
+	@touch $(BUILD)/.with-tests
+	@$(MAKE) --no-print-directory build
+	@DOPPEL=$(BUILD)/doppel tests/kvm/nested.py --all --program $(BUILD)/tests/kvm/test_move \
+		$(BUILD)/guests/*.elf
 
 bench: build
 	@scripts/deps bench

@@ -29,6 +29,10 @@ static json_t *exits(const struct machine_stats *s)
         {"interrupt", s->engine.exits_interrupt},
         {"exception", s->engine.exits_exception},
         {"irq_window", s->engine.exits_irq_window},
+        {"eoi", s->engine.exits_eoi},
+        {"msr", s->engine.exits_msr},
+        {"dirty_ring", s->engine.exits_dirty_ring},
+        {"signal", s->engine.exits_signal},
         {"halt", s->engine.exits_halt + s->exits[VCPU_EXIT_HALT]},
         {"kicked", s->exits[VCPU_EXIT_KICKED]},
         {"hypercall", s->exits[VCPU_EXIT_HYPERCALL]},
@@ -38,6 +42,24 @@ static json_t *exits(const struct machine_stats *s)
 
     for (size_t i = 0; json && i < ARRAY_SIZE(counts); i++)
         json_object_set_new(json, counts[i].name, json_integer((json_int_t)counts[i].count));
+    return json;
+}
+
+/* kvm: seconds that this process took between a guest's exits and its going on, by their reason. */
+static json_t *exit_seconds(const struct engine_stats *e)
+{
+    const struct {
+        const char *name;
+        u64 ns;
+    } costs[] = {
+        {"port", e->ns_port},     {"mmio", e->ns_mmio}, {"irq_window", e->ns_irq_window},
+        {"eoi", e->ns_eoi},       {"msr", e->ns_msr},   {"dirty_ring", e->ns_dirty_ring},
+        {"signal", e->ns_signal},
+    };
+    json_t *json = json_object();
+
+    for (size_t i = 0; json && i < ARRAY_SIZE(costs); i++)
+        json_object_set_new(json, costs[i].name, json_real(seconds(costs[i].ns)));
     return json;
 }
 
@@ -64,6 +86,7 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"first_instruction_seconds", first_instruction(stats)},
         {"instructions", json_integer((json_int_t)e->instructions)},
         {"exits", exits(&stats->machine)},
+        {"exit_seconds", exit_seconds(e)},
         {"blocks_decoded", json_integer((json_int_t)e->blocks_decoded)},
         {"blocks_translated", json_integer((json_int_t)e->blocks_translated)},
         {"cache_bytes", json_integer((json_int_t)e->cache_bytes)},

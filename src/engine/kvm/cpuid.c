@@ -31,9 +31,9 @@ struct cpuid_table {
 
 /* Those of KVM's features that need nothing of the VMM. */
 #define PV_FEATURES                                                                                \
-    (BIT(KVM_FEATURE_CLOCKSOURCE) | BIT(KVM_FEATURE_NOP_IO_DELAY) | BIT(KVM_FEATURE_CLOCKSOURCE2) | \
-     BIT(KVM_FEATURE_STEAL_TIME) | BIT(KVM_FEATURE_PV_EOI) | BIT(KVM_FEATURE_PV_UNHALT) |          \
-     BIT(KVM_FEATURE_PV_TLB_FLUSH) | BIT(KVM_FEATURE_ASYNC_PF) |                                   \
+    (BIT(KVM_FEATURE_CLOCKSOURCE) | BIT(KVM_FEATURE_NOP_IO_DELAY) |                                \
+     BIT(KVM_FEATURE_CLOCKSOURCE2) | BIT(KVM_FEATURE_STEAL_TIME) | BIT(KVM_FEATURE_PV_EOI) |       \
+     BIT(KVM_FEATURE_PV_UNHALT) | BIT(KVM_FEATURE_PV_TLB_FLUSH) | BIT(KVM_FEATURE_ASYNC_PF) |      \
      BIT(KVM_FEATURE_ASYNC_PF_VMEXIT) | BIT(KVM_FEATURE_ASYNC_PF_INT) |                            \
      BIT(KVM_FEATURE_PV_SEND_IPI) | BIT(KVM_FEATURE_POLL_CONTROL) |                                \
      BIT(KVM_FEATURE_PV_SCHED_YIELD) | BIT(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT))
@@ -178,11 +178,16 @@ static u32 subleaves(u32 leaf)
 {
     switch (leaf) {
     case 4:
-    case 0x8000001d: return 5;
-    case 7: return 2;
-    case 0xb: return 3;
-    case 0xd: return 10;
-    default: return 0;
+    case 0x8000001d:
+        return 5;
+    case 7:
+        return 2;
+    case 0xb:
+        return 3;
+    case 0xd:
+        return 10;
+    default:
+        return 0;
     }
 }
 

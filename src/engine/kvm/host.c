@@ -24,7 +24,10 @@ static const struct {
     unsigned cap;
     const char *name;
 } needed[] = {
-#define NEEDED(cap) {cap, #cap}
+#define NEEDED(cap)                                                                                \
+    {                                                                                              \
+        cap, #cap                                                                                  \
+    }
     NEEDED(KVM_CAP_USER_MEMORY),
     NEEDED(KVM_CAP_READONLY_MEM),
     NEEDED(KVM_CAP_EXT_CPUID),
@@ -75,11 +78,13 @@ int kvm_host_open(struct error *err)
     if (dev < 0) {
         switch (errno) {
         case ENOENT:
-            return error_host(err, ENOENT, "no " KVM_DEVICE ": hardware virtualisation is off, or "
-                                           "the kvm module isn't loaded");
+            return error_host(err, ENOENT,
+                              "no " KVM_DEVICE ": hardware virtualisation is off, or "
+                              "the kvm module isn't loaded");
         case EACCES:
             return error_host(err, EACCES, "no permission for " KVM_DEVICE ": join the group kvm");
-        default: return error_host(err, errno, KVM_DEVICE);
+        default:
+            return error_host(err, errno, KVM_DEVICE);
         }
     }
     ret = check_device(dev, err);

@@ -369,8 +369,7 @@ static void note_level(struct kvm_engine *e, u64 address, u32 data)
         if (r->used < oldest->used)
             oldest = r;
     }
-    *oldest =
-        (struct kvm_level_route){.address = address, .data = data, .used = e->route_clock};
+    *oldest = (struct kvm_level_route){.address = address, .data = data, .used = e->route_clock};
     give_routes(e);
     pthread_mutex_unlock(&e->route_lock);
 }

@@ -59,9 +59,9 @@ struct kvm_engine {
     int dev, vm; /* /dev/kvm, the VM */
     size_t run_size;
     u64 tsc_hz;
-    bool kvmclock;     /* offered to the guest */
-    u64 xcr0;          /* components that KVM can load */
-    u32 ring_entries;  /* dirty ring: of each vCPU; 0: the kernel has bitmaps only */
+    bool kvmclock;    /* offered to the guest */
+    u64 xcr0;         /* components that KVM can load */
+    u32 ring_entries; /* dirty ring: of each vCPU; 0: the kernel has bitmaps only */
 
     struct kvm_slot slots[MEMORY_MAX_SLOTS];
     _Atomic bool dirty_logging;
@@ -75,9 +75,9 @@ struct kvm_engine {
 
     /* Time; see time.c. */
     pthread_mutex_t time_lock;
-    u64 origin_ns;      /* host ns at which the VM clock read 0; 0: it never ran here */
-    u64 tsc_origin;     /* host TSC - this = VM TSC */
-    _Atomic u64 drift;  /* VM TSC by the host's TSC, less VM TSC by the VM clock */
+    u64 origin_ns;     /* host ns at which the VM clock read 0; 0: it never ran here */
+    u64 tsc_origin;    /* host TSC - this = VM TSC */
+    _Atomic u64 drift; /* VM TSC by the host's TSC, less VM TSC by the VM clock */
 
     unsigned nmsrs; /* the MSRs that this kernel keeps for a guest */
     u32 msrs[KVM_MAX_MSRS];

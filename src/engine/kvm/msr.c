@@ -9,9 +9,9 @@
  * (KVM_CAP_X86_USER_SPACE_MSR) and is answered by that table, so that a guest finds the same
  * constants under every engine.
  */
+#include "x86/msr.h"
 #include "engine/kvm/kvm.h"
 #include "host/log.h"
-#include "x86/msr.h"
 
 #include <errno.h>
 #include <linux/kvm_para.h>
@@ -28,7 +28,10 @@ struct kept_msr {
     bool strict; /* a value that KVM refuses is an error; else it keeps its own */
 };
 
-#define MSR_KVM(number, field) {number, offsetof(struct cpu_msrs, field), FEATURE_HYPERVISOR, 0, true}
+#define MSR_KVM(number, field)                                                                     \
+    {                                                                                              \
+        number, offsetof(struct cpu_msrs, field), FEATURE_HYPERVISOR, 0, true                      \
+    }
 
 /* EFER travels with the control registers (KVM_SET_SREGS2). */
 static const struct kept_msr kept[] = {
@@ -127,8 +130,7 @@ int kvm_msr_get(struct kvm_vcpu *v, struct cpu_msrs *out, struct error *err)
         b.entries[i].index = e->msrs[i];
     n = ioctl(v->fd, KVM_GET_MSRS, &b);
     if (n < (int)e->nmsrs)
-        return error_host(err, n < 0 ? errno : EIO, "KVM can't read MSR %#x",
-                          e->msrs[MAX(n, 0)]);
+        return error_host(err, n < 0 ? errno : EIO, "KVM can't read MSR %#x", e->msrs[MAX(n, 0)]);
     for (unsigned i = 0; i < e->nmsrs; i++)
         *field_of(out, find_kept(e->msrs[i])) = b.entries[i].data;
     return 0;

@@ -32,9 +32,23 @@ static void set_regs(const struct cpu *cpu, struct kvm_regs *r)
     const u64 *g = cpu->gpr;
 
     *r = (struct kvm_regs){
-        .rax = g[RAX], .rcx = g[RCX], .rdx = g[RDX], .rbx = g[RBX], .rsp = g[RSP], .rbp = g[RBP],
-        .rsi = g[RSI], .rdi = g[RDI], .r8 = g[R8],   .r9 = g[R9],   .r10 = g[R10], .r11 = g[R11],
-        .r12 = g[R12], .r13 = g[R13], .r14 = g[R14], .r15 = g[R15], .rip = g[GPR_RIP],
+        .rax = g[RAX],
+        .rcx = g[RCX],
+        .rdx = g[RDX],
+        .rbx = g[RBX],
+        .rsp = g[RSP],
+        .rbp = g[RBP],
+        .rsi = g[RSI],
+        .rdi = g[RDI],
+        .r8 = g[R8],
+        .r9 = g[R9],
+        .r10 = g[R10],
+        .r11 = g[R11],
+        .r12 = g[R12],
+        .r13 = g[R13],
+        .r14 = g[R14],
+        .r15 = g[R15],
+        .rip = g[GPR_RIP],
         .rflags = cpu->rflags,
     };
 }
@@ -287,8 +301,8 @@ static void set_xsave(struct kvm_engine *e, const struct cpu *cpu, struct kvm_xs
             continue;
         present |= BIT(p->component);
         for (unsigned n = 0; n < p->count; n++)
-            memcpy(x + offset + n * p->size,
-                   (const u8 *)cpu + p->offset + (size_t)n * p->stride, p->size);
+            memcpy(x + offset + n * p->size, (const u8 *)cpu + p->offset + (size_t)n * p->stride,
+                   p->size);
     }
     memcpy(x + XSAVE_BV, &present, sizeof(present));
 }
@@ -355,7 +369,9 @@ static void set_events(struct kvm_vcpu *v, const struct cpu *cpu, struct kvm_vcp
         ev->interrupt.nr = cpu->event_vector;
         ev->interrupt.soft = cpu->event_type == CPU_EVENT_SOFT_INT;
         break;
-    case CPU_EVENT_NMI: ev->nmi.injected = 1; break;
+    case CPU_EVENT_NMI:
+        ev->nmi.injected = 1;
+        break;
     case CPU_EVENT_EXCEPTION:
     case CPU_EVENT_SOFT_EXC:
     case CPU_EVENT_PRIV_EXC:
@@ -371,19 +387,25 @@ static u8 get_activity(u32 mp_state)
 {
     switch (mp_state) {
     case KVM_MP_STATE_HALTED:
-    case KVM_MP_STATE_AP_RESET_HOLD: return CPU_HALTED;
+    case KVM_MP_STATE_AP_RESET_HOLD:
+        return CPU_HALTED;
     case KVM_MP_STATE_UNINITIALIZED:
-    case KVM_MP_STATE_INIT_RECEIVED: return CPU_WAIT_FOR_SIPI;
-    default: return CPU_RUNNING;
+    case KVM_MP_STATE_INIT_RECEIVED:
+        return CPU_WAIT_FOR_SIPI;
+    default:
+        return CPU_RUNNING;
     }
 }
 
 static u32 set_activity(u8 activity)
 {
     switch (activity) {
-    case CPU_HALTED: return KVM_MP_STATE_HALTED;
-    case CPU_WAIT_FOR_SIPI: return KVM_MP_STATE_INIT_RECEIVED;
-    default: return KVM_MP_STATE_RUNNABLE;
+    case CPU_HALTED:
+        return KVM_MP_STATE_HALTED;
+    case CPU_WAIT_FOR_SIPI:
+        return KVM_MP_STATE_INIT_RECEIVED;
+    default:
+        return KVM_MP_STATE_RUNNABLE;
     }
 }
 
@@ -406,7 +428,10 @@ struct transfer {
     size_t offset; /* of the argument in struct kvm_pieces */
 };
 
-#define TRANSFER(request, member) {request, #request, offsetof(struct kvm_pieces, member)}
+#define TRANSFER(request, member)                                                                  \
+    {                                                                                              \
+        request, #request, offsetof(struct kvm_pieces, member)                                     \
+    }
 
 static int transfer(struct kvm_vcpu *v, struct kvm_pieces *p, const struct transfer *list, size_t n,
                     struct error *err)
@@ -454,10 +479,8 @@ int kvm_state_set(struct kvm_vcpu *v, const struct cpu *cpu, const struct lapic_
                   struct error *err)
 {
     static const struct transfer before[] = {
-        TRANSFER(KVM_SET_SREGS2, sregs),
-        TRANSFER(KVM_SET_REGS, regs),
-        TRANSFER(KVM_SET_DEBUGREGS, debug),
-        TRANSFER(KVM_SET_XSAVE, xsave),
+        TRANSFER(KVM_SET_SREGS2, sregs),    TRANSFER(KVM_SET_REGS, regs),
+        TRANSFER(KVM_SET_DEBUGREGS, debug), TRANSFER(KVM_SET_XSAVE, xsave),
         TRANSFER(KVM_SET_LAPIC, apic),
     };
     static const struct transfer xcrs[] = {TRANSFER(KVM_SET_XCRS, xcrs)};

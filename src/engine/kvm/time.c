@@ -96,8 +96,7 @@ static u64 engine_enter(struct kvm_engine *e, struct error *err)
             return 0;
         }
         if (!e->origin_ns)
-            e->tsc_origin =
-                __rdtsc() - clock_ns_to_ticks(vm_clock_now(e->config.clock), e->tsc_hz);
+            e->tsc_origin = __rdtsc() - clock_ns_to_ticks(vm_clock_now(e->config.clock), e->tsc_hz);
         else
             e->tsc_origin += clock_ns_to_ticks(missed, e->tsc_hz);
         e->origin_ns = origin;
@@ -182,8 +181,7 @@ u64 kvm_time_tsc_offset(struct kvm_vcpu *v)
 {
     struct kvm_engine *e = v->engine;
 
-    return (v->origin_ns ? get_offset(v) + e->tsc_origin : v->tsc_offset) +
-           atomic_load(&e->drift);
+    return (v->origin_ns ? get_offset(v) + e->tsc_origin : v->tsc_offset) + atomic_load(&e->drift);
 }
 
 void kvm_time_set_tsc_offset(struct kvm_vcpu *v, u64 offset)

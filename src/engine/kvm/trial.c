@@ -190,10 +190,14 @@ static int set_cpuid(struct trial *t, struct error *err)
 
 static int set_registers(struct trial *t, struct error *err)
 {
-    struct kvm_regs regs = {
-        .rip = GUEST_CODE, .rsp = GUEST_STACK_TOP, .rflags = EFLAGS_FIXED};
-    struct kvm_segment data = {.limit = 0xffffffff, .selector = SELECTOR_DATA, .present = 1,
-                               .type = 3, .db = 1, .s = 1, .g = 1};
+    struct kvm_regs regs = {.rip = GUEST_CODE, .rsp = GUEST_STACK_TOP, .rflags = EFLAGS_FIXED};
+    struct kvm_segment data = {.limit = 0xffffffff,
+                               .selector = SELECTOR_DATA,
+                               .present = 1,
+                               .type = 3,
+                               .db = 1,
+                               .s = 1,
+                               .g = 1};
     struct kvm_segment code = data;
     struct kvm_sregs sregs;
     int ret = set_cpuid(t, err);
@@ -238,7 +242,8 @@ static int run_guest(struct trial *t, struct error *err)
     error = errno;
     timer_delete(timer);
     if (ret < 0 && error == EINTR)
-        return error_host(err, ETIME, "KVM hangs in a 64-bit guest that computes for a millisecond");
+        return error_host(err, ETIME,
+                          "KVM hangs in a 64-bit guest that computes for a millisecond");
     return ret < 0 ? error_host(err, error, "KVM_RUN") : 0;
 }
 

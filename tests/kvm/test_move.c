@@ -1,0 +1,233 @@
+/*
+ * A guest doesn't notice that it is moved between engines.
+ *
+ *     test_move KERNEL INITRD [--long]
+ *
+ * Debian's kernel boots under kvm and runs its script. While it does, the machine is paused, its state
+ * is taken, and a fresh machine goes on with it: under kvm, under interp, under kvm again. The guest
+ * must come to its end with the same output as ever, its clock never going back.
+ *
+ * Between two machines of one engine the states must compare equal. Between kvm and interp they do but
+ * for what neither can hold of the other, so there the guest is the judge.
+ */
+#include "chardev/chardev.h"
+#include "machine/machine.h"
+#include "state/stream.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define NS_PER_MS 1000000ULL
+#define MEMORY MIB(128)
+#define MAX_MACHINES 16
+
+static const char *kernel, *initrd;
+static struct event_loop *loop;
+static unsigned failures;
+
+static void check(bool passed, const char *name, const char *why)
+{
+    if (passed) {
+        printf("ok move: %s\n", name);
+    } else {
+        failures++;
+        printf("not ok move: %s: %s\n", name, why);
+    }
+    fflush(stdout);
+}
+
+static void die(const char *what)
+{
+    printf("not ok move: %s\n", what);
+    exit(1);
+}
+
+/* ---- one guest, and the machines that it passes through ---- */
+
+struct guest {
+    struct machine *machine;
+    struct chardev *console;
+    unsigned machines; /* so far: the console of each is /tmp/console.N */
+    struct machine_end end;
+};
+
+static void create(struct guest *g, const struct engine_ops *engine, struct machine **machine,
+                   struct chardev **console)
+{
+    struct chardev_owner nobody = {0};
+    struct machine_config config = {
+        .engine = engine,
+        .cpu = "host", /* the processor that QEMU emulates lacks VME, which v2 has */
+        .memory = MEMORY,
+        .cpus = 1,
+        .kernel = kernel,
+        .initrd = initrd,
+        .cmdline = "console=ttyS0 quiet",
+    };
+    struct error err;
+    char path[64];
+
+    if (g->machines == MAX_MACHINES)
+        die("too many machines");
+    snprintf(path, sizeof(path), "/tmp/console.%u", g->machines++);
+    *console = chardev_open(path, loop, &nobody, &err);
+    if (!*console)
+        die(err.text);
+    config.serial = *console;
+    *machine = machine_create(&config, loop, &err);
+    if (!*machine)
+        die(err.text);
+}
+
+static void leave(struct machine *machine, struct chardev *console)
+{
+    machine_destroy(machine);
+    chardev_close(console);
+}
+
+static void stop_loop(void *opaque)
+{
+    event_loop_stop(loop);
+}
+
+/* Runs for so long; false once the guest has ended. */
+static bool run_for(struct guest *g, u64 ms)
+{
+    struct host_timer timer = {.fire = stop_loop};
+
+    event_loop_timer_arm(loop, &timer, host_clock_ns() + ms * NS_PER_MS);
+    machine_run(g->machine, &g->end);
+    event_loop_timer_remove(loop, &timer);
+    return g->end.reason == MACHINE_END_NONE;
+}
+
+/* The text of all consoles, in order. */
+static const char *console_text(const struct guest *g)
+{
+    static char text[1 << 20];
+    size_t used = 0;
+
+    for (unsigned n = 0; n < g->machines; n++) {
+        char path[64];
+        FILE *file;
+
+        snprintf(path, sizeof(path), "/tmp/console.%u", n);
+        file = fopen(path, "r");
+        if (file) {
+            used += fread(text + used, 1, sizeof(text) - 1 - used, file);
+            fclose(file);
+        }
+    }
+    text[used] = '\0';
+    return text;
+}
+
+/* The guest goes on in a fresh machine under `engine`; the old one is gone. */
+static void move(struct guest *g, const struct engine_ops *engine, bool same, const char *name)
+{
+    struct state_writer w = {0};
+    const char *difference = NULL;
+    struct chardev *console;
+    struct machine *fresh;
+    struct error err = {0};
+    char where[128];
+    bool fine = false;
+
+    create(g, engine, &fresh, &console);
+    if (machine_save(g->machine, &w, &err) == 0) {
+        struct state_reader r = {.data = w.data, .len = w.len};
+
+        fine = machine_load(fresh, &r, &err) == 0;
+        if (fine && same)
+            difference = machine_compare(g->machine, fresh, where, sizeof(where));
+    }
+    check(fine && !difference, name, difference ? difference : err.text);
+    state_writer_free(&w);
+    leave(g->machine, g->console);
+    g->machine = fresh;
+    g->console = console;
+    usleep(50000); /* the guest's clock stands meanwhile */
+}
+
+/* ---- the tests ---- */
+
+/* To where the script is running. */
+static bool boot(struct guest *g, const struct engine_ops *engine)
+{
+    *g = (struct guest){0};
+    create(g, engine, &g->machine, &g->console);
+    for (unsigned i = 0; i < 600; i++) {
+        if (!run_for(g, 100))
+            return false;
+        if (strstr(console_text(g), "doppel-guest: up"))
+            return true;
+    }
+    return false;
+}
+
+static void finish(struct guest *g, const char *name)
+{
+    char label[64];
+    const char *text;
+
+    run_for(g, 240 * 1000);
+    leave(g->machine, g->console);
+    text = console_text(g);
+    snprintf(label, sizeof(label), "%s-power-off", name);
+    check(g->end.reason == MACHINE_END_POWER_OFF, label, g->end.error.text);
+    snprintf(label, sizeof(label), "%s-output", name);
+    check(strstr(text, "sum=ok procs=ok") != NULL, label, "the guest's script went wrong");
+    snprintf(label, sizeof(label), "%s-no-complaint", name);
+    check(!strstr(text, "Call Trace") && !strstr(text, "stall"), label, "its kernel complained");
+}
+
+/* Under kvm only: the states must be the same, at any moment of the boot. */
+static void test_same(unsigned moves)
+{
+    struct guest g = {0};
+
+    create(&g, &engine_kvm, &g.machine, &g.console);
+    for (unsigned i = 0; i < moves && run_for(&g, 200 + 150 * i); i++)
+        move(&g, &engine_kvm, true, "kvm-to-kvm");
+    finish(&g, "kvm");
+}
+
+/* There and back. The software processor is slow down here, so it doesn't get much of the work. */
+static void test_between(unsigned rounds)
+{
+    struct guest g;
+
+    if (!boot(&g, &engine_kvm)) {
+        check(false, "boot", console_text(&g));
+        return;
+    }
+    for (unsigned i = 0; i < rounds; i++) {
+        move(&g, &engine_interp, false, "kvm-to-interp");
+        if (!run_for(&g, 1500))
+            break;
+        move(&g, &engine_kvm, false, "interp-to-kvm");
+        if (!run_for(&g, 20))
+            break;
+    }
+    finish(&g, "between");
+}
+
+int main(int argc, char **argv)
+{
+    bool all = argc > 3 && !strcmp(argv[3], "--long");
+    struct error err;
+
+    if (argc < 3)
+        die("usage: test_move KERNEL INITRD [--long]");
+    kernel = argv[1];
+    initrd = argv[2];
+    loop = event_loop_create(&err);
+    if (!loop)
+        die(err.text);
+    test_same(all ? 8 : 2);
+    test_between(all ? 5 : 2);
+    event_loop_destroy(loop);
+    return failures ? 1 : 0;
+}
