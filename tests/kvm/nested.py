@@ -94,7 +94,7 @@ def build_tree(tree, folder, guests, programs, plan):
     for applet in APPLETS:
         os.symlink("busybox", os.path.join(tree, "bin", applet))
     for name in MODULES:
-        copy(os.path.join(modules, name + ".ko"), tree, f"modules/{name}.ko")
+        copy(os.path.join(folder, name + ".ko"), tree, f"modules/{name}.ko")
     copy(guest.DOPPEL, tree, "doppel")
     needed = libraries(guest.DOPPEL)
     for program in programs:
