@@ -57,7 +57,7 @@ def options(cases):
             ("memory-odd", *run, "--memory", "1025K"),
             ("memory-junk", *run, "--memory", "1Gx"),
             ("cpus-0", *run, "--cpus", "0"),
-            ("cpus-2", *run, "--cpus", "2"),
+            ("cpus-2", *run, "--engine", "interp", "--cpus", "2"),
             ("cpus-junk", *run, "--cpus", "two"),
             ("cpu-unknown", *run, "--cpu", "v9"),
             ("engine-unknown", *run, "--engine", "steam"),

@@ -30,6 +30,17 @@ MODULES = ("irqbypass", "kvm", "ccp", "kvm-amd")
 PATIENCE = 1500
 DEBUG_EXIT = "isa-debug-exit,iobase=0xf4"
 
+# Where KVM's emulator (Linux 6.1) isn't as the manuals say, by guest and check.
+_IO_BREAKPOINTS = dict.fromkeys(("io-ip", "io-dr6", "io-in", "io-other-port", "io-overlap",
+                                 "access-by-locked"), "no breakpoint at what KVM emulates")
+KVM_DEVIATIONS = {
+    "breakpoints32": _IO_BREAKPOINTS,
+    "breakpoints64": _IO_BREAKPOINTS,
+    "interrupts64": {"x2-x2apic-eoi-nonzero": "any value is taken"},
+    "syscalls64": {"amd-sysexit-ud-in-long-mode": "SYSEXIT is emulated, as on Intel's processors",
+                   "unexpected-exception": "that SYSEXIT arrives in ring 3"},
+}
+
 # TCG lets LTR take a null selector, as these check; what enters ring 0 next then ends QEMU.
 END_QEMU = ("exceptions32", "exceptions64")
 APPLETS = ("sh mount insmod timeout sed grep tail wc basename sleep mv ln rm cat dmesg poweroff "
@@ -161,10 +172,16 @@ def run(kernel, archive, known):
             line = raw.decode(errors="replace").strip()
             case = re.match(r"not ok (\S+): ([^:]+)", line)
             status = re.match(r"not ok (\S+)-status: status 5", line)
+            why = None
             if case and case[2] in known.get(case[1], ()):
-                print(f"ok {case[1]}: {case[2]} # skip it fails on TCG alone", flush=True)
-            elif status and known.get(status[1]):
-                print(f"ok {status[1]}-status # skip it fails on TCG alone", flush=True)
+                why = "it fails on TCG alone"
+            elif case:
+                why = KVM_DEVIATIONS.get(case[1], {}).get(case[2])
+            elif status and (known.get(status[1]) or status[1] in KVM_DEVIATIONS):
+                why = "a check of its failed"
+            if why:
+                name = f"{case[1]}: {case[2]}" if case else f"{status[1]}-status"
+                print(f"ok {name} # skip {why}", flush=True)
             elif re.match(r"(not )?ok ", line):
                 failed |= line.startswith("not ok")
                 print(line, flush=True)

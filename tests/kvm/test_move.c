@@ -5,13 +5,15 @@
  *
  * Debian's kernel boots under kvm and runs its script. While it does, the machine is paused, its state
  * is taken, and a fresh machine goes on with it: under kvm, under interp, under kvm again. The guest
- * must come to its end with the same output as ever, its clock never going back.
+ * must come to its end with the same output as ever.
  *
  * Between two machines of one engine the states must compare equal. Between kvm and interp they do but
  * for what neither can hold of the other, so there the guest is the judge.
+ *
+ * The dirty log, which moves under way will need, is compared with what was written in fact.
  */
 #include "chardev/chardev.h"
-#include "machine/machine.h"
+#include "machine/internal.h"
 #include "state/stream.h"
 
 #include <stdio.h>
@@ -214,6 +216,80 @@ static void test_between(unsigned rounds)
     finish(&g, "between");
 }
 
+/* ---- the dirty log ---- */
+
+static bool is_marked(const u64 *bitmap, u64 page)
+{
+    return bitmap[page / 64] & BIT(page % 64);
+}
+
+/* Whether every page of the slot that differs from `before` is marked. */
+static bool covers(const struct memory_slot *slot, const u8 *before, const u64 *bitmap)
+{
+    for (u64 page = 0; page < slot->size >> GUEST_PAGE_SHIFT; page++) {
+        u64 at = page << GUEST_PAGE_SHIFT;
+
+        if (!is_marked(bitmap, page) && memcmp(slot->host + at, before + at, GUEST_PAGE_SIZE))
+            return false;
+    }
+    return true;
+}
+
+static u64 count_marked(const u64 *bitmap, size_t words)
+{
+    u64 sum = 0;
+
+    for (size_t w = 0; w < words; w++)
+        sum += (u64)__builtin_popcountll(bitmap[w]);
+    return sum;
+}
+
+/* What the guest writes is in the log, once; what the VMM writes, too; what nobody writes isn't. */
+static void test_dirty_log(void)
+{
+    static u64 bitmap[MEMORY / GUEST_PAGE_SIZE / 64 + 1];
+    const gpa_t ours = MIB(100);
+    const struct memory_slot *slot;
+    struct error err = {0};
+    struct machine *m;
+    struct guest g;
+    u8 *before;
+    u64 page;
+
+    if (!boot(&g, &engine_kvm)) {
+        check(false, "dirty-log-boot", console_text(&g));
+        return;
+    }
+    m = g.machine;
+    slot = memory_find(&m->memory, ours);
+    page = (ours - slot->gpa) >> GUEST_PAGE_SHIFT;
+    before = malloc(slot->size);
+    memcpy(before, slot->host, slot->size);
+    check(!m->ops->dirty_log_start(m->engine, &err), "dirty-log-start", err.text);
+    run_for(&g, 200);
+    check(!m->ops->dirty_log_read(m->engine, slot, bitmap, ARRAY_SIZE(bitmap)) &&
+              covers(slot, before, bitmap),
+          "dirty-log-covers", "a page was written and isn't marked");
+    check(count_marked(bitmap, ARRAY_SIZE(bitmap)) > 0 &&
+              count_marked(bitmap, ARRAY_SIZE(bitmap)) < slot->size / GUEST_PAGE_SIZE / 2,
+          "dirty-log-some", "no page is marked, or most are");
+    check(!m->ops->dirty_log_read(m->engine, slot, bitmap, ARRAY_SIZE(bitmap)) &&
+              count_marked(bitmap, ARRAY_SIZE(bitmap)) == 0,
+          "dirty-log-taken", "pages are marked that nobody wrote");
+    memory_write(&m->memory, ours, slot->host + (ours - slot->gpa), 1);
+    check(!m->ops->dirty_log_read(m->engine, slot, bitmap, ARRAY_SIZE(bitmap)) &&
+              is_marked(bitmap, page) && count_marked(bitmap, ARRAY_SIZE(bitmap)) == 1,
+          "dirty-log-vmm", "the VMM's own write isn't marked, or others are");
+    memcpy(before, slot->host, slot->size);
+    run_for(&g, 200);
+    check(!m->ops->dirty_log_read(m->engine, slot, bitmap, ARRAY_SIZE(bitmap)) &&
+              covers(slot, before, bitmap),
+          "dirty-log-goes-on", "a page was written again and isn't marked");
+    m->ops->dirty_log_stop(m->engine);
+    free(before);
+    finish(&g, "dirty-log");
+}
+
 int main(int argc, char **argv)
 {
     bool all = argc > 3 && !strcmp(argv[3], "--long");
@@ -228,6 +304,7 @@ int main(int argc, char **argv)
         die(err.text);
     test_same(all ? 8 : 2);
     test_between(all ? 5 : 2);
+    test_dirty_log();
     event_loop_destroy(loop);
     return failures ? 1 : 0;
 }

@@ -24,11 +24,6 @@
 #define LEAF_PV_FEATURES 0x40000001u
 #define LEAF_TIMING 0x40000010u
 
-struct cpuid_table {
-    struct kvm_cpuid2 head;
-    struct kvm_cpuid_entry2 entries[MAX_ENTRIES];
-};
-
 /* Those of KVM's features that need nothing of the VMM. */
 #define PV_FEATURES                                                                                \
     (BIT(KVM_FEATURE_CLOCKSOURCE) | BIT(KVM_FEATURE_NOP_IO_DELAY) |                                \
@@ -38,14 +33,21 @@ struct cpuid_table {
      BIT(KVM_FEATURE_PV_SEND_IPI) | BIT(KVM_FEATURE_POLL_CONTROL) |                                \
      BIT(KVM_FEATURE_PV_SCHED_YIELD) | BIT(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT))
 
-/* KVM's answer, or NULL with errno set. */
-static struct cpuid_table *supported_table(int dev)
+static struct kvm_cpuid2 *new_table(void)
 {
-    struct cpuid_table *t = calloc(1, sizeof(*t));
+    struct kvm_cpuid2 *t = calloc(1, sizeof(*t) + MAX_ENTRIES * sizeof(t->entries[0]));
+
+    return t;
+}
+
+/* KVM's answer, or NULL with errno set. */
+static struct kvm_cpuid2 *supported_table(int dev)
+{
+    struct kvm_cpuid2 *t = new_table();
 
     if (!t)
         return NULL;
-    t->head.nent = MAX_ENTRIES;
+    t->nent = MAX_ENTRIES;
     if (ioctl(dev, KVM_GET_SUPPORTED_CPUID, t) < 0) {
         int saved = errno;
 
@@ -56,9 +58,9 @@ static struct cpuid_table *supported_table(int dev)
     return t;
 }
 
-static const struct kvm_cpuid_entry2 *find(const struct cpuid_table *t, u32 leaf, u32 subleaf)
+static const struct kvm_cpuid_entry2 *find(const struct kvm_cpuid2 *t, u32 leaf, u32 subleaf)
 {
-    for (u32 i = 0; i < t->head.nent; i++) {
+    for (u32 i = 0; i < t->nent; i++) {
         const struct kvm_cpuid_entry2 *e = &t->entries[i];
 
         if (e->function == leaf &&
@@ -70,7 +72,7 @@ static const struct kvm_cpuid_entry2 *find(const struct cpuid_table *t, u32 leaf
 
 u32 kvm_cpuid_pv_features(int dev)
 {
-    struct cpuid_table *t = supported_table(dev);
+    struct kvm_cpuid2 *t = supported_table(dev);
     const struct kvm_cpuid_entry2 *e = t ? find(t, LEAF_PV_FEATURES, 0) : NULL;
     u32 features = e ? e->eax & (u32)PV_FEATURES : 0;
 
@@ -122,7 +124,7 @@ void kvm_cpuid_support(struct cpuid_support *out)
     };
     struct error err;
     int dev = kvm_host_open(&err);
-    struct cpuid_table *t = dev >= 0 ? supported_table(dev) : NULL;
+    struct kvm_cpuid2 *t = dev >= 0 ? supported_table(dev) : NULL;
 
     memset(out, 0, sizeof(*out));
     for (unsigned f = 0; t && f < FEATURE_COUNT; f++) {
@@ -158,13 +160,13 @@ bool kvm_xsave_place(unsigned i, u32 *offset, u32 *size)
     return r.eax != 0;
 }
 
-static struct kvm_cpuid_entry2 *add(struct cpuid_table *t, u32 leaf, u32 subleaf, bool indexed)
+static struct kvm_cpuid_entry2 *add(struct kvm_cpuid2 *t, u32 leaf, u32 subleaf, bool indexed)
 {
     struct kvm_cpuid_entry2 *e;
 
-    if (t->head.nent == MAX_ENTRIES)
+    if (t->nent == MAX_ENTRIES)
         return NULL;
-    e = &t->entries[t->head.nent++];
+    e = &t->entries[t->nent++];
     *e = (struct kvm_cpuid_entry2){
         .function = leaf,
         .index = subleaf,
@@ -191,7 +193,7 @@ static u32 subleaves(u32 leaf)
     }
 }
 
-static void add_leaf(struct cpuid_table *t, struct kvm_vcpu *v, u32 leaf)
+static void add_leaf(struct kvm_cpuid2 *t, struct kvm_vcpu *v, u32 leaf)
 {
     const struct cpuid_dynamic d = {
         .index = v->index, .cr4 = 0, .xcr0 = XCR0_X87, .apic_enabled = true};
@@ -214,7 +216,7 @@ static void add_leaf(struct cpuid_table *t, struct kvm_vcpu *v, u32 leaf)
     }
 }
 
-static void add_range(struct cpuid_table *t, struct kvm_vcpu *v, u32 first)
+static void add_range(struct kvm_cpuid2 *t, struct kvm_vcpu *v, u32 first)
 {
     const struct cpuid_dynamic d = {.index = v->index};
     struct cpuid_regs top;
@@ -224,7 +226,7 @@ static void add_range(struct cpuid_table *t, struct kvm_vcpu *v, u32 first)
         add_leaf(t, v, leaf);
 }
 
-static void add_hypervisor(struct cpuid_table *t, struct kvm_vcpu *v)
+static void add_hypervisor(struct kvm_cpuid2 *t, struct kvm_vcpu *v)
 {
     struct kvm_cpuid_entry2 *e = add(t, LEAF_HYPERVISOR, 0, false);
 
@@ -246,7 +248,7 @@ static void add_hypervisor(struct cpuid_table *t, struct kvm_vcpu *v)
 
 int kvm_cpuid_set(struct kvm_vcpu *v, struct error *err)
 {
-    struct cpuid_table *t = calloc(1, sizeof(*t));
+    struct kvm_cpuid2 *t = new_table();
     int ret = 0;
 
     if (!t)

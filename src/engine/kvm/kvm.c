@@ -329,17 +329,19 @@ static int engine_set_state(struct vcpu *vcpu, const struct cpu *cpu,
 /* The table of routes, as the kernel takes it. route_lock is held. */
 static void give_routes(struct kvm_engine *e)
 {
-    struct {
+    union {
         struct kvm_irq_routing head;
-        struct kvm_irq_routing_entry entries[KVM_LEVEL_ROUTES];
-    } table = {0};
+        u8 room[sizeof(struct kvm_irq_routing) +
+                KVM_LEVEL_ROUTES * sizeof(struct kvm_irq_routing_entry)];
+    } table;
 
+    memset(&table, 0, sizeof(table));
     for (unsigned i = 0; i < KVM_LEVEL_ROUTES; i++) {
         const struct kvm_level_route *r = &e->routes[i];
 
         if (!r->used)
             continue;
-        table.entries[table.head.nr++] = (struct kvm_irq_routing_entry){
+        table.head.entries[table.head.nr++] = (struct kvm_irq_routing_entry){
             .gsi = i,
             .type = KVM_IRQ_ROUTING_MSI,
             .u.msi = {.address_lo = (u32)r->address,

@@ -60,9 +60,9 @@ static const struct kept_msr kept[] = {
 };
 _Static_assert(ARRAY_SIZE(kept) <= KVM_MAX_MSRS, "struct kvm_engine holds them all");
 
-struct msr_batch {
+union msr_batch {
     struct kvm_msrs head;
-    struct kvm_msr_entry entries[KVM_MAX_MSRS];
+    u8 room[sizeof(struct kvm_msrs) + KVM_MAX_MSRS * sizeof(struct kvm_msr_entry)];
 };
 
 static const struct kept_msr *find_kept(u32 number)
@@ -76,18 +76,24 @@ static const struct kept_msr *find_kept(u32 number)
 
 int kvm_msr_read(struct kvm_vcpu *v, u32 number, u64 *value)
 {
-    struct msr_batch b = {.head.nmsrs = 1, .entries[0].index = number};
-    int n = ioctl(v->fd, KVM_GET_MSRS, &b);
+    union msr_batch b = {.room = {0}};
+    int n;
 
-    *value = b.entries[0].data;
+    b.head.nmsrs = 1;
+    b.head.entries[0].index = number;
+    n = ioctl(v->fd, KVM_GET_MSRS, &b);
+    *value = b.head.entries[0].data;
     return n == 1 ? 0 : n < 0 ? -errno : -EINVAL;
 }
 
 int kvm_msr_write(struct kvm_vcpu *v, u32 number, u64 value)
 {
-    struct msr_batch b = {.head.nmsrs = 1, .entries[0] = {.index = number, .data = value}};
-    int n = ioctl(v->fd, KVM_SET_MSRS, &b);
+    union msr_batch b = {.room = {0}};
+    int n;
 
+    b.head.nmsrs = 1;
+    b.head.entries[0] = (struct kvm_msr_entry){.index = number, .data = value};
+    n = ioctl(v->fd, KVM_SET_MSRS, &b);
     return n == 1 ? 0 : n < 0 ? -errno : -EINVAL;
 }
 
@@ -123,16 +129,17 @@ static u64 *field_of(struct cpu_msrs *msrs, const struct kept_msr *k)
 int kvm_msr_get(struct kvm_vcpu *v, struct cpu_msrs *out, struct error *err)
 {
     struct kvm_engine *e = v->engine;
-    struct msr_batch b = {.head.nmsrs = e->nmsrs};
+    union msr_batch b = {.room = {0}};
     int n;
 
+    b.head.nmsrs = e->nmsrs;
     for (unsigned i = 0; i < e->nmsrs; i++)
-        b.entries[i].index = e->msrs[i];
+        b.head.entries[i].index = e->msrs[i];
     n = ioctl(v->fd, KVM_GET_MSRS, &b);
     if (n < (int)e->nmsrs)
         return error_host(err, n < 0 ? errno : EIO, "KVM can't read MSR %#x", e->msrs[MAX(n, 0)]);
     for (unsigned i = 0; i < e->nmsrs; i++)
-        *field_of(out, find_kept(e->msrs[i])) = b.entries[i].data;
+        *field_of(out, find_kept(e->msrs[i])) = b.head.entries[i].data;
     return 0;
 }
 
@@ -144,12 +151,13 @@ int kvm_msr_set(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err
 
     /* KVM stops at the first that it refuses: go on behind it. */
     while (done < e->nmsrs) {
-        struct msr_batch b = {.head.nmsrs = e->nmsrs - done};
+        union msr_batch b = {.room = {0}};
         int n;
 
+        b.head.nmsrs = e->nmsrs - done;
         for (unsigned i = done; i < e->nmsrs; i++) {
-            b.entries[i - done].index = e->msrs[i];
-            b.entries[i - done].data = *field_of(&copy, find_kept(e->msrs[i]));
+            b.head.entries[i - done].index = e->msrs[i];
+            b.head.entries[i - done].data = *field_of(&copy, find_kept(e->msrs[i]));
         }
         n = ioctl(v->fd, KVM_SET_MSRS, &b);
         if (n < 0)
@@ -159,7 +167,7 @@ int kvm_msr_set(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err
             break;
         if (find_kept(e->msrs[done])->strict)
             return error_host(err, EINVAL, "KVM refuses %#llx for MSR %#x",
-                              (unsigned long long)b.entries[n].data, e->msrs[done]);
+                              (unsigned long long)b.head.entries[n].data, e->msrs[done]);
         log_once(LOG_DEBUG, "kvm: MSR %#x keeps the kernel's own value", e->msrs[done]);
         done++;
     }

@@ -418,8 +418,8 @@ struct kvm_pieces {
     struct kvm_xcrs xcrs;
     struct kvm_mp_state mp;
     struct kvm_vcpu_events events;
-    struct kvm_xsave xsave;
     struct kvm_lapic_state apic;
+    struct kvm_xsave xsave; /* the last: its size is open */
 };
 
 struct transfer {

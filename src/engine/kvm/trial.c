@@ -45,6 +45,8 @@
 #define GUEST_UNMAPPED 0x400000u
 #define GUEST_PORT 0x80
 
+#define MAX_CPUID 256
+
 #define SELECTOR_CODE 8
 #define SELECTOR_DATA 16
 
@@ -177,11 +179,12 @@ static void close_trial(struct trial *t)
 /* Long mode needs a processor that is told that it has it. */
 static int set_cpuid(struct trial *t, struct error *err)
 {
-    struct {
+    union {
         struct kvm_cpuid2 head;
-        struct kvm_cpuid_entry2 entries[256];
-    } table = {.head.nent = 256};
+        u8 room[sizeof(struct kvm_cpuid2) + MAX_CPUID * sizeof(struct kvm_cpuid_entry2)];
+    } table;
 
+    table.head = (struct kvm_cpuid2){.nent = MAX_CPUID};
     if (ioctl(t->dev, KVM_GET_SUPPORTED_CPUID, &table) < 0 ||
         ioctl(t->vcpu, KVM_SET_CPUID2, &table) < 0)
         return error_host(err, errno, "KVM's CPUID");
