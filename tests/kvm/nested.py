@@ -135,7 +135,7 @@ def failures_of_tcg(image):
                "stdio", "-no-reboot", "-device", DEBUG_EXIT, "-kernel", image]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=60, check=False)
+                              stderr=subprocess.DEVNULL, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return None
     if done.returncode < 0:
@@ -171,17 +171,17 @@ def run(kernel, archive, known):
         for raw in process.stdout:
             line = raw.decode(errors="replace").strip()
             case = re.match(r"not ok (\S+): ([^:]+)", line)
-            status = re.match(r"not ok (\S+)-status: status 5", line)
+            status = re.match(r"not ok (\S+)-status: status", line)
             why = None
+            if status and (known.get(status[1]) or status[1] in KVM_DEVIATIONS):
+                print(f"ok {status[1]}-status # skip a check of its fails", flush=True)
+                continue
             if case and case[2] in known.get(case[1], ()):
                 why = "it fails on TCG alone"
             elif case:
                 why = KVM_DEVIATIONS.get(case[1], {}).get(case[2])
-            elif status and (known.get(status[1]) or status[1] in KVM_DEVIATIONS):
-                why = "a check of its failed"
             if why:
-                name = f"{case[1]}: {case[2]}" if case else f"{status[1]}-status"
-                print(f"ok {name} # skip {why}", flush=True)
+                print(f"ok {case[1]}: {case[2]} # skip {why}", flush=True)
             elif re.match(r"(not )?ok ", line):
                 failed |= line.startswith("not ok")
                 print(line, flush=True)

@@ -140,6 +140,11 @@ int kvm_msr_get(struct kvm_vcpu *v, struct cpu_msrs *out, struct error *err)
         return error_host(err, n < 0 ? errno : EIO, "KVM can't read MSR %#x", e->msrs[MAX(n, 0)]);
     for (unsigned i = 0; i < e->nmsrs; i++)
         *field_of(out, find_kept(e->msrs[i])) = b.head.entries[i].data;
+    /* AMD's processors use 32 bits of these; KVM drops what is above when they are set. */
+    if (cpuid_model_is_amd(e->config.cpuid)) {
+        out->sysenter_esp = (u32)out->sysenter_esp;
+        out->sysenter_eip = (u32)out->sysenter_eip;
+    }
     return 0;
 }
 
