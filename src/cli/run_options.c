@@ -117,7 +117,7 @@ static const struct option options[] = {
     {"--initrd", "FILE", "initial file system (multiboot: modules, FILE[ ARGS][,...])", set_initrd},
     {"--append", "STRING", "kernel command line", set_append},
     {"--name", "NAME", "name of the machine (default: doppel)", set_name},
-    {"--engine", "ENGINE", "auto or interp (default: auto); kvm and bt are not in this build",
+    {"--engine", "ENGINE", "auto, kvm or interp (default: auto); bt is not in this build",
      set_engine},
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
