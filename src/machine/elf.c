@@ -159,6 +159,19 @@ int elf_extent(const struct elf *e, const struct loader_request *req, gpa_t *sta
     return 0;
 }
 
+bool elf_holds(const struct elf *e, gpa_t at)
+{
+    for (unsigned i = 0; i < e->phnum; i++) {
+        struct elf_segment s;
+        struct error err;
+
+        if (elf_segment_get(e, i, &s, &err) == 0 && s.type == PT_LOAD && at >= s.paddr &&
+            at - s.paddr < s.memsz)
+            return true;
+    }
+    return false;
+}
+
 int elf_load(const struct elf *e, const struct loader_request *req, struct error *err)
 {
     for (unsigned i = 0; i < e->phnum; i++) {

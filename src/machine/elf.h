@@ -37,6 +37,9 @@ int elf_segment_get(const struct elf *e, unsigned i, struct elf_segment *s, stru
 int elf_extent(const struct elf *e, const struct loader_request *req, gpa_t *start, gpa_t *end,
                struct error *err);
 
+/* Whether a PT_LOAD segment holds the byte at a physical address: an entry must lie in one. */
+bool elf_holds(const struct elf *e, gpa_t at);
+
 /* Copies the PT_LOAD segments, zeroing what the file does not hold. After elf_extent. */
 int elf_load(const struct elf *e, const struct loader_request *req, struct error *err);
 

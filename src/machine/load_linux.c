@@ -194,7 +194,7 @@ static int load_vmlinux(const struct linux_kernel *k, const struct loader_reques
         return ret;
     if (e.machine != EM_X86_64 || !e.is64)
         return error_input(err, "its payload is not a 64-bit kernel");
-    if (start < k->start || end > k->end || e.entry < start || e.entry >= end)
+    if (start < k->start || end > k->end || !elf_holds(&e, e.entry))
         return error_input(err, "its payload lies outside %#llx to %#llx",
                            (unsigned long long)k->start, (unsigned long long)k->end);
     *entry = e.entry;

@@ -128,7 +128,7 @@ static int load_by_elf(const struct loader_request *req, const struct image *img
         ret = elf_extent(&e, req, &start, end, err);
     if (ret)
         return ret;
-    if (e.entry < start || e.entry >= *end || e.entry >= LOAD_LIMIT)
+    if (!elf_holds(&e, e.entry) || e.entry >= LOAD_LIMIT)
         return error_input(err,
                            "'%s' is damaged: its ELF entry %#llx is outside of what it loads; "
                            "build it again",

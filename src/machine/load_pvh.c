@@ -135,7 +135,7 @@ int pvh_load(const struct loader_request *req, const struct image *img, gpa_t en
         ret = elf_extent(&e, req, &start, &end, err);
     if (ret)
         return ret;
-    if (entry < start || entry >= end || entry >= LOAD_LIMIT)
+    if (!elf_holds(&e, entry) || entry >= LOAD_LIMIT)
         return error_input(err,
                            "'%s' is damaged: its PVH entry %#llx is outside of what it loads; "
                            "build it again",
