@@ -118,7 +118,7 @@ static void put64(struct trial *t, u64 at, u64 value)
 /* One large page maps the guest's memory where it is; all beyond it is missing. */
 static void fill_memory(struct trial *t)
 {
-    u64 handler = GUEST_CODE + (u64)(kvm_trial_fault - kvm_trial_guest);
+    u64 handler = GUEST_CODE + ((uintptr_t)kvm_trial_fault - (uintptr_t)kvm_trial_guest);
 
     put64(t, GUEST_PML4, GUEST_PDPT | PTE_P | PTE_W);
     put64(t, GUEST_PDPT, GUEST_PD | PTE_P | PTE_W);
@@ -127,7 +127,8 @@ static void fill_memory(struct trial *t)
     put64(t, GUEST_GDT + SELECTOR_DATA, 0x00cf93000000ffffULL);
     put64(t, GUEST_IDT + 16 * EXC_PF,
           (handler & 0xffff) | SELECTOR_CODE << 16 | 0x8eULL << 40 | (handler >> 16) << 48);
-    memcpy(t->memory + GUEST_CODE, kvm_trial_guest, (size_t)(kvm_trial_end - kvm_trial_guest));
+    memcpy(t->memory + GUEST_CODE, kvm_trial_guest,
+           (uintptr_t)kvm_trial_end - (uintptr_t)kvm_trial_guest);
 }
 
 static int open_trial(struct trial *t, struct error *err)
