@@ -8,7 +8,7 @@
 #include <errno.h>
 #include <string.h>
 
-const struct engine_ops *const engines[] = {&engine_kvm, &engine_interp, NULL};
+const struct engine_ops *const engines[] = {&engine_kvm, &engine_bt, &engine_interp, NULL};
 
 /* What --engine may name, here or in another build. */
 static const char *const known[] = {"auto", "kvm", "bt", "interp"};

@@ -123,7 +123,7 @@ struct engine_ops {
 
 /* All engines of this build, best first; ends with NULL. */
 extern const struct engine_ops *const engines[];
-extern const struct engine_ops engine_interp, engine_kvm;
+extern const struct engine_ops engine_interp, engine_bt, engine_kvm;
 
 /* `name` as in --engine ("auto", "interp", ...); on failure NULL, and err says what is to be had. */
 const struct engine_ops *engine_choose(const char *name, bool *verify, struct error *err);

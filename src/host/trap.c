@@ -18,12 +18,14 @@
 
 #define MAX_REGIONS 256
 
-/* #UD, #GP, #MF, #XM: what an instruction can raise by itself. A page fault is a bug of ours. */
-#define GUEST_VECTORS (BIT(6) | BIT(13) | BIT(16) | BIT(19))
+/* #DE, #UD, #GP, #MF, #XM: what an instruction can raise by itself. A page fault is a bug of ours. */
+#define GUEST_VECTORS (BIT(0) | BIT(6) | BIT(13) | BIT(16) | BIT(19))
 
 static struct region {
     _Atomic uintptr_t start;
     uintptr_t size, landing;
+    trap_handler *handler; /* NULL: resume at landing */
+    void *opaque;
 } regions[MAX_REGIONS];
 
 static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
@@ -62,6 +64,11 @@ static void on_exception(int sig, siginfo_t *info, void *context)
         pass_on(sig, info);
         return;
     }
+    if (r->handler) {
+        if (!r->handler(r->opaque, context))
+            pass_on(sig, info);
+        return;
+    }
     regs[REG_RAX] = regs[REG_TRAPNO];
     regs[REG_RIP] = (greg_t)r->landing;
 }
@@ -82,7 +89,7 @@ static int install(struct error *err)
     return 0;
 }
 
-int trap_region_add(const void *start, size_t size, const void *landing, struct error *err)
+static int add_region(const void *start, const struct region *region, struct error *err)
 {
     int ret = 0;
 
@@ -95,8 +102,10 @@ int trap_region_add(const void *start, size_t size, const void *landing, struct 
         while (n < MAX_REGIONS && atomic_load(&regions[n].start))
             n++;
         if (n < MAX_REGIONS) {
-            regions[n].size = size;
-            regions[n].landing = (uintptr_t)landing;
+            regions[n].size = region->size;
+            regions[n].landing = region->landing;
+            regions[n].handler = region->handler;
+            regions[n].opaque = region->opaque;
             atomic_store_explicit(&regions[n].start, (uintptr_t)start, memory_order_release);
         } else {
             ret = error_host(err, ENOSPC, "guarding generated code");
@@ -104,6 +113,21 @@ int trap_region_add(const void *start, size_t size, const void *landing, struct 
     }
     pthread_mutex_unlock(&regions_lock);
     return ret;
+}
+
+int trap_region_add(const void *start, size_t size, const void *landing, struct error *err)
+{
+    struct region region = {.size = size, .landing = (uintptr_t)landing};
+
+    return add_region(start, &region, err);
+}
+
+int trap_region_add_handler(const void *start, size_t size, trap_handler *handler, void *opaque,
+                            struct error *err)
+{
+    struct region region = {.size = size, .handler = handler, .opaque = opaque};
+
+    return add_region(start, &region, err);
 }
 
 void trap_region_remove(const void *start)

@@ -19,6 +19,13 @@
  * err set.
  */
 int trap_region_add(const void *start, size_t size, const void *landing, struct error *err);
+/*
+ * The same, with exceptions handed to a handler on the thread that met them, which changes the context
+ * (ucontext_t) to where it resumes. It returns false for one that isn't the guest's.
+ */
+typedef bool trap_handler(void *opaque, void *context);
+int trap_region_add_handler(const void *start, size_t size, trap_handler *handler, void *opaque,
+                            struct error *err);
 /* No thread may be inside the region. */
 void trap_region_remove(const void *start);
 

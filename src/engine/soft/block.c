@@ -17,6 +17,7 @@
  */
 #include "engine/soft/block.h"
 
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/decode.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/interp.h"
@@ -191,13 +192,11 @@ static void page_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
     gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
     struct code_page *p = page_find(v->blocks, page);
     _Atomic u64 *lines = lines_of(v, page);
-    struct block **link;
-    u64 left = 0;
+    struct block **link, *none = NULL;
+    u64 left = bt_written(v, gpa, n);
 
-    if (!p)
-        return;
     v->stats.smc_invalidations++;
-    for (link = &p->blocks; *link;) {
+    for (link = p ? &p->blocks : &none; *link;) {
         struct block *b = *link;
 
         if (b->mode != MODE_DROPPED && block_overlaps(b, gpa, n))
@@ -247,6 +246,7 @@ void block_cache_flush(struct soft_vcpu *v)
     memset(c->hash, 0, sizeof(c->hash));
     c->used = 0;
     v->block = NULL;
+    bt_flush(v);
 }
 
 /* --- Decoding --- */
@@ -273,7 +273,7 @@ static unsigned fetch_bytes(struct soft_vcpu *v, gva_t lin, u8 *buf, unsigned n)
  * Protects the block's pages (invariant 1). A page's TLB entries need attention only when its first
  * line gets a bit.
  */
-static void protect_lines(struct soft_vcpu *v, gpa_t gpa, u64 n)
+void block_cache_protect(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
     _Atomic u64 *lines = lines_of(v, gpa);
 
@@ -364,14 +364,14 @@ static void block_insert(struct soft_vcpu *v, struct block *b)
     p = page_get(c, page);
     b->page_next = p->blocks;
     p->blocks = b;
-    protect_lines(v, b->gpa, MIN((u64)b->bytes, first));
+    block_cache_protect(v, b->gpa, MIN((u64)b->bytes, first));
     if (b->gpa2 && b->gpa2 != page) {
         p = page_get(c, b->gpa2);
         b->page2_next = p->blocks;
         p->blocks = b;
     }
     if (b->gpa2)
-        protect_lines(v, b->gpa2, b->bytes - first);
+        block_cache_protect(v, b->gpa2, b->bytes - first);
 }
 
 /* A block over two pages is this one only if its second page is still where it was. */

@@ -26,6 +26,7 @@ struct block {
     u32 mode;
     u16 count;  /* instructions, not counting the one that leaves the block */
     u16 bytes;  /* of guest code */
+    u16 heat;   /* runs so far, for the translator */
     gpa_t gpa;  /* of the first byte */
     gpa_t gpa2; /* page of the bytes beyond gpa's page; 0: none */
     struct block *hash_next;
@@ -46,7 +47,10 @@ struct block *block_cache_find(struct soft_vcpu *v);
  */
 void block_cache_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
 
-/* Drops everything. Only between blocks. */
+/* Has stores to [gpa, gpa + n), within one page, come to block_cache_written from now on. */
+void block_cache_protect(struct soft_vcpu *v, gpa_t gpa, u64 n);
+
+/* Drops everything, translations too. Only between blocks. */
 void block_cache_flush(struct soft_vcpu *v);
 
 /* Bytes of host memory in use. */

@@ -643,14 +643,21 @@ static void init_decoder(const struct soft_vcpu *v, ZydisDecoder *d)
 enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n, unsigned offset,
                                struct insn *out, bool *more)
 {
-    ZydisDecodedInstruction zi;
-    ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
-    struct decode_context ctx = {&zi, ops, bytes, v->mode};
+    struct decoded raw;
+
+    return decode_insn_raw(v, bytes, n, offset, out, more, &raw);
+}
+
+enum decode_result decode_insn_raw(struct soft_vcpu *v, const u8 *bytes, unsigned n,
+                                   unsigned offset, struct insn *out, bool *more,
+                                   struct decoded *raw)
+{
+    struct decode_context ctx = {&raw->zi, raw->ops, bytes, v->mode};
     ZydisDecoder decoder;
     ZyanStatus status;
 
     init_decoder(v, &decoder);
-    status = ZydisDecoderDecodeFull(&decoder, bytes, n, &zi, ops);
+    status = ZydisDecoderDecodeFull(&decoder, bytes, n, &raw->zi, raw->ops);
     if (status == ZYDIS_STATUS_NO_MORE_DATA && n < 15)
         return DECODE_SHORT;
     *out = (struct insn){.base = GPR_ZERO, .index = GPR_ZERO, .offset = (u16)offset};
@@ -663,14 +670,19 @@ enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n,
         *more = false;
         return DECODE_OK;
     }
-    out->len = zi.length;
+    out->len = raw->zi.length;
     fill_operands(&ctx, out);
     if ((v->mode & MODE_CODE_MASK) == MODE_CODE64 && cpuid_model_is_amd(v->cpuid))
-        use_amd_widths(out, &zi);
-    out->fn = is_never_offered(&zi) ? raise_ud : choose_integer(v, &ctx, out, more);
+        use_amd_widths(out, &raw->zi);
+    out->fn = is_never_offered(&raw->zi) ? raise_ud : choose_integer(v, &ctx, out, more);
     if (!out->fn && !choose_system(v, &ctx, out, more) && !host_exec_decode(v, &ctx, out)) {
         out->fn = raise_ud;
         *more = false;
     }
     return DECODE_OK;
+}
+
+bool decode_is_invalid(const struct insn *i)
+{
+    return i->fn == raise_ud || i->fn == raise_gp;
 }

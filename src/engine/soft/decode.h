@@ -46,6 +46,19 @@ enum decode_result { DECODE_OK, DECODE_SHORT /* more bytes are needed to tell */
 enum decode_result decode_insn(struct soft_vcpu *v, const u8 *bytes, unsigned n, unsigned offset,
                                struct insn *out, bool *more);
 
+/* The same, with what Zydis said of it, for the translator; *raw is filled only when the bytes are an
+ * instruction. */
+struct decoded {
+    ZydisDecodedInstruction zi;
+    ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
+};
+enum decode_result decode_insn_raw(struct soft_vcpu *v, const u8 *bytes, unsigned n,
+                                   unsigned offset, struct insn *out, bool *more,
+                                   struct decoded *raw);
+
+/* Whether it decoded to nothing but an exception: no instruction, or not offered. */
+bool decode_is_invalid(const struct insn *i);
+
 /*
  * x87, MMX, SSE, AVX, AVX-512 and the rest that runs on the host's units (host_exec.c). Fills out->fn
  * (a handler that tail-calls the next one: see interp.h) and out->ext. False: not one of its

@@ -158,7 +158,7 @@ static inline __attribute__((always_inline)) void run(struct soft_vcpu *v, const
         u64 tag = write ? e->write_tag : e->read_tag;
 
         if (likely((lin ^ tag) <= GUEST_PAGE_SIZE - s->mem_size))
-            thunk_run_at(v, i, t, (void *)(uintptr_t)(lin + e->addend));
+            thunk_run_at(v, i, t, (void *)(uintptr_t)((lin ^ tag) + e->host));
         else
             run_slow(v, i, t, lin);
     } else {
@@ -222,6 +222,13 @@ static void run_no_room(struct soft_vcpu *v, const struct insn *i)
 {
     v->cur = i;
     soft_set_ip(v, soft_ip(v));
+}
+
+const struct thunk_spec *host_exec_spec(const struct insn *i)
+{
+    const struct thunk *t = i->ext;
+
+    return i->fn == run_register || i->fn == run_load || i->fn == run_store ? &t->spec : NULL;
 }
 
 /* --- Which instructions the model offers --- */

@@ -40,6 +40,9 @@ void soft_fpu_drop(struct soft_vcpu *v);
 bool host_exec_full(const struct soft_vcpu *v);
 void host_exec_restart(struct soft_vcpu *v);
 
+/* How a SIMD instruction runs in one piece; NULL: another kind of instruction, or one that doesn't. */
+const struct thunk_spec *host_exec_spec(const struct insn *i);
+
 /* --- between the files of this module --- */
 
 /* #UD or #NM when i's class of registers is not to be had. */

@@ -20,6 +20,7 @@
 #include "engine/soft/mmu.h"
 
 #include "engine/soft/block.h"
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/debug.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/lapic.h"
@@ -73,6 +74,7 @@ static void mark_dirty(struct soft_vcpu *v, gpa_t gpa)
 static u64 mmio_read(struct soft_vcpu *v, gpa_t gpa, unsigned size)
 {
     v->stats.exits_mmio++;
+    soft_vectors_sync(v);
     if (lapic_claims(v->lapic, gpa))
         return lapic_mmio_read(v->lapic, gpa & (GUEST_PAGE_SIZE - 1), size);
     return io_bus_read(v->engine->config.mmio, gpa, size);
@@ -81,6 +83,7 @@ static u64 mmio_read(struct soft_vcpu *v, gpa_t gpa, unsigned size)
 static void mmio_write(struct soft_vcpu *v, gpa_t gpa, u64 value, unsigned size)
 {
     v->stats.exits_mmio++;
+    soft_vectors_sync(v);
     if (lapic_claims(v->lapic, gpa)) {
         lapic_mmio_write(v->lapic, gpa & (GUEST_PAGE_SIZE - 1), value, size);
         /* TPR, EOI and timer registers change what is deliverable, and when. */
@@ -120,8 +123,10 @@ static u64 read_entry(struct soft_vcpu *v, gpa_t gpa, unsigned size)
 {
     struct place p = place_of(v, gpa);
 
-    if (!p.host)
+    if (!p.host) {
+        soft_vectors_sync(v);
         return io_bus_read(v->engine->config.mmio, gpa, size);
+    }
     if (size == 4)
         return atomic_load_explicit((_Atomic u32 *)(void *)p.host, memory_order_relaxed);
     return atomic_load_explicit((_Atomic u64 *)(void *)p.host, memory_order_relaxed);
@@ -363,14 +368,13 @@ static void grant_writes(struct soft_vcpu *v, struct tlb_entry *e, gva_t page,
     e->write_tag = page;
 }
 
-/* Notes an entry that goes with the next write of CR3. */
-static void note_nonglobal(struct soft_vcpu *v, enum tlb_kind kind, gva_t lin)
+/* Where large pages are, so that INVLPG knows when it has more to do. */
+static void note_large(struct soft_vcpu *v, gva_t lin, u64 mask)
 {
-    if (v->nnonglobal < NONGLOBAL_LIST)
-        v->nonglobal[v->nnonglobal] =
-            (u16)(kind * TLB_SIZE + ((lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1)));
-    if (v->nnonglobal <= NONGLOBAL_LIST)
-        v->nnonglobal++;
+    if (mask == GUEST_PAGE_SIZE - 1)
+        return;
+    v->large_low = MIN(v->large_low, lin & ~mask);
+    v->large_high = MAX(v->large_high, lin | mask);
 }
 
 /* Translates within one page, and keeps the result. */
@@ -402,17 +406,12 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
             info |= TLB_INFO_WRITABLE;
         if (w.global)
             info |= TLB_INFO_GLOBAL;
-        else
-            note_nonglobal(v, kind, lin);
-        if (w.page_mask != GUEST_PAGE_SIZE - 1) {
+        if (w.page_mask != GUEST_PAGE_SIZE - 1)
             info |= w.page_mask >= GIB(1) - 1 ? TLB_INFO_HUGE : TLB_INFO_LARGE;
-            v->large_low = MIN(v->large_low, lin & ~w.page_mask);
-            v->large_high = MAX(v->large_high, lin | w.page_mask);
-        }
+        note_large(v, lin, w.page_mask);
     } else {
         p = place_of(v, lin & v->a20_mask);
         info |= TLB_INFO_WRITABLE;
-        note_nonglobal(v, kind, lin);
     }
     if (!p.host)
         return p;
@@ -420,7 +419,8 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
         mark_dirty(v, p.gpa);
     e->read_tag = can_read ? page : page ^ GUEST_PAGE_SIZE;
     e->write_tag = page ^ GUEST_PAGE_SIZE;
-    e->addend = (u64)(uintptr_t)p.host - lin;
+    e->host = (u64)(uintptr_t)p.host - (lin & (GUEST_PAGE_SIZE - 1));
+    v->tlbs[kind].used[(e - v->tlbs[kind].entries) / 64] |= BIT((e - v->tlbs[kind].entries) % 64);
     e->info = (p.gpa & ~(GUEST_PAGE_SIZE - 1)) | info;
     grant_writes(v, e, page, &p, write);
     return p;
@@ -470,12 +470,32 @@ static gva_t next_page(const struct soft_vcpu *v, gva_t lin)
     return soft_long_mode(v) ? next : (u32)next;
 }
 
+/* Frames and operands, by general registers: memcpy would take the vector registers. */
+static void copy_small(void *to, const void *from, size_t n)
+{
+    u8 *d = to;
+    const u8 *s = from;
+
+    for (; n >= 8; n -= 8, d += 8, s += 8)
+        memcpy(d, s, 8);
+    for (; n; n--)
+        *d++ = *s++;
+}
+
+static void copy(void *to, const void *from, size_t n)
+{
+    if (n <= 64)
+        copy_small(to, from, n);
+    else
+        memcpy(to, from, n);
+}
+
 static void place_read(struct soft_vcpu *v, const struct place *p, void *buf, size_t n)
 {
     u8 *to = buf;
 
     if (p->host) {
-        memcpy(buf, p->host, n);
+        copy(buf, p->host, n);
         return;
     }
     for (size_t done = 0; done < n;) {
@@ -497,7 +517,7 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
             return;
         if (holds_code(p))
             block_cache_written(v, p->gpa, n);
-        memcpy(p->host, buf, n);
+        copy(p->host, buf, n);
         return;
     }
     for (size_t done = 0; done < n;) {
@@ -561,7 +581,7 @@ u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access)
     check_watches(v, lin, size, access);
     p = translate(v, lin, access);
     if (p.host)
-        memcpy(&value, p.host, size);
+        copy_small(&value, p.host, size);
     else
         value = mmio_read(v, p.gpa, size);
     return value;
@@ -649,6 +669,7 @@ const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)
     page = lin - in_page;
     f = &v->fetches[(page >> GUEST_PAGE_SHIFT) % FETCH_ENTRIES];
     if (f->lin != page || f->generation != v->map_generation || f->user != user) {
+        bool global = false;
         struct place p;
 
         if (v->cpu.cr0 & CR0_PG) {
@@ -656,13 +677,20 @@ const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)
 
             translate_paged(v, page | in_page, user ? TLB_USER : TLB_KERNEL, ACCESS_EXEC, &w);
             p = place_of(v, w.gpa - in_page);
+            global = w.global;
+            note_large(v, lin, w.page_mask);
         } else {
             p = place_of(v, page & v->a20_mask);
         }
-        *f = (struct fetch_entry){page, v->map_generation, p.gpa, p.host, user};
+        *f = (struct fetch_entry){page, v->map_generation, p.gpa, p.host, user, global};
     }
     *gpa = f->gpa + in_page;
     return f->host ? f->host + in_page : NULL;
+}
+
+bool soft_fetch_is_global(const struct soft_vcpu *v, gva_t lin)
+{
+    return v->fetches[(lin >> GUEST_PAGE_SHIFT) % FETCH_ENTRIES].global;
 }
 
 /* --- Forgetting --- */
@@ -675,37 +703,48 @@ static void clear_entry(struct tlb *tlb, unsigned n)
     e->info = 0;
 }
 
+/* Every entry in use, as (struct tlb *, index); the body may clear it. */
+#define FOR_EACH_USED(v, tlb, n)                                                                   \
+    for (struct tlb *tlb = (v)->tlbs; tlb < (v)->tlbs + TLB_KINDS; tlb++)                          \
+        for (unsigned word_ = 0; word_ < TLB_SIZE / 64; word_++)                                   \
+            for (u64 bits_ = tlb->used[word_], n;                                                  \
+                 bits_ && (n = word_ * 64 + (unsigned)__builtin_ctzll(bits_), true);               \
+                 bits_ &= bits_ - 1)
+
+static void drop_entry(struct tlb *tlb, u64 n)
+{
+    clear_entry(tlb, (unsigned)n);
+    tlb->used[n / 64] &= ~BIT(n % 64);
+}
+
+void soft_tlb_init(struct soft_vcpu *v)
+{
+    for (unsigned n = 0; n < TLB_SIZE; n++) {
+        clear_entry(&v->tlb_none, n);
+        for (unsigned k = 0; k < TLB_KINDS; k++)
+            clear_entry(&v->tlbs[k], n);
+    }
+}
+
 void soft_tlb_flush(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
     v->large_low = UINT64_MAX;
     v->large_high = 0;
-    v->nnonglobal = 0;
-    for (unsigned k = 0; k < TLB_KINDS; k++)
-        for (unsigned n = 0; n < TLB_SIZE; n++)
-            clear_entry(&v->tlbs[k], n);
-}
-
-static void drop_nonglobal(struct soft_vcpu *v, unsigned kind, unsigned n)
-{
-    if (!(v->tlbs[kind].entries[n].info & TLB_INFO_GLOBAL))
-        clear_entry(&v->tlbs[kind], n);
+    FOR_EACH_USED (v, tlb, n)
+        drop_entry(tlb, n);
+    bt_mappings_dropped(v);
 }
 
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
-    if (v->nnonglobal <= NONGLOBAL_LIST) {
-        for (unsigned i = 0; i < v->nnonglobal; i++)
-            drop_nonglobal(v, v->nonglobal[i] / TLB_SIZE, v->nonglobal[i] % TLB_SIZE);
-    } else {
-        for (unsigned k = 0; k < TLB_KINDS; k++)
-            for (unsigned n = 0; n < TLB_SIZE; n++)
-                drop_nonglobal(v, k, n);
-    }
-    v->nnonglobal = 0;
+    FOR_EACH_USED (v, tlb, n)
+        if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
+            drop_entry(tlb, n);
+    bt_nonglobal_dropped(v);
 }
 
 /* Large pages are held as entries of 4 KiB; all of the one that holds lin have to go. */
@@ -713,25 +752,27 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 {
     u64 large = v->cpu.cr4 & CR4_PAE ? MIB(2) : MIB(4);
 
-    for (unsigned k = 0; k < TLB_KINDS; k++)
-        for (unsigned n = 0; n < TLB_SIZE; n++) {
-            const struct tlb_entry *e = &v->tlbs[k].entries[n];
-            /* A tag that isn't valid is a page of the next slot, still of the same large page. */
-            u64 differ = e->read_tag ^ lin;
+    FOR_EACH_USED (v, tlb, n) {
+        const struct tlb_entry *e = &tlb->entries[n];
+        /* A tag that isn't valid is a page of the next slot, still of the same large page. */
+        u64 differ = e->read_tag ^ lin;
 
-            if (((e->info & TLB_INFO_LARGE) && differ < large) ||
-                ((e->info & TLB_INFO_HUGE) && differ < GIB(1)))
-                clear_entry(&v->tlbs[k], n);
-        }
+        if (((e->info & TLB_INFO_LARGE) && differ < large) ||
+            ((e->info & TLB_INFO_HUGE) && differ < GIB(1)))
+            drop_entry(tlb, n);
+    }
 }
 
 void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
 {
     v->map_generation++;
-    if (lin >= v->large_low && lin <= v->large_high)
+    if (lin >= v->large_low && lin <= v->large_high) {
         flush_large(v, lin);
+        bt_mappings_dropped(v);
+    }
     for (unsigned k = 0; k < TLB_KINDS; k++)
-        clear_entry(&v->tlbs[k], (lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1));
+        drop_entry(&v->tlbs[k], (lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1));
+    bt_page_dropped(v, lin);
 }
 
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
@@ -741,17 +782,15 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
     if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
         return;
-    for (unsigned k = 0; k < TLB_KINDS; k++)
-        for (unsigned n = 0; n < TLB_SIZE; n++)
-            if ((v->tlbs[k].entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
-                v->tlbs[k].entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED (v, tlb, n)
+        if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
+            tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)
 {
-    for (unsigned k = 0; k < TLB_KINDS; k++)
-        for (unsigned n = 0; n < TLB_SIZE; n++)
-            v->tlbs[k].entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED (v, tlb, n)
+        tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3)

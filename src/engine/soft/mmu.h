@@ -63,6 +63,10 @@ static inline void soft_system_store(struct soft_vcpu *v, gva_t lin, u64 value, 
  */
 const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa);
 
+/* Whether the page that soft_fetch found last for lin is global. */
+bool soft_fetch_is_global(const struct soft_vcpu *v, gva_t lin);
+/* Makes every entry of every TLB one that nothing matches: once, before the first access. */
+void soft_tlb_init(struct soft_vcpu *v);
 /* Forgets translations: everything; all but global pages; one page (global or not, every PCID's). */
 void soft_tlb_flush(struct soft_vcpu *v);
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v);
@@ -94,10 +98,11 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
     u##bits mem_load##bits(struct soft_vcpu *v, const struct insn *i, gva_t lin)                   \
     {                                                                                              \
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);                                         \
+        u64 in_page = lin ^ e->read_tag;                                                           \
         u##bits value;                                                                             \
                                                                                                    \
-        if (likely((lin ^ e->read_tag) <= GUEST_PAGE_SIZE - sizeof(value))) {                      \
-            memcpy(&value, (const void *)(lin + e->addend), sizeof(value));                        \
+        if (likely(in_page <= GUEST_PAGE_SIZE - sizeof(value))) {                                  \
+            memcpy(&value, (const void *)(in_page + e->host), sizeof(value));                      \
             return value;                                                                          \
         }                                                                                          \
         v->cur = i;                                                                                \
@@ -108,9 +113,10 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
         struct soft_vcpu *v, const struct insn *i, gva_t lin, u##bits value)                       \
     {                                                                                              \
         const struct tlb_entry *e = tlb_slot(v->tlb, lin);                                         \
+        u64 in_page = lin ^ e->write_tag;                                                          \
                                                                                                    \
-        if (likely((lin ^ e->write_tag) <= GUEST_PAGE_SIZE - sizeof(value))) {                     \
-            memcpy((void *)(lin + e->addend), &value, sizeof(value));                              \
+        if (likely(in_page <= GUEST_PAGE_SIZE - sizeof(value))) {                                  \
+            memcpy((void *)(in_page + e->host), &value, sizeof(value));                            \
             return;                                                                                \
         }                                                                                          \
         v->cur = i;                                                                                \

@@ -1,6 +1,7 @@
 /*
  * What is derived from the processor's mode, recomputed whenever the mode may have changed.
  */
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/debug.h"
 #include "engine/soft/vcpu.h"
 
@@ -59,6 +60,7 @@ void soft_mode_changed(struct soft_vcpu *v)
     v->tlb = v->align_check || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
 
     update_class_faults(v);
+    bt_mode_changed(v);
     if ((cpu->rflags & (EFLAGS_TF | EFLAGS_RF)) || v->data_breakpoints ||
         soft_code_breakpoints_enabled(v))
         atomic_fetch_or(&v->attention, ATTN_SHADOW);

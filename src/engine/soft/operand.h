@@ -72,7 +72,7 @@ static inline void *mem_rmw(struct soft_vcpu *v, const struct insn *i, gva_t lin
     const struct tlb_entry *e = tlb_slot(v->tlb, lin);
 
     if (likely((lin ^ e->write_tag) <= GUEST_PAGE_SIZE - n))
-        return (void *)(uintptr_t)(lin + e->addend);
+        return (void *)(uintptr_t)((lin ^ e->write_tag) + e->host);
     v->cur = i;
     return soft_pointer(v, lin, n, ACCESS_WRITE | (i->seg == SEG_SS ? ACCESS_STACK : 0));
 }

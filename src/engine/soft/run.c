@@ -16,6 +16,7 @@
 #include "engine/soft/run.h"
 
 #include "engine/soft/block.h"
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/debug.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/flags.h"
@@ -78,6 +79,8 @@ void soft_attend(struct soft_vcpu *v, u32 bits)
     if (v->waiting)
         pthread_cond_signal(&v->wait_cond);
     pthread_mutex_unlock(&v->wait_lock);
+    if (v->bt)
+        bt_kick(v);
 }
 
 /* --- Work from other threads --- */
@@ -107,6 +110,13 @@ void soft_take_posts(struct soft_vcpu *v)
 
 /* --- Events --- */
 
+void soft_update_deadline(struct soft_vcpu *v)
+{
+    v->timer_deadline = lapic_next_deadline(v->lapic);
+    if (v->bt)
+        bt_set_deadline(v, v->timer_deadline);
+}
+
 /* What is looked at once in a while. Between blocks. */
 static void poll(struct soft_vcpu *v)
 {
@@ -122,7 +132,7 @@ static void poll(struct soft_vcpu *v)
     time = now(v);
     if (time >= v->timer_deadline) {
         lapic_timer_expire(v->lapic, time);
-        v->timer_deadline = lapic_next_deadline(v->lapic);
+        soft_update_deadline(v);
     }
 }
 
@@ -211,6 +221,13 @@ static void attend(struct soft_vcpu *v)
     u32 bits = atomic_exchange(&v->attention, 0);
 
     v->cur = &insn_none;
+    soft_vectors_sync(v);
+    if (bits & ATTN_TIMER) {
+        v->bt->timer_at = 0;
+        if (v->timer_deadline != UINT64_MAX)
+            bt_set_deadline(v, v->timer_deadline);
+        poll(v);
+    }
     if (bits & ATTN_POSTS)
         soft_take_posts(v);
     if (bits & ATTN_KICK)
@@ -241,10 +258,8 @@ static void attend(struct soft_vcpu *v)
 
 /* --- Running --- */
 
-static void run_block(struct soft_vcpu *v)
+void soft_run_block(struct soft_vcpu *v, struct block *b)
 {
-    struct block *b = block_cache_find(v);
-
     v->block = b;
     v->icount += b->count;
     b->insns[0].fn(v, &b->insns[0]);
@@ -255,7 +270,7 @@ static void run_undisturbed(struct soft_vcpu *v)
 {
     while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
         v->poll--;
-        run_block(v);
+        soft_run_block(v, block_cache_find(v));
     }
 }
 
@@ -280,7 +295,7 @@ static void careful_step(struct soft_vcpu *v)
     cpu->rflags &= ~EFLAGS_RF;
     cpu->shadow_sti = cpu->shadow_ss = false;
     v->mode |= MODE_SINGLE;
-    run_block(v);
+    soft_run_block(v, block_cache_find(v));
     v->mode &= ~MODE_SINGLE;
     v->cur = &insn_none;
     if (careful_needed(v))
@@ -307,6 +322,9 @@ static void deliver_raised(struct soft_vcpu *v)
 
     v->stats.exits_exception++;
     v->cur = &insn_none;
+    soft_vectors_sync(v);
+    if (v->bt)
+        v->bt->interp_next = false;
     cpu->shadow_sti = cpu->shadow_ss = false;
     soft_mode_changed(v);
     if (cpu->event_pending) {
@@ -341,6 +359,8 @@ static void sleep_or_stop(struct soft_vcpu *v)
         return;
     }
     v->stats.exits_halt++;
+    if (v->bt)
+        atomic_store(&v->bt->running, false);
     wait_for_attention(v);
     v->poll = 0;
     poll(v);
@@ -352,7 +372,7 @@ void soft_run(struct soft_vcpu *v)
     v->cur = &insn_none;
     soft_mode_changed(v);
     atomic_fetch_or(&v->attention, ATTN_INTERRUPT | ATTN_POSTS);
-    v->timer_deadline = lapic_next_deadline(v->lapic);
+    soft_update_deadline(v);
     if (_setjmp(v->unwind)) {
         uncount_rest(v);
         deliver_raised(v);
@@ -362,7 +382,10 @@ void soft_run(struct soft_vcpu *v)
                      v->cpu.event_error);
     }
     while (!v->leave) {
-        run_undisturbed(v);
+        if (v->bt)
+            bt_run(v);
+        else
+            run_undisturbed(v);
         if (v->poll == 0)
             poll(v);
         attend(v);
@@ -375,5 +398,6 @@ void soft_run(struct soft_vcpu *v)
     }
     if (soft_inside_repeated(v))
         v->cpu.rflags |= EFLAGS_RF; /* for whoever goes on from the saved state */
+    soft_vectors_sync(v);
     soft_fpu_sync(v);
 }

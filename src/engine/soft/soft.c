@@ -3,6 +3,7 @@
  * run.c and below.
  */
 #include "engine/soft/block.h"
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/host_exec.h"
 #include "engine/soft/lapic.h"
@@ -101,6 +102,15 @@ fail:
     return NULL;
 }
 
+static struct engine *bt_create_engine(const struct engine_config *config, struct error *err)
+{
+    struct engine *engine = soft_create(config, err);
+
+    if (engine)
+        engine_of(engine)->bt = true;
+    return engine;
+}
+
 /* --- vCPUs --- */
 
 static void lapic_wake(void *opaque, enum lapic_event event, u8 vector)
@@ -123,7 +133,7 @@ static void lapic_wake(void *opaque, enum lapic_event event, u8 vector)
         soft_attend(v, ATTN_SIPI);
         break;
     case LAPIC_EVENT_TIMER:
-        v->timer_deadline = lapic_next_deadline(v->lapic);
+        soft_update_deadline(v);
         break;
     }
 }
@@ -148,6 +158,7 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
 
     if (v->lapic)
         lapic_destroy(v->lapic);
+    bt_destroy(v);
     host_exec_destroy(v);
     block_cache_destroy(v->blocks);
     v->engine->vcpus[v->index] = NULL;
@@ -200,8 +211,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     v->a20_mask = UINT64_MAX;
     v->timer_deadline = UINT64_MAX;
     v->cur = &insn_none;
-    for (unsigned n = 0; n < TLB_SIZE; n++)
-        v->tlb_none.entries[n].read_tag = v->tlb_none.entries[n].write_tag = TLB_NO_TAG(n);
+    soft_tlb_init(v);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&v->wait_lock, NULL);
@@ -214,7 +224,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
 
     v->blocks = block_cache_create(err);
     v->lapic = lapic_create(e->lapic_bus, &lapic);
-    if (!v->blocks || !v->lapic || host_exec_create(v, err) < 0) {
+    if (!v->blocks || !v->lapic || host_exec_create(v, err) < 0 || (e->bt && bt_create(v, err) < 0)) {
         if (!v->lapic)
             error_host(err, ENOMEM, "can't make the local APIC of vCPU %u", index);
         soft_vcpu_destroy((struct vcpu *)v);
@@ -232,7 +242,11 @@ static void soft_vcpu_run(struct vcpu *vcpu, struct vcpu_exit *exit)
     v->running = true;
     pthread_mutex_unlock(&v->posts_lock);
     v->exit = exit;
+    if (v->bt)
+        bt_thread_begin(v);
     soft_run(v);
+    if (v->bt)
+        bt_thread_end(v);
     v->exit = NULL;
     pthread_mutex_lock(&v->posts_lock);
     v->running = false;
@@ -449,34 +463,46 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
         out->exits_exception += v->stats.exits_exception;
         out->exits_interrupt += v->stats.exits_interrupt;
         out->blocks_decoded += v->stats.blocks_decoded;
-        out->cache_bytes += block_cache_bytes(v->blocks);
+        out->cache_bytes += block_cache_bytes(v->blocks) + bt_bytes(v);
+        out->blocks_translated += v->stats.blocks_translated;
         out->tlb_misses += v->stats.tlb_misses;
         out->tlb_flushes += v->stats.tlb_flushes;
         out->smc_invalidations += v->stats.smc_invalidations;
     }
 }
 
+/* What the two software engines have in common: all but how guest code is run. */
+#define SOFT_OPS                                                                                   \
+    .cpuid_support = soft_support,                                                                 \
+    .destroy = soft_destroy,                                                                       \
+    .vcpu_create = soft_vcpu_create,                                                               \
+    .vcpu_destroy = soft_vcpu_destroy,                                                             \
+    .vcpu_run = soft_vcpu_run,                                                                     \
+    .vcpu_kick = soft_vcpu_kick,                                                                   \
+    .vcpu_get_state = soft_get_state,                                                              \
+    .vcpu_set_state = soft_set_state,                                                              \
+    .vcpu_reset = soft_vcpu_reset,                                                                 \
+    .deliver_msi = soft_deliver_msi,                                                               \
+    .set_extint = soft_set_extint,                                                                 \
+    .set_a20 = soft_set_a20,                                                                       \
+    .inject_nmi = soft_inject_nmi,                                                                 \
+    .memory_written = soft_memory_written,                                                         \
+    .memory_changed = soft_memory_changed,                                                         \
+    .dirty_log_start = soft_dirty_log_start,                                                       \
+    .dirty_log_stop = soft_dirty_log_stop,                                                         \
+    .dirty_log_read = soft_dirty_log_read,                                                         \
+    .stats = soft_stats
+
 const struct engine_ops engine_interp = {
     .name = "interp",
     .probe = soft_probe_host,
-    .cpuid_support = soft_support,
     .create = soft_create,
-    .destroy = soft_destroy,
-    .vcpu_create = soft_vcpu_create,
-    .vcpu_destroy = soft_vcpu_destroy,
-    .vcpu_run = soft_vcpu_run,
-    .vcpu_kick = soft_vcpu_kick,
-    .vcpu_get_state = soft_get_state,
-    .vcpu_set_state = soft_set_state,
-    .vcpu_reset = soft_vcpu_reset,
-    .deliver_msi = soft_deliver_msi,
-    .set_extint = soft_set_extint,
-    .set_a20 = soft_set_a20,
-    .inject_nmi = soft_inject_nmi,
-    .memory_written = soft_memory_written,
-    .memory_changed = soft_memory_changed,
-    .dirty_log_start = soft_dirty_log_start,
-    .dirty_log_stop = soft_dirty_log_stop,
-    .dirty_log_read = soft_dirty_log_read,
-    .stats = soft_stats,
+    SOFT_OPS,
+};
+
+const struct engine_ops engine_bt = {
+    .name = "bt",
+    .probe = bt_probe,
+    .create = bt_create_engine,
+    SOFT_OPS,
 };

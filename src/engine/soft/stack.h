@@ -58,7 +58,7 @@ static inline void stack_push64(struct soft_vcpu *v, const struct insn *i, u64 v
     const struct tlb_entry *e = tlb_slot(v->tlb, lin);
 
     if (likely((lin ^ e->write_tag) <= GUEST_PAGE_SIZE - 8)) {
-        memcpy((void *)(uintptr_t)(lin + e->addend), &value, 8);
+        memcpy((void *)(uintptr_t)((lin ^ e->write_tag) + e->host), &value, 8);
     } else {
         v->cur = i;
         soft_store(v, lin, value, 8, ACCESS_WRITE | ACCESS_STACK);
@@ -72,7 +72,7 @@ static inline u64 stack_pop64(struct soft_vcpu *v, const struct insn *i)
     u64 value;
 
     if (likely((lin ^ e->read_tag) <= GUEST_PAGE_SIZE - 8)) {
-        memcpy(&value, (const void *)(uintptr_t)(lin + e->addend), 8);
+        memcpy(&value, (const void *)(uintptr_t)((lin ^ e->read_tag) + e->host), 8);
     } else {
         v->cur = i;
         value = soft_load(v, lin, 8, ACCESS_STACK);

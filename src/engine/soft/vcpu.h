@@ -30,6 +30,7 @@
 struct lapic;
 struct soft_engine;
 struct block_cache;
+struct bt;
 
 /* Mode bits: they key decoded blocks, so code decoded in one mode never runs in another. */
 #define MODE_CODE16 0x00u
@@ -49,7 +50,7 @@ enum tlb_kind {
     TLB_KINDS,
 };
 
-#define TLB_BITS 10
+#define TLB_BITS 12
 #define TLB_SIZE (1u << TLB_BITS)
 /* What slot n holds for "nothing": a page of the next slot, which no access looks up here. */
 #define TLB_NO_TAG(n) ((u64)((n) ^ 1) << GUEST_PAGE_SHIFT)
@@ -58,7 +59,7 @@ enum tlb_kind {
 struct tlb_entry {
     u64 read_tag;  /* linear address of the page, or TLB_NO_TAG(slot) */
     u64 write_tag; /* also: D set, no decoded code in the page, no dirty logging due */
-    u64 addend;    /* host address = lin + addend */
+    u64 host;      /* host address of the page; at a hit, lin ^ tag is the offset in it */
     u64 info;      /* guest-physical page address | TLB_INFO_* */
 };
 #define TLB_INFO_GLOBAL 0x1
@@ -66,10 +67,10 @@ struct tlb_entry {
 #define TLB_INFO_HUGE 0x4     /* part of a 1 GiB page */
 #define TLB_INFO_WRITABLE 0x8 /* writes are allowed and D is set, even if write_tag is not */
 
-#define NONGLOBAL_LIST 256
-
 struct tlb {
     struct tlb_entry entries[TLB_SIZE];
+    /* One bit an entry that may hold something: flushes look at these only. */
+    u64 used[TLB_SIZE / 64];
 };
 
 /* A page that instructions are fetched from; valid in its map_generation only. */
@@ -79,7 +80,7 @@ struct fetch_entry {
     u64 generation;
     gpa_t gpa;
     const u8 *host; /* NULL: not RAM or ROM */
-    bool user;
+    bool user, global;
 };
 
 #define SOFT_POSTS 16
@@ -99,7 +100,27 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
 #define ATTN_KICK 0x10u
 #define ATTN_SHADOW 0x20u /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
 #define ATTN_POSTS 0x40u  /* others wrote memory that may hold decoded code (v->posts) */
+#define ATTN_TIMER 0x100u /* the APIC timer may be due */
 #define ATTN_LEFT 0x80u   /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
+
+/*
+ * What translated code reaches through GS (bt/essay in bt/translate.c). The jump cache maps a linear
+ * address, mixed with jump_key, to the code of its block.
+ */
+#define JUMP_BITS 16
+#define JUMP_SIZE (1u << JUMP_BITS)
+struct bt_shared {
+    u64 host_rsp;
+    const u8 *entry; /* where bt_enter goes on */
+    u64 ip_page;     /* linear address of the page that the running block begins in */
+    u64 jump_key;
+    u64 linear; /* of the access that missed */
+    u64 temp;
+    u32 site;   /* which exit or access left the code */
+    u32 reason; /* enum bt_reason */
+    u64 jump_tag[JUMP_SIZE];
+    const u8 *jump_code[JUMP_SIZE];
+};
 
 struct soft_vcpu {
     struct cpu cpu; /* first: handlers index it */
@@ -120,10 +141,6 @@ struct soft_vcpu {
     /* Translation */
     struct tlb tlbs[TLB_KINDS];
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
-    /* TLB entries of pages that are not global, filled since these were last dropped, as kind * TLB_SIZE
-     * + index; more than fit: drop by looking at every entry. */
-    u16 nonglobal[NONGLOBAL_LIST];
-    unsigned nnonglobal;
     struct fetch_entry fetches[FETCH_ENTRIES];
     u64 map_generation; /* changes whenever any translation may have */
     gva_t large_low,
@@ -151,6 +168,12 @@ struct soft_vcpu {
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
 
+    /* Binary translation; NULL: the interpreter alone */
+    struct bt *bt;
+    u32 bt_mode;       /* keys translated blocks */
+    bool bt_possible;  /* the current mode is one that is translated */
+    bool vectors_live; /* the guest's vector registers and MXCSR are in the host's */
+
     struct vcpu_exit *exit; /* where the run loop's exit goes */
     bool leave;             /* vcpu_run must return with *exit */
     bool irq_waiting;       /* an interrupt was seen that could not be taken then */
@@ -172,6 +195,8 @@ struct soft_vcpu {
     bool protect_post; /* make every write tag go, for the dirty log */
     bool running;      /* in vcpu_run: posts are its own to handle */
     pthread_cond_t posts_done;
+
+    struct bt_shared bt_shared;
 };
 
 /* What the engine knows of a page of guest memory. */
@@ -190,6 +215,7 @@ struct soft_engine {
     struct page_track *pages[MEMORY_MAX_SLOTS];
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     bool dirty_logging;
+    bool bt; /* vCPUs translate */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */
     pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */

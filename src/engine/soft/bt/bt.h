@@ -1,0 +1,66 @@
+/*
+ * The binary translator: what the rest of the software processor knows of it.
+ *
+ * Guest code of 64-bit mode that is run often is translated, block by block, to host code that runs on
+ * the host's own registers (translate.c tells how); all else is the interpreter's. The two run one
+ * struct soft_vcpu and alternate at block boundaries.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_BT_BT_H
+#define DOPPEL_ENGINE_SOFT_BT_BT_H
+
+#include "engine/soft/bt/cache.h"
+#include "engine/soft/vcpu.h"
+
+#define BT_MODE_USER 0x01u
+#define BT_MODE_AC 0x02u     /* supervisor accesses under EFLAGS.AC: TLB_KERNEL_AC */
+#define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
+#define BT_MODE_NO_AVX 0x08u
+
+/* 0, or an error that names what this host's processor lacks. */
+int bt_probe(struct error *err);
+
+/* Makes v->bt. 0 or -errno, err set. */
+int bt_create(struct soft_vcpu *v, struct error *err);
+void bt_destroy(struct soft_vcpu *v);
+
+/* Bytes of host memory that translated code takes. */
+u64 bt_bytes(const struct soft_vcpu *v);
+
+/* Round vcpu_run: sets up this thread for translated code, and undoes it. */
+void bt_thread_begin(struct soft_vcpu *v);
+void bt_thread_end(struct soft_vcpu *v);
+
+/* Runs translated and interpreted blocks until something calls for attention. */
+void bt_run(struct soft_vcpu *v);
+
+/* Makes a vCPU that runs translated code leave it soon: attention was set. Any thread. */
+void bt_kick(struct soft_vcpu *v);
+/* Has the vCPU's thread look at the APIC timer at VM time `deadline` (ns). On the vCPU's thread. */
+void bt_set_deadline(struct soft_vcpu *v, u64 deadline);
+
+/* Brings the vector registers and MXCSR home to v->cpu, and the host's MXCSR back. */
+void bt_vectors_save(struct soft_vcpu *v);
+static inline void soft_vectors_sync(struct soft_vcpu *v)
+{
+    if (v->vectors_live)
+        bt_vectors_save(v);
+}
+
+/* --- between the files of this module --- */
+
+/* translate.c: the block whose first byte is at gpa (host: where that is); NULL: none can be made. */
+struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
+/* glue.c */
+void bt_glue_emit(struct bt *bt);
+void bt_vectors_load(struct soft_vcpu *v);
+/* fill.c: fills the TLB for an access of the current privilege if that needs no change to the page
+ * tables; false: the interpreter must see to it. */
+bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write);
+/* flags.c: the arithmetic flags that a recipe makes of the registers as they are. */
+u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
+/* kick.c: undoes what the signal handler did to make the vCPU leave. */
+void bt_relink(struct soft_vcpu *v);
+int bt_kick_create(struct soft_vcpu *v, struct error *err);
+void bt_kick_destroy(struct soft_vcpu *v);
+
+#endif

@@ -1,0 +1,404 @@
+/*
+ * The cache of translated code. See cache.h.
+ *
+ * Invariants
+ *  1. A block is in the hash and in its page's list exactly while it isn't dropped; no exit leads to a
+ *     dropped block, and no entry of the jump cache.
+ *  2. Code memory of a dropped block isn't used again before the next flush, so that the code that is
+ *     being left stays whole.
+ *  3. An entry of the jump cache is used only while its key is current. Keys are never given twice
+ *     between two clearings of the table.
+ */
+#define _GNU_SOURCE
+#include "engine/soft/bt/cache.h"
+
+#include "engine/soft/bt/asm.h"
+#include "engine/soft/bt/bt.h"
+#include "engine/soft/mmu.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define COLD_END (BT_CODE_SIZE - KIB(64))
+#define HOT_END (BT_COLD_START - KIB(64))
+
+/* --- Life --- */
+
+static void *map_array(size_t n)
+{
+    void *p =
+        mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap(const void *p, size_t n)
+{
+    if (p)
+        munmap((void *)(uintptr_t)p, n);
+}
+
+void bt_cache_destroy(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+
+    if (!bt)
+        return;
+    unmap(bt->writable, BT_CODE_SIZE);
+    unmap(bt->executable, BT_CODE_SIZE);
+    unmap(bt->blocks, BT_BLOCKS * sizeof(*bt->blocks));
+    unmap(bt->exits, BT_EXITS * sizeof(*bt->exits));
+    unmap(bt->sites, BT_SITES * sizeof(*bt->sites));
+    unmap(bt->points, BT_POINTS * sizeof(*bt->points));
+    unmap(bt->kept, BT_KEPT * sizeof(*bt->kept));
+    free(bt);
+    v->bt = NULL;
+}
+
+int bt_cache_create(struct soft_vcpu *v, struct error *err)
+{
+    struct bt *bt = calloc(1, sizeof(*bt));
+    int fd = -1;
+    void *map;
+
+    if (!bt)
+        return error_host(err, ENOMEM, "can't make the cache of translated code");
+    v->bt = bt;
+    bt->blocks = map_array(BT_BLOCKS * sizeof(*bt->blocks));
+    bt->exits = map_array(BT_EXITS * sizeof(*bt->exits));
+    bt->sites = map_array(BT_SITES * sizeof(*bt->sites));
+    bt->points = map_array(BT_POINTS * sizeof(*bt->points));
+    bt->kept = map_array(BT_KEPT * sizeof(*bt->kept));
+    if (!bt->kept || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
+        goto fail;
+    fd = memfd_create("doppel-code", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
+        goto fail;
+    map = mmap(NULL, BT_CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (map == MAP_FAILED)
+        goto fail;
+    bt->writable = map;
+    map = mmap(NULL, BT_CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (map == MAP_FAILED)
+        goto fail;
+    bt->executable = map;
+    close(fd);
+    bt->next_context = 1;
+    bt->hot = 0;
+    bt->cold = BT_COLD_START;
+    return 0;
+
+fail:
+    error_host(err, errno, "mapping memory for translated code");
+    if (fd >= 0)
+        close(fd);
+    bt_cache_destroy(v);
+    return -1;
+}
+
+/* --- Finding --- */
+
+static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, u32 mode)
+{
+    u64 key = (gpa ^ ((u64)mode << 44)) * 0x9e3779b97f4a7c15ULL;
+
+    return (struct bt_block **)&bt->hash[key >> (64 - BT_HASH_BITS)];
+}
+
+static struct bt_block **page_slot(const struct bt *bt, gpa_t gpa)
+{
+    u64 key = (gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL;
+
+    return (struct bt_block **)&bt->pages[key >> (64 - BT_PAGES_BITS)];
+}
+
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa)
+{
+    for (struct bt_block *b = *hash_slot(v->bt, gpa, v->bt_mode); b; b = b->hash_next)
+        if (b->gpa == gpa && b->mode == v->bt_mode)
+            return b;
+    return NULL;
+}
+
+void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
+{
+    struct bt_block **slot = hash_slot(v->bt, b->gpa, b->mode);
+
+    b->hash_next = *slot;
+    *slot = b;
+    slot = page_slot(v->bt, b->gpa);
+    b->page_next = *slot;
+    *slot = b;
+}
+
+struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
+{
+    u32 offset, low = 0, high = bt->nblocks;
+    bool cold;
+
+    if (pc < bt->executable || pc >= bt->executable + BT_CODE_SIZE)
+        return NULL;
+    offset = (u32)(pc - bt->executable);
+    cold = offset >= BT_COLD_START;
+    while (low < high) {
+        u32 middle = (low + high) / 2;
+        struct bt_block *b = &bt->blocks[middle];
+
+        if (offset < (cold ? b->cold : b->hot))
+            high = middle;
+        else if (offset >= (cold ? b->cold_end : b->hot_end))
+            low = middle + 1;
+        else
+            return b;
+    }
+    return NULL;
+}
+
+/* --- Links --- */
+
+void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
+{
+    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->stub));
+}
+
+void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
+{
+    patch_rel32(bt_write_at(bt, e->at),
+                bt_write_at(bt, e->host_flags ? e->to->host_entry : e->to->memory_entry));
+}
+
+void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
+{
+    e->to = to;
+    e->next_in = to->incoming;
+    to->incoming = e;
+    bt_exit_attach(bt, e);
+}
+
+/* An exit of a block that goes is nobody's incoming one any more. */
+static void exit_unlink(struct bt_exit *e)
+{
+    struct bt_exit **link = &e->to->incoming;
+
+    while (*link != e)
+        link = &(*link)->next_in;
+    *link = e->next_in;
+    e->to = NULL;
+}
+
+/* --- The jump cache --- */
+
+static unsigned jump_slot(gva_t lin)
+{
+    return lin & (JUMP_SIZE - 1);
+}
+
+static unsigned filter_bit(gva_t lin)
+{
+    return (unsigned)(((lin >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_FILTER_BITS));
+}
+
+void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
+{
+    unsigned slot = jump_slot(lin), bit = filter_bit(lin);
+
+    v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
+    v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
+    v->bt->filter[bit / 64] |= BIT(bit % 64);
+    if (!(v->bt_mode & BT_MODE_USER) && !soft_fetch_is_global(v, lin))
+        v->bt->kernel_nonglobal = true;
+}
+
+/* What an empty slot holds: a tag of context 0, which no mode has, and code that only leaves. */
+static void jump_empty(struct soft_vcpu *v, unsigned slot)
+{
+    v->bt_shared.jump_tag[slot] = slot;
+    v->bt_shared.jump_code[slot] = bt_run_at(v->bt, v->bt->glue[BT_JUMP]);
+}
+
+void bt_jump_clear(struct soft_vcpu *v)
+{
+    for (unsigned slot = 0; slot < JUMP_SIZE; slot++)
+        jump_empty(v, slot);
+    memset(v->bt->filter, 0, sizeof(v->bt->filter));
+}
+
+/* A block may be entered under several linear addresses, equal in the page offset. */
+static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
+{
+    const u8 *code = bt_run_at(v->bt, b->jump_entry);
+
+    for (unsigned slot = b->gpa & (GUEST_PAGE_SIZE - 1); slot < JUMP_SIZE; slot += GUEST_PAGE_SIZE)
+        if (v->bt_shared.jump_code[slot] == code)
+            jump_empty(v, slot);
+}
+
+static void update_key(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+
+    if (!v->bt_possible)
+        return;
+    if (!bt->contexts[v->bt_mode]) {
+        if (bt->next_context > UINT16_MAX) {
+            memset(bt->contexts, 0, sizeof(bt->contexts));
+            bt_jump_clear(v);
+            bt->next_context = 1;
+        }
+        bt->contexts[v->bt_mode] = (u16)bt->next_context++;
+    }
+    v->bt_shared.jump_key = bt->contexts[v->bt_mode];
+}
+
+void bt_mode_changed(struct soft_vcpu *v)
+{
+    unsigned cpl = soft_cpl(v);
+
+    if (!v->bt)
+        return;
+    v->bt_possible = soft_code64(v) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
+    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) |
+                 (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
+                 (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
+                 (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0);
+    update_key(v);
+}
+
+void bt_mappings_dropped(struct soft_vcpu *v)
+{
+    if (!v->bt)
+        return;
+    memset(v->bt->contexts, 0, sizeof(v->bt->contexts));
+    v->bt->kernel_nonglobal = false;
+    update_key(v);
+}
+
+void bt_nonglobal_dropped(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+
+    if (!bt)
+        return;
+    for (u32 mode = 0; mode < BT_MODES; mode++)
+        if ((mode & BT_MODE_USER) || bt->kernel_nonglobal)
+            bt->contexts[mode] = 0;
+    bt->kernel_nonglobal = false;
+    update_key(v);
+}
+
+void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
+{
+    unsigned bit = filter_bit(lin), first = jump_slot(lin & ~(GUEST_PAGE_SIZE - 1));
+
+    if (!v->bt || !(v->bt->filter[bit / 64] & BIT(bit % 64)))
+        return;
+    for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
+        jump_empty(v, slot);
+}
+
+/* --- Dropping --- */
+
+static void block_drop(struct soft_vcpu *v, struct bt_block *b)
+{
+    struct bt *bt = v->bt;
+    struct bt_block **link = hash_slot(bt, b->gpa, b->mode);
+
+    while (*link != b)
+        link = &(*link)->hash_next;
+    *link = b->hash_next;
+    while (b->incoming) {
+        struct bt_exit *e = b->incoming;
+
+        b->incoming = e->next_in;
+        e->to = NULL;
+        bt_exit_detach(bt, e);
+    }
+    for (u32 n = b->exits; n < b->exits + b->nexits; n++) {
+        if (bt->exits[n].to) {
+            exit_unlink(&bt->exits[n]);
+            bt_exit_detach(bt, &bt->exits[n]);
+        }
+    }
+    jump_forget(v, b);
+    b->dropped = true;
+}
+
+static u64 line_mask(gpa_t gpa, u64 n)
+{
+    unsigned first = (gpa & (GUEST_PAGE_SIZE - 1)) / 64;
+    unsigned last = (unsigned)(((gpa & (GUEST_PAGE_SIZE - 1)) + n - 1) / 64);
+
+    return (~0ULL >> (63 - (last - first))) << first;
+}
+
+u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
+{
+    gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
+    struct bt_block **link;
+    u64 left = 0;
+
+    if (!v->bt)
+        return 0;
+    for (link = page_slot(v->bt, gpa); *link;) {
+        struct bt_block *b = *link;
+
+        if ((b->gpa & ~(GUEST_PAGE_SIZE - 1)) != page) {
+            link = &b->page_next;
+        } else if (b->gpa < gpa + n && gpa < b->gpa + b->bytes) {
+            block_drop(v, b);
+            *link = b->page_next;
+        } else {
+            left |= line_mask(b->gpa, b->bytes);
+            link = &b->page_next;
+        }
+    }
+    return left;
+}
+
+static void leave_kept(struct soft_vcpu *v, const struct insn *i)
+{
+    soft_set_ip(v, v->cpu.gpr[GPR_RIP] + i->offset);
+}
+
+u32 bt_keep_insn(struct bt *bt, const struct insn *i)
+{
+    bt->kept[bt->nkept][0] = *i;
+    bt->kept[bt->nkept][1] = (struct insn){.fn = leave_kept, .offset = i->len};
+    return bt->nkept++;
+}
+
+bool bt_is_full(const struct bt *bt)
+{
+    return bt->nkept + 1 > BT_KEPT || bt->hot > HOT_END || bt->cold > COLD_END || bt->nblocks + 1 > BT_BLOCKS ||
+           bt->nexits + 256 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
+           bt->npoints + 256 > BT_POINTS;
+}
+
+void bt_flush(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+
+    if (!bt)
+        return;
+    bt->flushes++;
+    bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
+    bt->nunlinked = 0;
+    bt->hot = bt->glue_end;
+    bt->cold = BT_COLD_START;
+    memset(bt->hash, 0, sizeof(bt->hash));
+    memset(bt->pages, 0, sizeof(bt->pages));
+    bt_jump_clear(v);
+}
+
+u64 bt_bytes(const struct soft_vcpu *v)
+{
+    const struct bt *bt = v->bt;
+
+    if (!bt)
+        return 0;
+    return bt->hot + (bt->cold - BT_COLD_START) + bt->nblocks * sizeof(*bt->blocks) +
+           bt->nexits * sizeof(*bt->exits) + bt->nsites * sizeof(*bt->sites) +
+           bt->npoints * sizeof(*bt->points);
+}

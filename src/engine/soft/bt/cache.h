@@ -1,0 +1,178 @@
+/*
+ * The cache of translated code: memory, blocks, and how they are found, linked and dropped.
+ *
+ * Memory is one memfd, mapped twice: where it is written and where it runs; never both in one mapping.
+ * Code is handed out in order from both ends: hot code upward from the start, cold code (exits, slow
+ * paths) in the second half. When either is full, everything is dropped.
+ *
+ * A block is keyed by the guest-physical address of its first byte and the mode (v->bt_mode). It lies
+ * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
+ * the page shares it.
+ *
+ * All of it belongs to one vCPU and its thread.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_BT_CACHE_H
+#define DOPPEL_ENGINE_SOFT_BT_CACHE_H
+
+#include "engine/soft/bt/insn.h"
+
+#include <time.h>
+
+/* Why translated code returned to C (v->bt_shared.reason). */
+enum bt_reason {
+    BT_SLOW,   /* a memory access missed: site, linear */
+    BT_LINK,   /* a direct exit that leads nowhere yet: site is the exit's number */
+    BT_JUMP,   /* gpr[RIP] has no code yet */
+    BT_BRANCH, /* as BT_JUMP, behind an indirect branch: site */
+    BT_STOP,   /* at an instruction for the interpreter: site */
+    BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
+    BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
+};
+
+enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE };
+
+/* Where translated code may leave for C, besides its direct exits. */
+struct bt_site {
+    u32 resume;  /* BT_SLOW: code offset at which the access begins anew */
+    u16 offset;  /* of the guest's instruction in its page */
+    u16 size;    /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
+    bool write;
+    u8 flags; /* enum site_flags: where the arithmetic flags are */
+    struct bt_recipe recipe;
+};
+
+/* A host instruction that may raise an exception. */
+struct bt_point {
+    u32 at;     /* code offset */
+    u16 offset; /* of the guest's instruction in its page */
+    bool host_flags; /* the arithmetic flags are the host's, else in v->aflags */
+};
+
+struct bt_exit {
+    u32 at;     /* code offset of the displacement to patch */
+    u32 stub;   /* code offset of where it leads when not linked */
+    u16 target; /* offset in the page */
+    bool host_flags;
+    struct bt_block *to; /* NULL: not linked */
+    struct bt_exit *next_in;
+};
+
+struct bt_block {
+    gpa_t gpa;
+    u32 mode;
+    u16 bytes, count;
+    bool dropped;
+    u32 hot, hot_end, cold, cold_end; /* code offsets */
+    /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */
+    u32 jump_entry, memory_entry, host_entry;
+    u32 exits, nexits;
+    u32 points, npoints;
+    struct bt_block *hash_next, *page_next;
+    struct bt_exit *incoming;
+};
+
+#define BT_CODE_SIZE MIB(64)
+#define BT_COLD_START MIB(32)
+#define BT_BLOCKS (1u << 18)
+#define BT_EXITS (1u << 19)
+#define BT_SITES (1u << 20)
+#define BT_POINTS (1u << 19)
+#define BT_HASH_BITS 16
+#define BT_PAGES_BITS 13
+#define BT_FILTER_BITS 12
+#define BT_MODES 16
+#define BT_KEPT (1u << 16)
+#define BT_UNLINKED 8
+
+struct bt {
+    u8 *writable;
+    const u8 *executable;
+    u32 hot, cold;             /* code offsets: the next free bytes */
+    u32 glue_end;              /* where blocks begin */
+    u32 glue[BT_FAULT + 1];    /* code offsets of the ways out, by reason */
+    u32 (*enter)(void);        /* runs v->bt_shared.entry; returns enum bt_reason */
+
+    struct bt_block *blocks;
+    struct bt_exit *exits;
+    struct bt_site *sites;
+    struct bt_point *points;
+    u32 nblocks, nexits, nsites, npoints;
+    struct bt_block *hash[1u << BT_HASH_BITS];
+    struct bt_block *pages[1u << BT_PAGES_BITS];
+
+    /* jump_key by mode; 0: to be given anew. */
+    u16 contexts[BT_MODES];
+    u32 next_context;
+    bool kernel_nonglobal; /* supervisor code ran from pages that a write of CR3 drops */
+    u64 filter[(1u << BT_FILTER_BITS) / 64]; /* hashes of pages with entries in the jump cache */
+
+    /* Instructions of BT_QUICK, each with one behind it that leaves. */
+    struct insn (*kept)[2];
+    u32 nkept;
+
+    /* Leaving on request: see kick.c */
+    volatile bool armed;
+    struct bt_block *unlinked[BT_UNLINKED]; /* whose exits the signal handler undid */
+    volatile u32 nunlinked;
+    pthread_t thread;
+    timer_t timer;
+    u64 timer_at; /* host time that the timer is set to */
+    _Atomic bool running, kicked;
+    struct { /* the thread's signal stack before */
+        void *sp;
+        size_t size;
+        int flags;
+    } old_stack;
+    void *signal_stack;
+    bool interp_next; /* the next instruction is the interpreter's */
+
+    u64 translated, translated_insns, flushes;
+};
+
+int bt_cache_create(struct soft_vcpu *v, struct error *err);
+void bt_cache_destroy(struct soft_vcpu *v);
+
+/* Pointers for writing and running at a code offset. */
+static inline u8 *bt_write_at(const struct bt *bt, u32 offset)
+{
+    return bt->writable + offset;
+}
+static inline const u8 *bt_run_at(const struct bt *bt, u32 offset)
+{
+    return bt->executable + offset;
+}
+
+/* The block of the current mode at gpa, or NULL. */
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa);
+/* Makes a finished block known; its bytes' lines are protected by the caller. */
+void bt_block_insert(struct soft_vcpu *v, struct bt_block *b);
+/* The block that a host address lies in, or NULL. Async-signal-safe. */
+struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc);
+
+void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to);
+/* Makes an exit lead to its stub, or to its block again; who links to whom stays. */
+void bt_exit_detach(struct bt *bt, const struct bt_exit *e);
+void bt_exit_attach(struct bt *bt, const struct bt_exit *e);
+
+void bt_jump_clear(struct soft_vcpu *v);
+/* Enters a block into the jump cache for the linear address lin. */
+void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b);
+
+/* [gpa, gpa + n) within one page is written: drops its blocks. Returns the lines that blocks still
+ * use in the page. */
+u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
+/* Drops everything. Not while translated code runs. */
+void bt_flush(struct soft_vcpu *v);
+/* Keeps an instruction for BT_QUICK; returns its number. */
+u32 bt_keep_insn(struct bt *bt, const struct insn *i);
+/* Whether there may not be room for one more block. */
+bool bt_is_full(const struct bt *bt);
+
+/* The mode changed: bt_mode and bt_possible, and the key of the jump cache. */
+void bt_mode_changed(struct soft_vcpu *v);
+/* Translations changed: all; those that are not global; one page's. */
+void bt_mappings_dropped(struct soft_vcpu *v);
+void bt_nonglobal_dropped(struct soft_vcpu *v);
+void bt_page_dropped(struct soft_vcpu *v, gva_t lin);
+
+#endif

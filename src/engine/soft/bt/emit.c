@@ -1,0 +1,896 @@
+/*
+ * Emitting single instructions: operands, memory accesses, flags.
+ *
+ * Every access to guest memory is emitted by access(): the linear address in S1, its TLB entry's offset
+ * in S2, then
+ *      xor S1, tag       the offset in the page, if the tag matches
+ *      cmp S1, 4096 - n  no match, or across the page's end: out, to the slow path
+ *      ja
+ *      add S1, host      the host address
+ * and the instruction itself, whose memory operand is [S1 + n] with nothing else. That is the invariant
+ * on which isolation rests: no other host address is ever dereferenced, but through GS at constant
+ * offsets in struct soft_vcpu.
+ */
+#include "engine/soft/bt/translate.h"
+
+#include "engine/soft/flags.h"
+
+#define STOLEN (BIT32(S1) | BIT32(S2))
+
+static bool is_stolen(u8 reg)
+{
+    return reg != NO_REG && (reg == S1 || reg == S2);
+}
+
+/* --- Flags --- */
+
+void emit_flags_save(u8 **p)
+{
+    put_mov_rr(p, S2, RAX);
+    put8(p, 0x9f); /* lahf */
+    put8(p, 0x0f); /* seto al */
+    put8(p, 0x90);
+    put8(p, 0xc0);
+    put8(p, 0x66); /* mov gs:[aflags], ax */
+    put_op_gs(p, false, 0x89, RAX, GS_OFFSET(aflags));
+    put_mov_rr(p, RAX, S2);
+}
+
+void emit_flags_load(u8 **p)
+{
+    put_mov_rr(p, S2, RAX);
+    put_op_gs(p, false, OP_MOV, RAX, GS_OFFSET(aflags));
+    put8(p, 0x04); /* add al, 0x7f: OF */
+    put8(p, 0x7f);
+    put8(p, 0x9e); /* sahf: the others */
+    put_mov_rr(p, RAX, S2);
+}
+
+/* op S2, b of the recipe, in its size; op is the opcode with a register destination, above 8 bits */
+static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned op, unsigned ext)
+{
+    u8 **p = &t->p;
+
+    if (r->size == 2)
+        put8(p, 0x66);
+    if (r->b == NO_REG) {
+        put_rex(p, r->size == 8, 0, 0, S2);
+        put8(p, ext == 8 ? (r->size == 1 ? 0xf6 : 0xf7) : r->size == 1 ? 0x80 : 0x81);
+        put_modrm(p, 3, ext == 8 ? 0 : ext, S2);
+        if (r->size == 1)
+            put8(p, (u8)r->imm);
+        else if (r->size == 2) {
+            put8(p, (u8)r->imm);
+            put8(p, (u8)(r->imm >> 8));
+        } else
+            put32(p, (u32)r->imm);
+    } else if (is_stolen(r->b)) {
+        put8(p, 0x65);
+        put_rex(p, r->size == 8, S2, 0, 0);
+        put8(p, r->size == 1 ? op - 1 : op);
+        put_modrm(p, 0, S2, 4);
+        put8(p, 0x25);
+        put32(p, GS_GPR(r->b));
+    } else {
+        put_rex(p, r->size == 8, S2, 0, r->b);
+        put8(p, r->size == 1 ? op - 1 : op);
+        put_modrm(p, 3, S2, r->b);
+    }
+}
+
+static void emit_recipe(struct translation *t, const struct bt_recipe *r)
+{
+    if (is_stolen(r->a))
+        put_load_gs(&t->p, S2, GS_GPR(r->a));
+    else
+        put_mov_rr(&t->p, S2, r->a);
+    switch (r->kind) {
+    case RECIPE_CMP:
+        recipe_op(t, r, OP_CMP, EXT_CMP);
+        break;
+    case RECIPE_TEST:
+        recipe_op(t, r, 0x85, 8);
+        break;
+    case RECIPE_ADD:
+        recipe_op(t, r, OP_SUB, EXT_SUB);
+        recipe_op(t, r, OP_ADD, EXT_ADD);
+        break;
+    case RECIPE_SUB:
+        recipe_op(t, r, OP_ADD, EXT_ADD);
+        recipe_op(t, r, OP_CMP, EXT_CMP);
+        break;
+    default: /* RECIPE_LOGIC */
+        put_op_rr(&t->p, r->size == 8, 0x85, S2, S2);
+        break;
+    }
+}
+
+void flags_need(struct translation *t)
+{
+    if (t->flags.host)
+        return;
+    if (t->flags.recipe.kind)
+        emit_recipe(t, &t->flags.recipe);
+    else
+        emit_flags_load(&t->p);
+    t->flags.host = true;
+}
+
+void flags_to_memory(struct translation *t)
+{
+    if (t->flags.memory)
+        return;
+    flags_need(t);
+    emit_flags_save(&t->p);
+    t->flags.memory = true;
+}
+
+void flags_clobber(struct translation *t)
+{
+    if (!t->flags.memory && !t->flags.recipe.kind)
+        flags_to_memory(t);
+    t->flags.host = false;
+}
+
+static bool recipe_uses(const struct bt_recipe *r, u32 regs)
+{
+    return r->kind && ((regs & BIT32(r->a)) || (r->b != NO_REG && (regs & BIT32(r->b))));
+}
+
+/* The registers are about to change; the flags stay. */
+static void flags_before_write(struct translation *t, u32 regs)
+{
+    if (!recipe_uses(&t->flags.recipe, regs))
+        return;
+    if (!t->flags.memory)
+        flags_need(t);
+    t->flags.recipe.kind = RECIPE_NONE;
+}
+
+static void flags_made(struct translation *t, const struct bt_insn *i)
+{
+    if (!i->flags_out)
+        return;
+    t->flags = (struct flag_state){.host = true, .recipe = i->recipe};
+}
+
+/* --- Leaving --- */
+
+struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
+{
+    struct stub *s = &t->stubs[t->nstubs++];
+
+    *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags};
+    return s;
+}
+
+u32 add_site(struct translation *t, const struct bt_insn *i)
+{
+    struct bt_site *s = &t->bt->sites[t->bt->nsites];
+
+    *s = (struct bt_site){
+        .offset = i->offset,
+        .flags = t->flags.memory ? SITE_FLAGS_MEMORY : SITE_FLAGS_RECIPE,
+        .recipe = t->flags.recipe,
+    };
+    return t->bt->nsites++;
+}
+
+static void add_point(struct translation *t, const struct bt_insn *i)
+{
+    t->bt->points[t->bt->npoints++] = (struct bt_point){
+        .at = code_offset(t, t->p), .offset = i->offset, .host_flags = !t->flags.memory};
+}
+
+/* --- Memory --- */
+
+/* lea reg, [base + index * scale + disp], of the address size */
+static void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 scale, s32 disp)
+{
+    unsigned mod, b = base == NO_REG ? 0 : base, x = index == NO_REG ? 0 : index;
+
+    put_rex(p, wide, reg, x, b);
+    put8(p, 0x8d);
+    if (index == NO_REG && base != NO_REG) {
+        put_base_disp(p, reg, base, disp);
+        return;
+    }
+    if (base == NO_REG) {
+        put_modrm(p, 0, reg, 4);
+        put8(p, (u32)scale << 6 | (index == NO_REG ? 4 : (x & 7)) << 3 | 5);
+        put32(p, (u32)disp);
+        return;
+    }
+    mod = disp == 0 && (base & 7) != RBP ? 0 : disp == (s8)disp ? 1 : 2;
+    put_modrm(p, mod, reg, 4);
+    put8(p, (u32)scale << 6 | (x & 7) << 3 | (b & 7));
+    if (mod == 1)
+        put8(p, (u8)disp);
+    else if (mod == 2)
+        put32(p, (u32)disp);
+}
+
+/* A register for reading: the host's own, or `scratch` loaded from memory. */
+static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
+{
+    if (!is_stolen(reg))
+        return reg;
+    put_load_gs(&t->p, scratch, GS_GPR(reg));
+    return scratch;
+}
+
+/* The operand's address, without a segment's base, into `to`. Uses S1 and S2. */
+static void put_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg,
+                        s32 disp)
+{
+    u8 base, index;
+
+    if (i->rip_relative && base_reg == NO_REG) {
+        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
+        put_lea(&t->p, to, S1, i->offset + i->len + disp);
+        return;
+    }
+    base = base_reg == NO_REG ? NO_REG : read_reg(t, base_reg, S1);
+    index = i->index == NO_REG ? NO_REG : read_reg(t, i->index, S2);
+    if (!i->address32 && index == NO_REG && base != NO_REG && disp == 0) {
+        if (base != to)
+            put_mov_rr(&t->p, to, base);
+    } else {
+        put_lea_full(&t->p, !i->address32, to, base, index, i->scale, disp);
+    }
+}
+
+/* What an instruction adds to its base register, if that is all it does to it. */
+static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
+{
+    switch (i->op) {
+    case BT_PUSH:
+        *by = -8;
+        return base == RSP;
+    case BT_POP:
+        *by = 8;
+        return base == RSP && i->rm != RSP;
+    case BT_LEA:
+        *by = i->disp;
+        return i->reg == base && i->base == base && i->index == NO_REG && !i->address32 &&
+               (i->rex & 8);
+    case BT_PLAIN:
+        *by = i->recipe.kind == RECIPE_SUB ? -i->recipe.imm : i->recipe.imm;
+        return (i->recipe.kind == RECIPE_ADD || i->recipe.kind == RECIPE_SUB) &&
+               i->recipe.size == 8 && i->recipe.b == NO_REG && i->recipe.a == base &&
+               i->recipe.imm > -4096 && i->recipe.imm < 4096;
+    default:
+        return false;
+    }
+}
+
+/* General registers that emit_insn changes. */
+static u32 changed_regs(const struct bt_insn *i)
+{
+    switch (i->op) {
+    case BT_PUSH:
+    case BT_PUSHF:
+        return BIT32(RSP);
+    case BT_POP:
+        return BIT32(RSP) | BIT32(i->rm);
+    case BT_LEAVE:
+        return BIT32(RSP) | BIT32(RBP);
+    default:
+        return i->written;
+    }
+}
+
+/* The access of an instruction as base, index, displacement and size, where groups know of it. */
+struct access {
+    u8 base, index, scale;
+    s32 disp;
+    unsigned size;
+    bool write;
+};
+
+static bool simple_access(const struct bt_insn *i, struct access *a)
+{
+    *a = (struct access){RSP, NO_REG, 0, 0, 8, false};
+    switch (i->op) {
+    case BT_PUSH:
+        a->disp = -8;
+        a->write = true;
+        return !i->mem;
+    case BT_CALL:
+        a->disp = -8;
+        a->write = true;
+        return true;
+    case BT_POP:
+    case BT_RET:
+        return true;
+    case BT_PLAIN:
+        if (!i->mem || i->seg != NO_REG || i->rip_relative || i->address32 || i->base == NO_REG)
+            return false;
+        *a = (struct access){i->base, i->index, i->scale, i->disp, i->mem_size, i->mem_write};
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Whether emitting it leaves S1 alone, its memory access aside. */
+static bool keeps_s1(const struct bt_insn *i)
+{
+    u32 stolen = (i->read | i->written) & STOLEN;
+
+    switch (i->op) {
+    case BT_NOP:
+    case BT_POP:
+    case BT_JCC:
+        return true;
+    case BT_PUSH:
+        return !i->mem;
+    case BT_LEA:
+        return !i->rip_relative && !((i->read & STOLEN));
+    case BT_PLAIN:
+        return i->mem ? true : stolen != STOLEN;
+    default:
+        return false;
+    }
+}
+
+/*
+ * Looks ahead for accesses that the check for the current one can serve too, and widens the group's
+ * bounds. Its first write behind a conditional branch is not one of them.
+ */
+static void widen_group(struct translation *t, struct access_group *g)
+{
+    s32 shift = 0;
+    bool branched = false;
+
+    for (unsigned n = t->at; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+        u32 changed = changed_regs(i);
+        struct access a;
+        s32 by;
+
+        if (n > t->at) {
+            if (!keeps_s1(i) && i->op != BT_RET && i->op != BT_CALL)
+                return;
+            if (simple_access(i, &a)) {
+                s32 lo = MIN(g->lo, a.disp + shift), hi = MAX(g->hi, a.disp + shift + (s32)a.size);
+
+                if (a.base != g->base || a.index != g->index ||
+                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > BT_GROUP_SPAN ||
+                    (a.write && branched))
+                    return;
+                g->lo = lo;
+                g->hi = hi;
+                g->write |= a.write;
+            } else if (i->op == BT_PLAIN && i->mem) {
+                return;
+            }
+        }
+        if (i->op == BT_JCC)
+            branched = true;
+        else if (i->op == BT_RET || i->op == BT_CALL)
+            return;
+        if (g->index != NO_REG && (changed & BIT32(g->index)))
+            return;
+        if (changed & BIT32(g->base)) {
+            if (!adds_constant(i, g->base, &by) || by < -4096 || by > 4096)
+                return;
+            shift += by;
+        }
+    }
+}
+
+/* An instruction was emitted: does S1 still serve? */
+static void group_after(struct translation *t, const struct bt_insn *i)
+{
+    struct access_group *g = &t->group;
+    u32 changed = changed_regs(i);
+    s32 by;
+
+    if (!g->valid)
+        return;
+    if ((g->index != NO_REG && (changed & BIT32(g->index))) || !keeps_s1(i))
+        g->valid = false;
+    else if (changed & BIT32(g->base)) {
+        if (adds_constant(i, g->base, &by))
+            g->shift += by;
+        else
+            g->valid = false;
+    }
+}
+
+/* S1 = linear address: checks an access of n bytes, and makes it the host address. */
+static void put_check(struct translation *t, const struct bt_insn *i, const u8 *start, unsigned n,
+                      bool write)
+{
+    u8 **p = &t->p;
+    enum tlb_kind kind = t->v->bt_mode & BT_MODE_USER ? TLB_USER
+                         : t->v->bt_mode & BT_MODE_AC ? TLB_KERNEL_AC
+                                                      : TLB_KERNEL;
+    u32 entries = (u32)(offsetof(struct soft_vcpu, tlbs) + kind * sizeof(struct tlb) +
+                        offsetof(struct tlb, entries));
+    u32 tag = entries + (u32)(write ? offsetof(struct tlb_entry, write_tag)
+                                    : offsetof(struct tlb_entry, read_tag));
+    struct stub *s;
+    u32 site;
+
+    _Static_assert(sizeof(struct tlb_entry) == 32, "the index is the page number times 32");
+    put_rorx(p, S2, S1, GUEST_PAGE_SHIFT - 5);
+    put_op_ri(p, false, EXT_AND, S2, (TLB_SIZE - 1) << 5);
+    put_op_gs_base(p, OP_XOR, S1, S2, tag);
+    put_op_ri(p, true, EXT_CMP, S1, (s32)(GUEST_PAGE_SIZE - n));
+    site = add_site(t, i);
+    t->bt->sites[site].resume = code_offset(t, start);
+    t->bt->sites[site].size = (u16)n;
+    t->bt->sites[site].write = write;
+    s = add_stub(t, STUB_SLOW, put_jcc(p, CC_A));
+    s->number = site;
+    s->target = (s32)tag;
+    put_op_gs_base(p, OP_ADD, S1, S2, entries + (u32)offsetof(struct tlb_entry, host));
+}
+
+/*
+ * Emits what an access of `size` bytes at base + disp (and i's index, segment) needs. Returns n: the
+ * operand is [S1 + n]. S2 is free afterwards.
+ */
+static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp, unsigned size,
+                  bool write)
+{
+    struct access_group *g = &t->group, wide;
+    struct access a;
+    const u8 *start;
+
+    if (g->valid && simple_access(i, &a) && a.base == g->base && a.index == g->index &&
+        (a.index == NO_REG || a.scale == g->scale) && (!write || g->write) &&
+        disp + g->shift >= g->lo && disp + g->shift + (s32)size <= g->hi)
+        return disp + g->shift - g->lo;
+
+    flags_clobber(t);
+    start = t->p;
+    wide = (struct access_group){
+        .base = base, .index = NO_REG, .lo = disp, .hi = disp + (s32)size, .write = write};
+    if (simple_access(i, &a)) {
+        wide.index = a.index;
+        wide.scale = a.scale;
+        wide.valid = true;
+        widen_group(t, &wide);
+    }
+    if (i->op != BT_PLAIN) {
+        put_lea(&t->p, S1, base, wide.lo); /* the stack */
+    } else {
+        put_address(t, i, S1, base, wide.lo);
+        if (i->seg != NO_REG)
+            put_op_gs(&t->p, true, OP_ADD, S1,
+                      GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+    }
+    put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
+    *g = wide;
+    return disp - wide.lo;
+}
+
+/* The access of i's explicit memory operand. */
+static s32 access_operand(struct translation *t, const struct bt_insn *i)
+{
+    return access(t, i, i->base, i->disp, i->mem_size, i->mem_write);
+}
+
+bool insn_clobbers_flags(const struct bt_insn *i)
+{
+    switch (i->op) {
+    case BT_PLAIN:
+        return i->mem || i->faults;
+    case BT_NOP:
+    case BT_LEA:
+    case BT_JCC:
+        return false;
+    default:
+        return true;
+    }
+}
+
+/* --- Plain instructions --- */
+
+/* Writes i with its operands substituted: reg, rm and vvvv, or [S1 + disp] for a memory operand. */
+static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8 rm, u8 vvvv,
+                      s32 disp)
+{
+    u8 **p = &t->p;
+    u8 b = i->mem ? S1 : rm;
+
+    if (i->encoding == ENC_LEGACY) {
+        unsigned rex = i->rex & 8u;
+
+        if (i->has_modrm)
+            rex |= (reg >> 3) << 2;
+        if (i->has_modrm || i->opcode_reg)
+            rex |= b >> 3;
+
+        for (unsigned n = 0; n < i->nprefixes; n++)
+            put8(p, i->prefixes[n]);
+        if (rex || i->rex)
+            put8(p, 0x40 | rex);
+        if (i->map)
+            put8(p, 0x0f);
+        if (i->map >= 2)
+            put8(p, i->map == 2 ? 0x38 : 0x3a);
+        put8(p, i->opcode_reg ? (i->opcode & ~7u) | (rm & 7u) : i->opcode);
+    } else {
+        put8(p, 0xc4);
+        put8(p, (reg < 8 ? 0x80u : 0) | 0x40u | (b < 8 ? 0x20u : 0) | i->map);
+        put8(p, i->vex_w_l_pp | (~(unsigned)vvvv & 15) << 3);
+        put8(p, i->opcode);
+    }
+    if (i->has_modrm) {
+        if (i->mem)
+            put_base_disp(p, reg, S1, disp);
+        else
+            put_modrm(p, 3, reg, rm);
+    }
+    for (unsigned n = 0; n < i->imm_len; n++)
+        put8(p, i->bytes[i->imm_at + n]);
+}
+
+/* Where the guest's R14 and R15 are for the length of one instruction. */
+struct stolen_map {
+    u8 host[2]; /* of R14 and R15 */
+    u8 action[2];
+};
+
+static void note_stolen(struct stolen_map *m, u8 reg, u8 action)
+{
+    m->action[reg - S1] |= action;
+}
+
+static u8 mapped(const struct stolen_map *m, bool gpr, u8 reg)
+{
+    return gpr && is_stolen(reg) ? m->host[reg - S1] : reg;
+}
+
+static void emit_plain(struct translation *t, const struct bt_insn *i)
+{
+    struct stolen_map m = {{S2, S2}, {0, 0}};
+    s32 disp = 0;
+
+    if (i->mem)
+        disp = access_operand(t, i);
+    if (i->flags_in || (i->faults && !t->flags.memory))
+        flags_need(t);
+    if (i->flags_in || !i->flags_out)
+        flags_before_write(t, i->written);
+    if (i->reg_gpr && is_stolen(i->reg))
+        note_stolen(&m, i->reg, i->reg_action);
+    if (i->rm_gpr && is_stolen(i->rm))
+        note_stolen(&m, i->rm, i->rm_action);
+    if (i->vvvv_gpr && is_stolen(i->vvvv))
+        note_stolen(&m, i->vvvv, i->vvvv_action);
+    /* Both: S1 serves too. With a memory operand there it is, until it is overwritten at the end, which
+     * is what BMI instructions do to their first operand. */
+    if (m.action[0] && m.action[1]) {
+        m.host[i->mem && i->vvvv_gpr && i->vvvv == S1 ? 1 : 0] = S1;
+        t->group.valid = false;
+    }
+    for (unsigned n = 0; n < 2; n++)
+        if (m.action[n] & (ACTION_READ | ACTION_PARTIAL))
+            put_load_gs(&t->p, m.host[n], GS_GPR(S1 + n));
+    if (i->faults)
+        add_point(t, i);
+    put_plain(t, i, mapped(&m, i->reg_gpr, i->reg), mapped(&m, i->rm_gpr, i->rm),
+              mapped(&m, i->vvvv_gpr, i->vvvv), disp);
+    for (unsigned n = 0; n < 2; n++)
+        if (m.action[n] & ACTION_WRITE)
+            put_store_gs(&t->p, GS_GPR(S1 + n), m.host[n]);
+    flags_made(t, i);
+}
+
+static void emit_lea(struct translation *t, const struct bt_insn *i)
+{
+    bool wide = i->rex & 8, narrow = i->nprefixes && i->prefixes[0] == 0x66 && !wide;
+    u8 base, index, to = is_stolen(i->reg) ? S2 : i->reg;
+
+    flags_before_write(t, i->written);
+    if (narrow) {
+        put_address(t, i, S1, i->base, i->disp);
+        to = S2;
+        if (is_stolen(i->reg))
+            put_load_gs(&t->p, S2, GS_GPR(i->reg));
+        else
+            put_mov_rr(&t->p, S2, i->reg);
+        put8(&t->p, 0x66); /* mov S2w, S1w */
+        put_op_rr(&t->p, false, OP_MOV, S2, S1);
+        t->group.valid = false;
+        if (is_stolen(i->reg))
+            put_store_gs(&t->p, GS_GPR(i->reg), S2);
+        else
+            put_mov_rr(&t->p, i->reg, S2);
+        return;
+    }
+    if (i->rip_relative) {
+        put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
+        put_lea(&t->p, to, S2, i->offset + i->len + i->disp);
+        if (!wide)
+            put_op_rr(&t->p, false, OP_MOV, to, to);
+    } else {
+        base = i->base == NO_REG ? NO_REG : read_reg(t, i->base, S1);
+        index = i->index == NO_REG ? NO_REG : read_reg(t, i->index, S2);
+        put_lea_full(&t->p, wide && !i->address32, to, base, index, i->scale, i->disp);
+    }
+    if (is_stolen(i->reg))
+        put_store_gs(&t->p, GS_GPR(i->reg), to);
+}
+
+/* --- The stack --- */
+
+static void emit_push(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    s32 disp;
+
+    flags_before_write(t, BIT32(RSP));
+    if (i->mem) {
+        struct bt_insn load = *i;
+
+        /* Two accesses: the value waits in memory for the second. */
+        load.op = BT_PLAIN;
+        load.mem_size = 8;
+        load.mem_read = true;
+        load.mem_write = false;
+        t->group.valid = false;
+        disp = access(t, &load, i->base, i->disp, 8, false);
+        put_load(p, S2, S1, disp);
+        put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
+        t->group.valid = false;
+        disp = access(t, i, RSP, -8, 8, true);
+        put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
+        put_store(p, S1, disp, S2);
+        t->group.valid = false;
+    } else {
+        disp = access(t, i, RSP, -8, 8, true);
+        if (i->rm == NO_REG) {
+            put_rex(p, true, 0, 0, S1);
+            put8(p, 0xc7);
+            put_base_disp(p, 0, S1, disp);
+            put32(p, (u32)i->imm);
+        } else {
+            put_store(p, S1, disp, read_reg(t, i->rm, S2));
+        }
+    }
+    put_lea(p, RSP, RSP, -8);
+}
+
+static void emit_pop(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    s32 disp = access(t, i, RSP, 0, 8, false);
+    u8 to = is_stolen(i->rm) ? S2 : i->rm;
+
+    flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
+    if (i->rm != RSP)
+        put_lea(p, RSP, RSP, 8);
+    put_load(p, to, S1, disp);
+    if (to != i->rm)
+        put_store_gs(p, GS_GPR(i->rm), to);
+}
+
+static void emit_leave(struct translation *t, const struct bt_insn *i)
+{
+    s32 disp = access(t, i, RBP, 0, 8, false);
+
+    flags_before_write(t, BIT32(RSP) | BIT32(RBP));
+    put_lea(&t->p, RSP, RBP, 8);
+    put_load(&t->p, RBP, S1, disp);
+}
+
+void emit_push_return(struct translation *t, const struct bt_insn *i)
+{
+    s32 disp = access(t, i, RSP, -8, 8, true);
+
+    flags_before_write(t, BIT32(RSP));
+    put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
+    put_lea(&t->p, S2, S2, i->offset + i->len);
+    put_store(&t->p, S1, disp, S2);
+    put_lea(&t->p, RSP, RSP, -8);
+    t->group.valid = false;
+}
+
+void emit_pop_return(struct translation *t, const struct bt_insn *i)
+{
+    s32 disp = access(t, i, RSP, 0, 8, false);
+
+    flags_before_write(t, BIT32(RSP));
+    flags_to_memory(t);
+    put_load(&t->p, S1, S1, disp);
+    put_lea(&t->p, RSP, RSP, 8 + (s32)i->imm);
+    t->group.valid = false;
+}
+
+void emit_branch_target(struct translation *t, const struct bt_insn *i)
+{
+    if (i->mem) {
+        struct bt_insn load = *i;
+        s32 disp;
+
+        load.op = BT_PLAIN;
+        load.mem_size = 8;
+        load.mem_read = true;
+        load.mem_write = false;
+        disp = access(t, &load, i->base, i->disp, 8, false);
+        flags_to_memory(t);
+        put_load(&t->p, S1, S1, disp);
+    } else {
+        flags_to_memory(t);
+        if (is_stolen(i->rm))
+            put_load_gs(&t->p, S1, GS_GPR(i->rm));
+        else
+            put_mov_rr(&t->p, S1, i->rm);
+    }
+    t->group.valid = false;
+}
+
+/* PUSHFQ: the parts of RFLAGS come from v->cpu.rflags and v->aflags (flags.h). */
+static void emit_pushf(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    s32 disp;
+
+    flags_to_memory(t);
+    disp = access(t, i, RSP, -8, 8, true);
+    put8(p, 0x65); /* movzx S2d, byte gs:[aflags + 1] */
+    put_rex(p, false, S2, 0, 0);
+    put8(p, 0x0f);
+    put8(p, 0xb6);
+    put_modrm(p, 0, S2, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(aflags) + 1);
+    put_op_ri(p, false, EXT_AND, S2, 0xd5);
+    put_op_gs(p, true, 0x0b, S2, GS_OFFSET(cpu.rflags));
+    put_op_ri(p, true, EXT_OR, S2, EFLAGS_FIXED);
+    put_store(p, S1, disp, S2);
+    put_op_gs(p, false, OP_MOV, S2, GS_OFFSET(aflags));
+    put_op_ri(p, false, EXT_AND, S2, 1);
+    put_rex(p, false, 0, 0, S2); /* shl S2d, 11 */
+    put8(p, 0xc1);
+    put_modrm(p, 3, 4, S2);
+    put8(p, 11);
+    put_rex(p, true, S2, 0, S1); /* or [S1 + disp], S2 */
+    put8(p, 0x09);
+    put_base_disp(p, S2, S1, disp);
+    put_lea(p, RSP, RSP, -8);
+    t->flags.host = false;
+    t->group.valid = false;
+}
+
+/* --- Flags that aren't arithmetic --- */
+
+/* and/or dword gs:[rflags], imm */
+static void put_rflags_op(struct translation *t, unsigned ext, u32 imm)
+{
+    flags_clobber(t);
+    put8(&t->p, 0x65);
+    put8(&t->p, 0x81);
+    put_modrm(&t->p, 0, ext, 4);
+    put8(&t->p, 0x25);
+    put32(&t->p, GS_OFFSET(cpu.rflags));
+    put32(&t->p, imm);
+}
+
+/*
+ * STI at CPL 0. When IF was clear and an interrupt waits for it, the interpreter executes it and takes
+ * the interrupt behind the next instruction. Else the shadow makes no difference: an interrupt that
+ * comes now may as well have come an instruction later.
+ */
+static void emit_sti(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p, *set;
+    struct stub *s;
+
+    flags_to_memory(t);
+    t->flags.host = false;
+    put8(p, 0x65); /* test byte gs:[rflags + 1], 2 */
+    put8(p, 0xf6);
+    put_modrm(p, 0, 0, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(cpu.rflags) + 1);
+    put8(p, 2);
+    put8(p, 0x75); /* jne: it is set */
+    put8(p, 0);
+    set = *p;
+    put8(p, 0x65); /* cmp byte gs:[irq_waiting], 0 */
+    put8(p, 0x80);
+    put_modrm(p, 0, EXT_CMP, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(irq_waiting));
+    put8(p, 0);
+    s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+    s->reason = BT_STOP;
+    s->number = add_site(t, i);
+    put_rflags_op(t, EXT_OR, EFLAGS_IF);
+    set[-1] = (u8)(*p - set);
+}
+
+/* --- Bit strings --- */
+
+/* BT, BTS, BTR, BTC of memory by a register: the offset's upper part moves the address. */
+static void emit_bit_string(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    bool wide = i->rex & 8;
+    const u8 *start;
+
+    flags_clobber(t);
+    t->group.valid = false;
+    start = *p;
+    put_address(t, i, S1, i->base, i->disp);
+    if (i->seg != NO_REG)
+        put_op_gs(p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+    if (is_stolen(i->reg))
+        put_load_gs(p, S2, GS_GPR(i->reg));
+    else
+        put_mov_rr(p, S2, i->reg);
+    if (!wide) { /* movsxd S2, S2d */
+        put_rex(p, true, S2, 0, S2);
+        put8(p, 0x63);
+        put_modrm(p, 3, S2, S2);
+    }
+    put_rex(p, true, 0, 0, S2); /* sar S2, 3 */
+    put8(p, 0xc1);
+    put_modrm(p, 3, 7, S2);
+    put8(p, 3);
+    put_op_ri(p, true, EXT_AND, S2, wide ? -8 : -4);
+    put_op_rr(p, true, OP_ADD, S1, S2);
+    put_check(t, i, start, i->mem_size, i->mem_write);
+    /* Within the operand now. S2 is needed for the flags, so the offset waits in memory. */
+    if (is_stolen(i->reg))
+        put_load_gs(p, S2, GS_GPR(i->reg));
+    else
+        put_mov_rr(p, S2, i->reg);
+    put_op_ri(p, false, EXT_AND, S2, wide ? 63 : 31);
+    put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
+    flags_need(t);
+    put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
+    put_plain(t, i, S2, 0, 0, 0);
+    flags_made(t, i);
+}
+
+/* --- All of them --- */
+
+void emit_insn(struct translation *t, const struct bt_insn *i)
+{
+    switch (i->op) {
+    case BT_PLAIN:
+        emit_plain(t, i);
+        break;
+    case BT_LEA:
+        emit_lea(t, i);
+        break;
+    case BT_PUSH:
+        emit_push(t, i);
+        break;
+    case BT_POP:
+        emit_pop(t, i);
+        break;
+    case BT_LEAVE:
+        emit_leave(t, i);
+        break;
+    case BT_BIT_STRING:
+        emit_bit_string(t, i);
+        break;
+    case BT_PUSHF:
+        emit_pushf(t, i);
+        break;
+    case BT_CLI:
+        put_rflags_op(t, EXT_AND, ~(u32)EFLAGS_IF);
+        break;
+    case BT_STI:
+        emit_sti(t, i);
+        break;
+    case BT_CLD:
+        put_rflags_op(t, EXT_AND, ~(u32)EFLAGS_DF);
+        break;
+    case BT_STD:
+        put_rflags_op(t, EXT_OR, EFLAGS_DF);
+        break;
+    default: /* BT_NOP */
+        break;
+    }
+    group_after(t, i);
+}

@@ -1,0 +1,264 @@
+/*
+ * Running translated code: find or make the block, enter it, and see why it was left.
+ *
+ * The guest's vector registers stay in the host's across the ways out that this file and fill.c deal
+ * with; both are compiled without vector instructions. Whatever else is called brings them home first
+ * (soft_vectors_sync).
+ */
+#include "engine/soft/bt/bt.h"
+
+#include "engine/soft/block.h"
+#include "engine/soft/flags.h"
+#include "engine/soft/interp.h"
+#include "engine/soft/mmu.h"
+#include "engine/soft/run.h"
+
+#include <errno.h>
+
+/* Runs of an interpreted block before it is translated. */
+#define HOT_RUNS 12
+#define NEVER_HOT UINT16_MAX
+
+/* --- Finding --- */
+
+/* The code for the exact RIP, if there is any. Raises what the fetch raises. */
+static const u8 *find_code(struct soft_vcpu *v)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP];
+    const struct bt_block *b;
+    gpa_t gpa;
+
+    if (!soft_fetch(v, lin, &gpa))
+        return NULL;
+    b = bt_block_find(v, gpa);
+    if (!b)
+        return NULL;
+    bt_jump_insert(v, lin, b);
+    return bt_run_at(v->bt, b->memory_entry);
+}
+
+/* Looks in the jump cache first. */
+static const u8 *look_up(struct soft_vcpu *v)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP];
+    unsigned slot = lin & (JUMP_SIZE - 1);
+    const u8 *code;
+
+    v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
+    if (v->bt_shared.jump_tag[slot] == (lin ^ v->bt_shared.jump_key))
+        return v->bt_shared.jump_code[slot];
+    code = find_code(v);
+    return code;
+}
+
+/* --- Cold code --- */
+
+/* Whether this run of a block is one too many to be interpreted. */
+static bool grows_hot(struct block *b)
+{
+    return b->heat < NEVER_HOT && ++b->heat > HOT_RUNS;
+}
+
+static bool translate(struct soft_vcpu *v, struct block *b)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP];
+    gpa_t gpa;
+    const u8 *host = soft_fetch(v, lin, &gpa);
+
+    if (host && bt_translate(v, gpa, host))
+        return true;
+    b->heat = NEVER_HOT;
+    return false;
+}
+
+/* Runs one block by the interpreter, or translates it. */
+static void interpret(struct soft_vcpu *v)
+{
+    struct block *b;
+
+    soft_vectors_sync(v);
+    if (unlikely(bt_is_full(v->bt)))
+        block_cache_flush(v);
+    b = block_cache_find(v);
+    if (v->bt_possible && !v->bt->interp_next && grows_hot(b) && translate(v, b))
+        return;
+    v->bt->interp_next = false;
+    v->poll--;
+    soft_run_block(v, b);
+}
+
+/* --- Coming back --- */
+
+static void stop_at(struct soft_vcpu *v, u16 offset)
+{
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + offset;
+    v->bt->interp_next = true;
+}
+
+static void stop_at_site(struct soft_vcpu *v, const struct bt_site *site)
+{
+    if (site->flags == SITE_FLAGS_RECIPE)
+        v->aflags = bt_recipe_flags(v, &site->recipe);
+    stop_at(v, site->offset);
+}
+
+/* An access missed. Returns where to go on, or NULL: by the interpreter. */
+static const u8 *on_slow(struct soft_vcpu *v)
+{
+    const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+    gva_t lin = v->bt_shared.linear;
+
+    if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE &&
+        bt_tlb_fill(v, lin, site->write))
+        return bt_run_at(v->bt, site->resume);
+    stop_at_site(v, site);
+    return NULL;
+}
+
+/* A direct exit that isn't linked, or was undone by a kick. */
+static const u8 *on_link(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+    struct bt_exit *e = &bt->exits[v->bt_shared.site];
+    gpa_t gpa;
+
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
+    if (!e->to) {
+        struct bt_block *b;
+
+        if (!soft_fetch(v, v->cpu.gpr[GPR_RIP], &gpa))
+            return NULL;
+        b = bt_block_find(v, gpa);
+        if (!b)
+            return NULL;
+        bt_exit_link(bt, e, b);
+    }
+    return bt_run_at(bt, e->to->memory_entry);
+}
+
+/* An indirect branch to an address that may not be canonical, which is the branch's fault. */
+static void on_branch(struct soft_vcpu *v)
+{
+    const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+
+    if (soft_canonical(v, v->cpu.gpr[GPR_RIP]))
+        return;
+    v->cpu.gpr[RSP] -= site->size;
+    stop_at(v, site->offset);
+}
+
+/* One that the interpreter executes at once. */
+static void on_quick(struct soft_vcpu *v)
+{
+    const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+    const struct insn *i = v->bt->kept[site->resume];
+
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
+    v->block = NULL;
+    i->fn(v, i);
+}
+
+static const u8 *came_back(struct soft_vcpu *v, u32 reason)
+{
+    switch (reason) {
+    case BT_SLOW:
+        return on_slow(v);
+    case BT_LINK:
+        return on_link(v);
+    case BT_BRANCH:
+        on_branch(v);
+        return NULL;
+    case BT_STOP:
+        stop_at_site(v, &v->bt->sites[v->bt_shared.site]);
+        return NULL;
+    case BT_QUICK:
+        on_quick(v);
+        return NULL;
+    case BT_FAULT:
+        stop_at(v, v->bt->points[v->bt_shared.site].offset);
+        return NULL;
+    default: /* BT_JUMP */
+        return NULL;
+    }
+}
+
+/* Enters code and goes on for as long as what comes back is seen to here. */
+static void run_code(struct soft_vcpu *v, const u8 *code)
+{
+    struct bt *bt = v->bt;
+    const struct bt_site *site = NULL;
+    u32 reason;
+
+    if (!v->vectors_live)
+        bt_vectors_load(v);
+    do {
+        v->bt_shared.entry = code;
+        bt->armed = true;
+        atomic_signal_fence(memory_order_seq_cst);
+        if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed))) {
+            bt->armed = false;
+            if (site) { /* not between two instructions as the registers say */
+                stop_at_site(v, site);
+                bt->interp_next = false;
+            }
+            return;
+        }
+        reason = bt->enter();
+        bt->armed = false;
+        atomic_signal_fence(memory_order_seq_cst);
+        if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
+            bt_relink(v);
+        site = reason == BT_SLOW ? &bt->sites[v->bt_shared.site] : NULL;
+        code = came_back(v, reason);
+    } while (code);
+}
+
+void bt_run(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+
+    atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
+    atomic_store(&bt->running, true);
+    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
+        const u8 *code = v->bt_possible && !bt->interp_next ? look_up(v) : NULL;
+
+        if (code)
+            run_code(v, code);
+        else
+            interpret(v);
+    }
+}
+
+/* --- Life --- */
+
+int bt_probe(struct error *err)
+{
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("bmi2"))
+        return error_host(err, ENOTSUP, "engine bt: this processor lacks BMI2; use --engine interp");
+    if (!__builtin_cpu_supports("avx"))
+        return error_host(err, ENOTSUP, "engine bt: this processor lacks AVX; use --engine interp");
+    return 0;
+}
+
+int bt_create(struct soft_vcpu *v, struct error *err)
+{
+    int ret = bt_cache_create(v, err);
+
+    if (ret < 0)
+        return ret;
+    bt_glue_emit(v->bt);
+    bt_jump_clear(v);
+    ret = bt_kick_create(v, err);
+    if (ret < 0)
+        bt_cache_destroy(v);
+    return ret;
+}
+
+void bt_destroy(struct soft_vcpu *v)
+{
+    if (!v->bt)
+        return;
+    bt_kick_destroy(v);
+    bt_cache_destroy(v);
+}

@@ -1,0 +1,372 @@
+/*
+ * Translation of a block, from x86-64 to x86-64.
+ *
+ * Registers. Each guest register but two lives in the host register of the same number, RSP included;
+ * so do all vector registers and MXCSR. R14 and R15, which compilers take last, live in memory
+ * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. GS holds the vCPU. No C
+ * code and no signal handler runs on the guest's RSP: C is entered through glue.c, which goes back to
+ * the stack that bt_enter left, and signals have a stack of their own.
+ *
+ * Memory. See emit.c: a TLB lookup in front of each access, or of a group of accesses off one base.
+ *
+ * Flags. The guest's arithmetic flags are the host's. A TLB lookup destroys them, so the translator
+ * knows at each point where they are (struct flag_state): in the host's register, in v->aflags, or
+ * nowhere but in a recipe that makes them again from registers. Liveness is not asked: the flags that a
+ * fault shows must be right even where no instruction reads them. So a block has two entries: for
+ * flags in the host's register, and in memory.
+ *
+ * RIP. Code is shared by all mappings of its page, so it knows its offset in the page and
+ * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left.
+ *
+ * Ways out of a block
+ *  - a direct branch within the page: a jump that is patched to the target's code, once there is any. No
+ *    check is needed: who runs in a page has its translation.
+ *  - any other branch: the jump cache is asked for the linear address (put_jump).
+ *  - the slow path of an access, and instructions that are not translated: back to C, which goes on
+ *    by the interpreter at exactly that instruction.
+ *
+ * Interrupts. No code looks for them. Whoever wants the vCPU's attention sends its thread a signal, and
+ * the handler undoes the links out of the block that runs (kick.c).
+ */
+#include "engine/soft/bt/translate.h"
+
+#include "engine/soft/block.h"
+#include "engine/soft/mmu.h"
+
+/* --- The ways out --- */
+
+/*
+ * Goes to the linear address in S1 by the jump cache. Flags are in memory. kick.c knows the last
+ * two instructions. `site` counts when reason is BT_BRANCH.
+ */
+static void put_jump(struct translation *t, enum bt_reason reason, u32 site)
+{
+    u8 **p = &t->p;
+    struct stub *s;
+
+    put_store_gs(p, GS_GPR(GPR_RIP), S1);
+    put_movzx16(p, S2, S1);
+    put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
+    put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
+    s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+    s->reason = (u8)reason;
+    s->number = site;
+    put_op_gs_index8(p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump_code));
+}
+
+static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
+{
+    put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.site), number);
+    patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
+}
+
+/* A branch to an offset from the page's start that may lie outside of it. */
+static void put_far_jump(struct translation *t, s32 target)
+{
+    put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
+    put_lea(&t->p, S1, S1, target);
+    put_jump(t, BT_JUMP, 0);
+}
+
+static bool in_page(s64 target)
+{
+    return target >= 0 && target < (s64)GUEST_PAGE_SIZE;
+}
+
+/* The displacement at `from` leads to `target` in the page; the flags are as they are now. */
+static void add_exit(struct translation *t, u8 *from, s64 target)
+{
+    struct bt *bt = t->bt;
+    u32 number = bt->nexits++;
+
+    bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
+                                         .target = (u16)target,
+                                         .host_flags = !t->flags.memory};
+    add_stub(t, STUB_EXIT, from)->number = number;
+}
+
+static void put_direct(struct translation *t, s64 target)
+{
+    if (in_page(target)) {
+        if (!t->flags.memory)
+            flags_need(t);
+        add_exit(t, put_jmp(&t->p), target);
+    } else {
+        flags_to_memory(t);
+        put_far_jump(t, (s32)target);
+    }
+}
+
+static void put_conditional(struct translation *t, const struct bt_insn *i)
+{
+    s64 target = i->offset + i->len + i->imm;
+    struct stub *s;
+
+    flags_need(t);
+    if (in_page(target)) {
+        add_exit(t, put_jcc(&t->p, i->cc), target);
+    } else {
+        s = add_stub(t, STUB_FAR, put_jcc(&t->p, i->cc));
+        s->target = (s32)target;
+    }
+}
+
+/* An indirect call looks its target up before it pushes: what has no code yet is the interpreter's,
+ * which finds out if the target is canonical. */
+static void put_indirect_call(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    struct stub *s;
+
+    emit_branch_target(t, i);
+    t->flags.host = false;
+    put_store_gs(p, GS_GPR(GPR_RIP), S1);
+    put_movzx16(p, S2, S1);
+    put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
+    put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
+    s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+    s->reason = BT_STOP;
+    s->number = add_site(t, i);
+    emit_push_return(t, i);
+    put_load_gs(p, S1, GS_GPR(GPR_RIP));
+    put_jump(t, BT_JUMP, 0);
+}
+
+/* The instruction that ends the block. */
+static void put_end(struct translation *t, const struct bt_insn *i)
+{
+    s64 target = i->offset + i->len + i->imm;
+    u32 site;
+
+    switch (i->op) {
+    case BT_JMP:
+        put_direct(t, target);
+        break;
+    case BT_CALL:
+        emit_push_return(t, i);
+        put_direct(t, target);
+        break;
+    case BT_JMP_INDIRECT:
+        emit_branch_target(t, i);
+        site = add_site(t, i);
+        put_jump(t, BT_BRANCH, site);
+        break;
+    case BT_CALL_INDIRECT:
+        put_indirect_call(t, i);
+        break;
+    case BT_RET:
+        emit_pop_return(t, i);
+        site = add_site(t, i);
+        t->bt->sites[site].size = (u16)(8 + i->imm);
+        put_jump(t, BT_BRANCH, site);
+        break;
+    case BT_FAST:
+        flags_to_memory(t);
+        site = add_site(t, i);
+        t->bt->sites[site].resume = bt_keep_insn(t->bt, &i->insn);
+        put_leave(t, BT_QUICK, site);
+        break;
+    default: /* BT_INTERP */
+        if (!t->flags.memory && !t->flags.recipe.kind)
+            flags_to_memory(t);
+        put_leave(t, BT_STOP, add_site(t, i));
+        break;
+    }
+}
+
+/* --- Cold code --- */
+
+static void put_stub(struct translation *t, const struct stub *stub)
+{
+    u8 **p = &t->p;
+
+    patch_rel32(stub->from, *p);
+    t->flags = stub->flags;
+    switch (stub->kind) {
+    case STUB_SLOW:
+        put_op_gs_base(p, OP_XOR, S1, S2, (u32)stub->target); /* the linear address again */
+        put_store_gs(p, GS_OFFSET(bt_shared.linear), S1);
+        put_leave(t, BT_SLOW, stub->number);
+        break;
+    case STUB_EXIT:
+        t->bt->exits[stub->number].stub = code_offset(t, *p);
+        if (!t->flags.memory)
+            emit_flags_save(p);
+        put_leave(t, BT_LINK, stub->number);
+        break;
+    case STUB_FAR:
+        flags_to_memory(t);
+        put_far_jump(t, stub->target);
+        break;
+    default: /* STUB_SITE */
+        put_leave(t, (enum bt_reason)stub->reason, stub->number);
+        break;
+    }
+}
+
+/* --- Entries --- */
+
+enum first_use { FLAGS_CLOBBERED, FLAGS_NEEDED, FLAGS_OVERWRITTEN };
+
+/* What happens first to the flags that a block is entered with. */
+static enum first_use first_use(const struct translation *t)
+{
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (insn_clobbers_flags(i))
+            return FLAGS_CLOBBERED;
+        if (i->flags_in)
+            return FLAGS_NEEDED;
+        if (i->flags_out)
+            return FLAGS_OVERWRITTEN;
+    }
+    return FLAGS_CLOBBERED;
+}
+
+/* From the jump cache: RIP is the block's own address. */
+static void put_jump_prefix(struct translation *t, gpa_t gpa)
+{
+    put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
+    put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
+    put_store_gs(&t->p, GS_OFFSET(bt_shared.ip_page), S1);
+}
+
+static void put_entries(struct translation *t, struct bt_block *b)
+{
+    enum first_use use = first_use(t);
+
+    if (use == FLAGS_CLOBBERED) {
+        u8 *jump;
+
+        b->host_entry = code_offset(t, t->p);
+        emit_flags_save(&t->p);
+        jump = t->p;
+        put8(&t->p, 0xeb);
+        put8(&t->p, 0);
+        b->jump_entry = code_offset(t, t->p);
+        put_jump_prefix(t, b->gpa);
+        b->memory_entry = code_offset(t, t->p);
+        jump[1] = (u8)(t->p - (jump + 2));
+        t->flags = (struct flag_state){.memory = true};
+        return;
+    }
+    b->jump_entry = code_offset(t, t->p);
+    put_jump_prefix(t, b->gpa);
+    b->memory_entry = code_offset(t, t->p);
+    if (use == FLAGS_NEEDED)
+        emit_flags_load(&t->p);
+    b->host_entry = code_offset(t, t->p);
+    /* If they are overwritten first, nobody asks where they were. */
+    t->flags = (struct flag_state){.host = true};
+}
+
+/* --- Blocks --- */
+
+static bool ends_block(const struct bt_insn *i)
+{
+    return i->op == BT_INTERP || i->op == BT_FAST || i->op > BT_JCC;
+}
+
+static bool class_faults(const struct soft_vcpu *v, const struct bt_insn *i)
+{
+    return i->fpu_class != FPU_CLASSES && v->class_fault[i->fpu_class];
+}
+
+/* Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. */
+static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
+{
+    unsigned first = (unsigned)(gpa & (GUEST_PAGE_SIZE - 1)), offset = first;
+
+    while (t->count < BT_MAX_INSNS && offset < GUEST_PAGE_SIZE) {
+        struct bt_insn *i = &t->insns[t->count];
+
+        if (!bt_insn_decode(t->v, host + (offset - first), (unsigned)GUEST_PAGE_SIZE - offset,
+                            (u16)offset, i)) {
+            i->op = BT_INTERP; /* it goes on in the next page */
+            i->len = 0;
+        }
+        if (class_faults(t->v, i))
+            i->op = BT_INTERP;
+        t->count++;
+        if (i->op != BT_INTERP)
+            offset += i->len;
+        if (ends_block(i))
+            break;
+    }
+    return offset - first;
+}
+
+/* From now on a store to the block's bytes is noticed. False: one came before that. */
+static bool protect_block(const struct translation *t, const struct bt_block *b, const u8 *host)
+{
+    block_cache_protect(t->v, b->gpa, b->bytes);
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (i->op != BT_INTERP &&
+            memcmp(i->bytes, host + (i->offset - (b->gpa & (GUEST_PAGE_SIZE - 1))), i->len) != 0)
+            return false;
+    }
+    return true;
+}
+
+struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+{
+    static _Thread_local struct translation translation;
+    struct translation *t = &translation;
+    struct bt *bt = v->bt;
+    const struct bt_insn *last;
+    struct bt_block *b;
+
+    if (bt_is_full(bt))
+        return NULL;
+    t->v = v;
+    t->bt = bt;
+    t->count = t->nstubs = 0;
+    t->group = (struct access_group){0};
+    b = &bt->blocks[bt->nblocks];
+    *b = (struct bt_block){.gpa = gpa,
+                           .mode = v->bt_mode,
+                           .hot = bt->hot,
+                           .cold = bt->cold,
+                           .exits = bt->nexits,
+                           .points = bt->npoints};
+    b->bytes = (u16)decode_block(t, gpa, host);
+    if (!b->bytes || !protect_block(t, b, host))
+        return NULL;
+    t->block = b;
+    t->p = bt_write_at(bt, bt->hot);
+    put_entries(t, b);
+    last = &t->insns[t->count - 1];
+    for (t->at = 0; t->at < t->count; t->at++) {
+        const struct bt_insn *i = &t->insns[t->at];
+
+        if (ends_block(i))
+            put_end(t, i);
+        else if (i->op == BT_JCC)
+            put_conditional(t, i);
+        else
+            emit_insn(t, i);
+    }
+    if (!ends_block(last))
+        put_direct(t, last->offset + last->len);
+    b->hot_end = code_offset(t, t->p);
+
+    t->p = bt_write_at(bt, bt->cold);
+    for (unsigned n = 0; n < t->nstubs; n++)
+        put_stub(t, &t->stubs[n]);
+    b->cold_end = code_offset(t, t->p);
+
+    bt->hot = (b->hot_end + 15) & ~15u;
+    bt->cold = b->cold_end;
+    b->count = (u16)(t->count - (last->op == BT_INTERP));
+    b->nexits = bt->nexits - b->exits;
+    b->npoints = bt->npoints - b->points;
+    bt->nblocks++;
+    bt->translated++;
+    bt->translated_insns += b->count;
+    bt_block_insert(v, b);
+    v->stats.blocks_translated++;
+    return b;
+}

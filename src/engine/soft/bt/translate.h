@@ -1,0 +1,92 @@
+/*
+ * A translation under way: what the emitter of single instructions (emit.c) and the maker of blocks
+ * (translate.c) share.
+ */
+#ifndef DOPPEL_ENGINE_SOFT_BT_TRANSLATE_H
+#define DOPPEL_ENGINE_SOFT_BT_TRANSLATE_H
+
+#include "engine/soft/bt/asm.h"
+#include "engine/soft/bt/bt.h"
+
+#define BT_MAX_INSNS 64
+#define BT_MAX_STUBS 256
+#define BT_GROUP_SPAN 512
+
+/*
+ * Where the guest's arithmetic flags are at a point of the code. At least one holds:
+ *   host    in the host's flags register;
+ *   memory  in v->aflags;
+ *   recipe  not kept, but to be had again from registers that haven't changed.
+ */
+struct flag_state {
+    bool host, memory;
+    struct bt_recipe recipe; /* kind RECIPE_NONE: no recipe */
+};
+
+/*
+ * One check serves accesses at [lo, hi) off one base: S1 holds the host address of base + index + lo.
+ * `shift` is what was added to the base since.
+ */
+struct access_group {
+    bool valid, write;
+    u8 base, index, scale;
+    s32 lo, hi, shift;
+};
+
+enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE };
+
+/* Code that is emitted behind the block, in the cold half. */
+struct stub {
+    u8 kind;   /* enum stub_kind */
+    u8 reason; /* STUB_SITE: enum bt_reason */
+    u8 *from;  /* the displacement that leads to it */
+    u32 number; /* of its site or exit */
+    bool write;
+    s32 target;  /* STUB_FAR: offset from the page's start, outside it */
+    struct flag_state flags;
+};
+
+struct translation {
+    struct soft_vcpu *v;
+    struct bt *bt;
+    struct bt_block *block;
+    u8 *p; /* the cursor, in the writable mapping */
+    struct flag_state flags;
+    struct access_group group;
+    struct bt_insn insns[BT_MAX_INSNS + 1];
+    unsigned count, at; /* instructions, and the one under way */
+    struct stub stubs[BT_MAX_STUBS];
+    unsigned nstubs;
+};
+
+static inline u32 code_offset(const struct translation *t, const u8 *p)
+{
+    return (u32)(p - t->bt->writable);
+}
+
+/* --- emit.c --- */
+
+/* One instruction that isn't an end of its block. */
+void emit_insn(struct translation *t, const struct bt_insn *i);
+/* The operand of an indirect branch, into S1; flags are in memory afterwards. */
+void emit_branch_target(struct translation *t, const struct bt_insn *i);
+/* Pushes the address of the instruction behind i. */
+void emit_push_return(struct translation *t, const struct bt_insn *i);
+/* RET's load of its target into S1, with RSP moved. */
+void emit_pop_return(struct translation *t, const struct bt_insn *i);
+
+void flags_need(struct translation *t);
+void flags_to_memory(struct translation *t);
+/* Before something that changes the host's flags. */
+void flags_clobber(struct translation *t);
+void emit_flags_save(u8 **p);
+void emit_flags_load(u8 **p);
+
+struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from);
+/* A site for instruction i, with the flags as they are now. */
+u32 add_site(struct translation *t, const struct bt_insn *i);
+
+/* Whether a memory access or another clobber of the host's flags comes with the instruction. */
+bool insn_clobbers_flags(const struct bt_insn *i);
+
+#endif
