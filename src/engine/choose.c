@@ -56,14 +56,15 @@ const struct engine_ops *engine_choose(const char *name, bool *verify, struct er
         error_input(err, "no engine '%s': give auto, kvm, bt or interp", name);
         return NULL;
     }
-    if (name[len]) {
-        error_input(err, "%s: only the engine bt can verify itself, and this build has none", name);
+    if (name[len] && (len != 2 || memcmp(name, "bt", 2))) {
+        error_input(err, "%s: only the engine bt can verify itself: give bt,verify", name);
         return NULL;
     }
+    *verify = name[len];
     if (!strcmp(name, "auto"))
         return choose_auto(err);
     for (size_t i = 0; engines[i]; i++) {
-        if (!strcmp(engines[i]->name, name))
+        if (strlen(engines[i]->name) == len && !memcmp(engines[i]->name, name, len))
             return engines[i]->probe(err) ? NULL : engines[i];
     }
     error_input(err, "this build has no engine %s: give auto, kvm or interp", name);

@@ -73,6 +73,8 @@ static void mark_dirty(struct soft_vcpu *v, gpa_t gpa)
 
 static u64 mmio_read(struct soft_vcpu *v, gpa_t gpa, unsigned size)
 {
+    if (v->journaling)
+        bt_journal_stop(v);
     v->stats.exits_mmio++;
     soft_vectors_sync(v);
     if (lapic_claims(v->lapic, gpa))
@@ -82,6 +84,8 @@ static u64 mmio_read(struct soft_vcpu *v, gpa_t gpa, unsigned size)
 
 static void mmio_write(struct soft_vcpu *v, gpa_t gpa, u64 value, unsigned size)
 {
+    if (v->journaling)
+        bt_journal_stop(v);
     v->stats.exits_mmio++;
     soft_vectors_sync(v);
     if (lapic_claims(v->lapic, gpa)) {
@@ -515,7 +519,9 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
     if (p->host) {
         if (p->rom)
             return;
-        if (holds_code(p))
+        if (v->journaling)
+            bt_journal_write(v, p->host, n);
+        else if (holds_code(p))
             block_cache_written(v, p->gpa, n);
         copy(p->host, buf, n);
         return;
@@ -624,7 +630,9 @@ void *soft_pointer(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
     p = translate(v, lin, access);
     if (!p.host || (p.rom && (access & ACCESS_WRITE)))
         return NULL;
-    if ((access & ACCESS_WRITE) && holds_code(&p))
+    if ((access & ACCESS_WRITE) && v->journaling)
+        bt_journal_write(v, p.host, n);
+    else if ((access & ACCESS_WRITE) && holds_code(&p))
         block_cache_written(v, p.gpa, n);
     return p.host;
 }

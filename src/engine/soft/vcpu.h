@@ -31,6 +31,7 @@ struct lapic;
 struct soft_engine;
 struct block_cache;
 struct bt;
+struct bt_journal;
 
 /* Mode bits: they key decoded blocks, so code decoded in one mode never runs in another. */
 #define MODE_CODE16 0x00u
@@ -172,6 +173,8 @@ struct soft_vcpu {
     struct bt *bt;
     u32 bt_mode;       /* keys translated blocks */
     bool bt_possible;  /* the current mode is one that is translated */
+    struct bt_journal *journal; /* bt,verify; else NULL */
+    bool journaling;            /* stores are noted, and to be undone */
     bool vectors_live; /* the guest's vector registers and MXCSR are in the host's */
 
     struct vcpu_exit *exit; /* where the run loop's exit goes */

@@ -46,10 +46,21 @@ static inline void soft_vectors_sync(struct soft_vcpu *v)
         bt_vectors_save(v);
 }
 
+/*
+ * bt,verify, while v->journaling: n bytes at host are about to be written; something can't be undone, and
+ * must not be done. Both may unwind.
+ */
+void bt_journal_write(struct soft_vcpu *v, void *host, size_t n);
+_Noreturn void bt_journal_stop(struct soft_vcpu *v);
+
 /* --- between the files of this module --- */
 
 /* translate.c: the block whose first byte is at gpa (host: where that is); NULL: none can be made. */
 struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
+/* verify.c: round the run of one block. */
+int bt_verify_create(struct soft_vcpu *v, struct error *err);
+void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b);
+void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b);
 /* glue.c */
 void bt_glue_emit(struct bt *bt);
 void bt_vectors_load(struct soft_vcpu *v);

@@ -60,7 +60,7 @@ struct bt_exit {
 struct bt_block {
     gpa_t gpa;
     u32 mode;
-    u16 bytes, count;
+    u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
     u32 hot, hot_end, cold, cold_end; /* code offsets */
     /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */

@@ -667,7 +667,7 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
     if (i->rm != RSP)
         put_lea(p, RSP, RSP, 8);
     put_load(p, to, S1, disp);
-    if (to != i->rm)
+    if (is_stolen(i->rm))
         put_store_gs(p, GS_GPR(i->rm), to);
 }
 

@@ -241,7 +241,7 @@ static u8 shift_count(const struct bt_insn *i, const struct decoded *raw)
     return (u8)last->imm.value.u & (raw->ops[0].size == 64 ? 63 : 31);
 }
 
-static void take_flags(struct bt_insn *i, const struct decoded *raw)
+static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
 {
     const ZydisDecodedInstruction *zi = &raw->zi;
     const ZydisAccessedFlags *f = zi->cpu_flags;
@@ -279,6 +279,11 @@ static void take_flags(struct bt_insn *i, const struct decoded *raw)
     case ZYDIS_MNEMONIC_IDIV:
         /* Flags that the manual leaves undefined, and processors alone. */
         i->flags_in = i->flags_out = true;
+        break;
+    case ZYDIS_MNEMONIC_MUL:
+    case ZYDIS_MNEMONIC_IMUL:
+        /* The same, but too common to care, if not for the comparison with the interpreter. */
+        i->flags_in = v->journal != NULL;
         break;
     default:
         break;
@@ -548,7 +553,7 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     if (zi->meta.category == ZYDIS_CATEGORY_NOP || zi->meta.category == ZYDIS_CATEGORY_WIDENOP ||
         zi->meta.category == ZYDIS_CATEGORY_PREFETCH)
         return zi->mnemonic == ZYDIS_MNEMONIC_PAUSE ? BT_PLAIN : BT_NOP;
-    take_flags(i, raw);
+    take_flags(v, i, raw);
     if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
         return BT_INTERP; /* the page's offset is added to it */
     if (zi->mnemonic == ZYDIS_MNEMONIC_LEA)

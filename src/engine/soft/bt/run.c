@@ -14,9 +14,10 @@
 #include "engine/soft/run.h"
 
 #include <errno.h>
+#include <stdlib.h>
 
 /* Runs of an interpreted block before it is translated. */
-#define HOT_RUNS 12
+#define HOT_RUNS (getenv("HOT") ? atoi(getenv("HOT")) : 12)
 #define NEVER_HOT UINT16_MAX
 
 /* --- Finding --- */
@@ -42,13 +43,11 @@ static const u8 *look_up(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
     unsigned slot = lin & (JUMP_SIZE - 1);
-    const u8 *code;
 
     v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
     if (v->bt_shared.jump_tag[slot] == (lin ^ v->bt_shared.jump_key))
         return v->bt_shared.jump_code[slot];
-    code = find_code(v);
-    return code;
+    return find_code(v);
 }
 
 /* --- Cold code --- */
@@ -130,6 +129,8 @@ static const u8 *on_link(struct soft_vcpu *v)
             return NULL;
         b = bt_block_find(v, gpa);
         if (!b)
+            return NULL;
+        if (v->journal)
             return NULL;
         bt_exit_link(bt, e, b);
     }
@@ -213,20 +214,67 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
     } while (code);
 }
 
+/* One block beside the interpreter. False: there is none for the exact RIP. */
+static bool verify_block(struct soft_vcpu *v)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP];
+    const struct bt_block *b;
+    gpa_t gpa;
+    u32 reason;
+
+    if (!soft_fetch(v, lin, &gpa))
+        return false;
+    b = bt_block_find(v, gpa);
+    if (!b)
+        return false;
+    v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
+    bt_verify_begin(v, b);
+    if (b->dropped)
+        return true; /* the interpreter dropped it on its way: begin anew */
+    bt_vectors_load(v);
+    v->bt_shared.entry = bt_run_at(v->bt, b->memory_entry);
+    do {
+        reason = v->bt->enter();
+        if (reason == BT_QUICK) { /* not undone, so not compared */
+            const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+
+            v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
+            bt_verify_end(v, b);
+            on_quick(v);
+            return true;
+        }
+        v->bt_shared.entry = came_back(v, reason);
+    } while (reason == BT_SLOW && v->bt_shared.entry);
+    bt_verify_end(v, b);
+    return true;
+}
+
+static void run_once(struct soft_vcpu *v)
+{
+    const u8 *code;
+
+    if (!v->bt_possible || v->bt->interp_next) {
+        interpret(v);
+    } else if (v->journal) {
+        if (!verify_block(v))
+            interpret(v);
+    } else {
+        code = look_up(v);
+        if (code)
+            run_code(v, code);
+        else
+            interpret(v);
+    }
+}
+
 void bt_run(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
 
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
     atomic_store(&bt->running, true);
-    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
-        const u8 *code = v->bt_possible && !bt->interp_next ? look_up(v) : NULL;
-
-        if (code)
-            run_code(v, code);
-        else
-            interpret(v);
-    }
+    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
+        run_once(v);
 }
 
 /* --- Life --- */
@@ -250,6 +298,8 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     bt_glue_emit(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
+    if (!ret && v->engine->config.verify)
+        ret = bt_verify_create(v, err);
     if (ret < 0)
         bt_cache_destroy(v);
     return ret;
@@ -259,6 +309,7 @@ void bt_destroy(struct soft_vcpu *v)
 {
     if (!v->bt)
         return;
+    free(v->journal);
     bt_kick_destroy(v);
     bt_cache_destroy(v);
 }

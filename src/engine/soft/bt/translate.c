@@ -360,7 +360,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
 
     bt->hot = (b->hot_end + 15) & ~15u;
     bt->cold = b->cold_end;
-    b->count = (u16)(t->count - (last->op == BT_INTERP));
+    b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
     b->nexits = bt->nexits - b->exits;
     b->npoints = bt->npoints - b->points;
     bt->nblocks++;
