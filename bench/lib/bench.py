@@ -1,14 +1,16 @@
-"""What the benchmarks share: build and run a command, time the lines it prints, print tables."""
+"""What the benchmarks share: machines, programs to run in them, lines with their times, tables."""
 
 import os
 import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOPPEL = os.environ.get("DOPPEL", os.path.join(ROOT, "build", "doppel"))
+APPEND = "console=ttyS0 quiet"
 
 
 class BenchError(Exception):
@@ -21,6 +23,37 @@ def build(command):
                           check=False)
     if done.returncode:
         raise BenchError(f"{' '.join(command)}\n{done.stdout}")
+
+
+def cloud_kernel():
+    """The path of Debian's cloud kernel, fetched when it is not there."""
+    done = subprocess.run([os.path.join(ROOT, "scripts", "fetch-kernel"), "cloud-amd64"],
+                          text=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise BenchError("there is no kernel")
+    return done.stdout.strip()
+
+
+def make_initramfs(directory, script, *programs):
+    """An initramfs that runs `script` (text) with `programs` (paths) in /bin; returns its path."""
+    path = os.path.join(directory, "initramfs")
+    with open(path + ".script", "w", encoding="ascii") as file:
+        file.write(script)
+    build([os.path.join(ROOT, "scripts", "make-initramfs"), path, path + ".script", *programs])
+    return path
+
+
+def doppel_command(engine, memory, kernel, initramfs):
+    """doppel, booting Linux with its console on stdout."""
+    return [DOPPEL, "run", "--engine", engine, "--memory", memory, "--kernel", kernel,
+            "--initrd", initramfs, "--append", APPEND]
+
+
+def qemu_command(memory, kernel, initramfs):
+    """The same by QEMU's TCG, with no device that this doesn't need."""
+    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", memory, "-nodefaults",
+            "-display", "none", "-serial", "stdio", "-kernel", kernel, "-initrd", initramfs,
+            "-append", APPEND]
 
 
 def _cpu_seconds(pid):
@@ -39,7 +72,8 @@ def timed_lines(command, patience, clock="wall", pipe=False):
     read_end, write_end = os.pipe()
     command = [word.replace("{pipe}", f"/dev/fd/{write_end}") if pipe else word for word in command]
     begin = time.monotonic()
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    with tempfile.TemporaryFile() as errors, \
+         subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=errors,
                           stdout=subprocess.DEVNULL if pipe else write_end,
                           pass_fds=(write_end,) if pipe else ()) as process:
         os.close(write_end)
@@ -51,6 +85,10 @@ def timed_lines(command, patience, clock="wall", pipe=False):
                     raise BenchError(f"not done after {patience} s")
                 data = os.read(read_end, 65536)
                 if not data:
+                    if process.wait():
+                        errors.seek(0)
+                        said = errors.read().decode("ascii", "replace").strip().splitlines()
+                        raise BenchError(said[-1] if said else f"status {process.returncode}")
                     return
                 if b"\n" not in data:
                     rest += data
@@ -77,7 +115,7 @@ def table(header, rows):
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.rjust(width) if i else cell.ljust(width)
-                        for i, (cell, width) in enumerate(zip(row, widths))))
+                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
 
 
 def fail(name, error):
