@@ -62,12 +62,23 @@ def _cpu_seconds(pid):
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def timed_lines(command, patience, clock="wall", pipe=False):
+def peak_memory(pid):
+    """The most bytes of memory that a process has had resident until now."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    raise BenchError(f"process {pid} has no memory")
+
+
+def timed_lines(command, patience, clock="wall", pipe=False, started=None):
     """Runs a command and yields (seconds, line) for each line of its stdout, as it arrives.
 
     The seconds count from the start of the process: of the wall, or with clock="cpu" of the
-    processor time used. With pipe=True the lines come from a pipe of their own, whose path, good within the
-    command's process, replaces "{pipe}" in its words. The process is ended when the caller stops.
+    processor time used. With pipe=True the lines come from a pipe of their own, whose path, good
+    within the command's process, replaces "{pipe}" in its words. `started` is called with the
+    process's number. The process is ended when the caller stops. When it ends by itself with
+    another status than 0, a BenchError has the last that it said on stderr.
     """
     read_end, write_end = os.pipe()
     command = [word.replace("{pipe}", f"/dev/fd/{write_end}") if pipe else word for word in command]
@@ -77,6 +88,8 @@ def timed_lines(command, patience, clock="wall", pipe=False):
                           stdout=subprocess.DEVNULL if pipe else write_end,
                           pass_fds=(write_end,) if pipe else ()) as process:
         os.close(write_end)
+        if started:
+            started(process.pid)
         try:
             rest = b""
             while True:
