@@ -123,6 +123,16 @@ def geometric_mean(values):
     return statistics.geometric_mean(values)
 
 
+def in_unit(nanoseconds):
+    """For a column: three digits and a unit."""
+    for unit in ("ns", "us", "ms", "s"):
+        if nanoseconds < 1000 or unit == "s":
+            break
+        nanoseconds /= 1000
+    digits = 0 if nanoseconds >= 100 else 1 if nanoseconds >= 10 else 2
+    return f"{nanoseconds:.{digits}f} {unit}"
+
+
 def table(header, rows):
     """Prints rows of strings: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
