@@ -1,5 +1,6 @@
 """What the benchmarks share: machines, programs to run in them, lines with their times, tables."""
 
+import json
 import os
 import select
 import statistics
@@ -121,6 +122,68 @@ def timed_lines(command, patience, clock="wall", pipe=False, started=None):
 def geometric_mean(values):
     """Of positive numbers: the fair mean of ratios."""
     return statistics.geometric_mean(values)
+
+
+def medians_of(results):
+    """From who -> numbers: who -> median, and the ratios "x_native" and "x_tcg" where they ran."""
+    of = {who: statistics.median(numbers) for who, numbers in results.items()}
+    of["x_native"] = of["doppel"] / of["native"]
+    if "tcg" in of:
+        of["x_tcg"] = of["tcg"] / of["doppel"]
+    return of
+
+
+def means_of(rows):
+    """The geometric means of the ratios in what medians_of() returned, or this."""
+    rows = list(rows)
+    return {key: geometric_mean([row[key] for row in rows])
+            for key in ("x_native", "x_tcg") if key in rows[0]}
+
+
+def comparison(first, rows):
+    """Prints medians of nanoseconds with their ratios; `first` are the columns before, by row."""
+    who = [name for name in ("native", "doppel", "tcg") if name in rows[0]]
+    ratios = [(title, key) for title, key in (("/ native", "x_native"), ("x TCG", "x_tcg"))
+              if key in rows[0]]
+    header, *names = first
+    print()
+    table([*header, *who, *(title for title, _ in ratios), ""],
+          [[*name, *(in_unit(row[one]) for one in who), *(f"{row[key]:.2f}" for _, key in ratios),
+            "slower than TCG" if row.get("x_tcg", 1) < 1 else ""]
+           for name, row in zip(names, rows)])
+    print("\nmedians; '/ native': doppel's time in native ones"
+          + ("; 'x TCG': how many times faster doppel is" if "tcg" in who else ""))
+
+
+def means_text(means, most=None, least=None):
+    """The ratios in words, with what they are to be: at most so much, at least so much."""
+    text = f"{means['x_native']:.2f} / native"
+    if most:
+        text += f" (aim: at most {most})"
+    if "x_tcg" in means:
+        text += f", {means['x_tcg']:.2f} x TCG (aim: at least {least})"
+    return text
+
+
+def take_turns(name, runs, commands, run):
+    """Runs each command `runs` times, in turn; returns who -> what run(command) returned."""
+    results = {who: [] for who in commands}
+    for number in range(runs):
+        for who, command in commands.items():
+            print(f"run {number + 1} {who}", flush=True)
+            try:
+                results[who].append(run(command))
+            except (BenchError, OSError) as error:
+                fail(name, f"{who}: {error}")
+    return results
+
+
+def write_json(path, figures):
+    """Writes figures to a file, if there is a path."""
+    if path:
+        with open(path, "w", encoding="ascii") as file:
+            json.dump(figures, file, indent=1)
+            file.write("\n")
 
 
 def in_unit(nanoseconds):
