@@ -124,9 +124,9 @@ def geometric_mean(values):
     return statistics.geometric_mean(values)
 
 
-def medians_of(results):
+def typical_of(results, pick=statistics.median):
     """From who -> numbers: who -> median, and the ratios "x_native" and "x_tcg" where they ran."""
-    of = {who: statistics.median(numbers) for who, numbers in results.items()}
+    of = {who: pick(numbers) for who, numbers in results.items()}
     of["x_native"] = of["doppel"] / of["native"]
     if "tcg" in of:
         of["x_tcg"] = of["tcg"] / of["doppel"]
@@ -134,14 +134,14 @@ def medians_of(results):
 
 
 def means_of(rows):
-    """The geometric means of the ratios in what medians_of() returned, or this."""
+    """The geometric means of the ratios in what typical_of() returned, or this."""
     rows = list(rows)
     return {key: geometric_mean([row[key] for row in rows])
             for key in ("x_native", "x_tcg") if key in rows[0]}
 
 
-def comparison(first, rows):
-    """Prints medians of nanoseconds with their ratios; `first` are the columns before, by row."""
+def comparison(first, rows, picked="medians"):
+    """Prints nanoseconds with their ratios; `first` are the columns before, by row."""
     who = [name for name in ("native", "doppel", "tcg") if name in rows[0]]
     ratios = [(title, key) for title, key in (("/ native", "x_native"), ("x TCG", "x_tcg"))
               if key in rows[0]]
@@ -151,7 +151,7 @@ def comparison(first, rows):
           [[*name, *(in_unit(row[one]) for one in who), *(f"{row[key]:.2f}" for _, key in ratios),
             "slower than TCG" if row.get("x_tcg", 1) < 1 else ""]
            for name, row in zip(names, rows)])
-    print("\nmedians; '/ native': doppel's time in native ones"
+    print(f"\n{picked}; '/ native': doppel's time in native ones"
           + ("; 'x TCG': how many times faster doppel is" if "tcg" in who else ""))
 
 

@@ -4,8 +4,8 @@
  *
  *  - a length or distance v has a class, its number of bits and the bit below the highest, and the
  *    rest of its bits follow as they are (class_of);
- *  - the symbols of one code are 256 literals, END, and the classes of lengths; another code has the
- *    classes of distances;
+ *  - the symbols of one code are 256 literals, END, and the classes of lengths; another code has
+ *    the classes of distances;
  *  - first the lengths of all codes, a byte each; then symbols, until END. Bits fill bytes from the
  *    lowest up.
  */

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-/* Multiplications, shifts, compares, a branch that nobody predicts, some divisions: registers only. */
+/* Multiplications, shifts, compares, a branch that nobody predicts, some divisions: no memory. */
 static u64 run_integer(void)
 {
     u64 a = 0x243f6a8885a308d3, b = 0x13198a2e03707344, c = 0;
@@ -38,7 +38,7 @@ static void swap_words(u64 *a, u64 *b, size_t words)
     }
 }
 
-/* Quicksort with qsort's interface, for sizes that are multiples of 8: each comparison is a call. */
+/* Quicksort with qsort's interface, for sizes of whole 8 bytes: each comparison is a call. */
 static void sort(void *base, size_t count, size_t size, int (*compare)(const void *, const void *))
 {
     char *low = base, *high = low + (count - 1) * size;

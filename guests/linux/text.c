@@ -1,6 +1,6 @@
 /*
- * A text to work on: words drawn from a list, the frequent ones more often, in lines and paragraphs.
- * It compresses about as well as prose does.
+ * A text to work on: words drawn from a list, some more often than others, in lines. It compresses
+ * somewhat better than prose does.
  */
 #include "bench.h"
 
