@@ -47,15 +47,18 @@ def kernel(flavour="cloud-amd64"):
                           stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def initramfs(directory, script=None):
-    """Builds an initramfs in `directory` and returns its path; `script` is text to run, or None."""
+def initramfs(directory, script=None, *programs):
+    """Builds an initramfs in `directory` and returns its path.
+
+    `script` is text to run, or None; `programs` are paths of what it finds in /bin.
+    """
     out = os.path.join(directory, "initramfs")
     args = [os.path.join(ROOT, "scripts", "make-initramfs"), out]
     if script is not None:
         path = os.path.join(directory, "script")
         with open(path, "w", encoding="ascii") as file:
             file.write(script)
-        args.append(path)
+        args += [path, *programs]
     subprocess.run(args, check=True)
     return out
 

@@ -1,0 +1,45 @@
+#!/usr/bin/python3
+"""The Linux program of the benchmarks computes the same in a guest as on the processor itself.
+
+    results.py PROGRAM
+
+PROGRAM is guests/linux, built. Each of its benchmarks runs once, and its checksum is compared. A case
+for each: integer and vector code of a compiler and the C library, and what the guest's kernel does
+for processes, memory and signals.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import guest
+import system
+
+RESULT = re.compile(r"result (\S+) \S+ \S+ ([0-9a-f]{16})")
+
+
+def main():
+    """A native run, and one an engine."""
+    program = os.path.abspath(sys.argv[1])
+    cases = guest.Cases()
+    native = dict(RESULT.findall(subprocess.run([program, "--seconds", "0"], check=True, text=True,
+                                                stdout=subprocess.PIPE).stdout))
+    cases.check("native-results", len(native) >= 20, f"only {sorted(native)}")
+    with guest.temporary() as directory:
+        initramfs = guest.initramfs(directory, "bench --seconds 0 2>&1\n", program)
+        for engine in system.ENGINES:
+            vm = guest.Guest("--engine", engine, "--kernel", guest.kernel(), "--initrd", initramfs,
+                             "--append", "console=ttyS0 quiet")
+            status = vm.finish()
+            failed = cases.failed
+            results = dict(RESULT.findall("\n".join(line for _, line in vm.lines)))
+            for name, checksum in native.items():
+                cases.equal(f"{engine}-{name}", results.get(name), checksum)
+            cases.equal(f"{engine}-power-off", status, 0)
+            if cases.failed > failed:
+                vm.show()
+    cases.done()
+
+
+main()
