@@ -33,6 +33,7 @@ struct device_ops {
 
 struct device {
     const char *name;
+    u32 instance; /* tells apart those of one name in a saved state */
     const struct device_ops *ops;
     const struct state_desc *state; /* describes the struct that embeds this one */
     pthread_mutex_t lock;

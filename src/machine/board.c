@@ -5,12 +5,13 @@
  *     RTC 8 ---+--> isa_line_set ---+
  *     HPET 0,8-+    (ISA lines)     +--> IOAPIC ----MSI---> local APICs
  *     COM1 4, keyboard 1, mouse 12, SCI 9
+ *     PCI's PIRQ A to H: to 10 and 11 in turn at the PIC, to pins 16 to 23 at the IOAPIC
  *
  * Each ISA interrupt goes to the PIC and to the IOAPIC at once; the guest masks the one that it doesn't
  * use. The PIT's line 0 arrives at the IOAPIC's pin 2, as on every PC and as the MADT says. ISA lines 0
  * and 8 have two sources: the HPET, while its legacy route is on, else the PIT and the RTC.
  *
- * Lock order: a device's lock, isa.lock, the PIC's or the IOAPIC's, the engine's.
+ * Lock order: the PCI bus's, a device's lock, the PCI lines', isa.lock, the PIC's or the IOAPIC's, the engine's.
  */
 #include "machine/board.h"
 
@@ -20,6 +21,7 @@
 #include "device/hpet.h"
 #include "device/i8042.h"
 #include "device/ioapic.h"
+#include "device/pci/host.h"
 #include "device/pic.h"
 #include "device/pit.h"
 #include "device/pvpanic.h"
@@ -38,7 +40,7 @@
 #define IOAPIC_PIN_PIT 2
 #define IOAPIC_ID 0
 #define FAST_A20_ON 0x02
-#define BOARD_MAX_DEVICES 16
+#define BOARD_MAX_DEVICES 64
 
 /* The two lines that the HPET takes over, as indices into struct isa's arrays. */
 enum { LEGACY_PIT, LEGACY_RTC, LEGACY_COUNT };
@@ -49,12 +51,13 @@ struct isa {
     bool own[LEGACY_COUNT];  /* what the PIT and the RTC say */
     bool hpet[LEGACY_COUNT]; /* what the HPET says */
     bool driven[LEGACY_COUNT];
+    bool pirq[PCI_PIRQS];
 };
 
 static const struct state_field isa_fields[] = {
     STATE_HOST(struct isa, lock),    STATE_FIELD(struct isa, hpet_route),
     STATE_FIELD(struct isa, own),    STATE_FIELD(struct isa, hpet),
-    STATE_FIELD(struct isa, driven),
+    STATE_FIELD(struct isa, driven), STATE_FIELD(struct isa, pirq),
 };
 static const struct state_desc isa_state = STATE_DESC("isa", 1, struct isa, isa_fields);
 
@@ -67,6 +70,8 @@ struct board {
     struct ioapic *ioapic;
     struct serial *com1;
     struct rtc *rtc;
+    struct pci_host *pci;
+    struct sysport *sysport;
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
 };
@@ -158,6 +163,28 @@ static void hpet_legacy_route(void *opaque, bool on)
     b->isa.hpet_route = on;
     for (unsigned i = 0; i < LEGACY_COUNT; i++)
         legacy_update(b, i);
+    pthread_mutex_unlock(&b->isa.lock);
+}
+
+static const u8 pirq_isa_irq[PCI_PIRQS] = {
+    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
+    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
+};
+
+/* struct irq_line's set, for PIRQ n. Those that share an input of the PIC are ORed there. */
+static void pirq_set(void *opaque, unsigned n, bool level)
+{
+    struct board *b = opaque;
+    bool shared = false;
+
+    if (b->loading)
+        return;
+    pthread_mutex_lock(&b->isa.lock);
+    b->isa.pirq[n] = level;
+    for (unsigned i = 0; i < PCI_PIRQS; i++)
+        shared |= b->isa.pirq[i] && pirq_isa_irq[i] == pirq_isa_irq[n];
+    pic_set_irq(b->pic, pirq_isa_irq[n], shared);
+    ioapic_set_irq(b->ioapic, GSI_PIRQ + n, level);
     pthread_mutex_unlock(&b->isa.lock);
 }
 
@@ -318,17 +345,49 @@ static int create_i8042(struct board *b, struct error *err)
     return kbd ? add(b, i8042_device(kbd)) : -EIO;
 }
 
+/* Port 0xCF9, which lies within the host bridge's. No guest runs before there is a sysport. */
+static u8 reset_control_read(void *opaque)
+{
+    struct board *b = opaque;
+
+    return sysport_reset_control_read(b->sysport);
+}
+
+static void reset_control_write(void *opaque, u8 value)
+{
+    struct board *b = opaque;
+
+    sysport_reset_control_write(b->sysport, value);
+}
+
+static int create_pci(struct board *b, struct error *err)
+{
+    struct pci_host_config config = {
+        .port = PORT_PCI_CONFIG,
+        .msi = {deliver_msi, b},
+        .reset_control_read = reset_control_read,
+        .reset_control_write = reset_control_write,
+        .opaque = b,
+    };
+
+    for (unsigned i = 0; i < PCI_PIRQS; i++)
+        config.pirq[i] = (struct irq_line){.set = pirq_set, .sink = b, .n = i};
+    b->pci = pci_host_create(&b->config.env, &config, err);
+    return b->pci ? add(b, pci_host_device(b->pci)) : -EIO;
+}
+
 static int create_sysport(struct board *b, struct error *err)
 {
     struct sysport_config config = {
         .a20 = &b->a20,
         .power = b->config.power,
         .debug_exit_port = b->config.debug_exit_port,
+        .reset_in_bridge = true,
     };
-    struct sysport *ports = sysport_create(&b->config.env, &config, err);
 
-    if (ports)
-        return add(b, sysport_device(ports));
+    b->sysport = sysport_create(&b->config.env, &config, err);
+    if (b->sysport)
+        return add(b, sysport_device(b->sysport));
     if (err->class == ERROR_INPUT)
         error_prefix(err, "--debug-exit: give a free port, such as 0xf4");
     return -EIO;
@@ -379,8 +438,8 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,   create_ioapic,  create_pit,     create_hpet,   create_rtc,     create_com1,
-        create_i8042, create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
+        create_pic,  create_ioapic, create_pci,     create_pit,     create_hpet,   create_rtc,
+        create_com1, create_i8042,  create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
     };
     struct board *b = calloc(1, sizeof(*b));
 
@@ -438,7 +497,7 @@ void board_save(struct board *b, struct state_writer *w)
         struct device *dev = b->devices[i];
 
         device_lock(dev);
-        state_write_section(w, dev->state, 0, dev);
+        state_write_section(w, dev->state, dev->instance, dev);
         device_unlock(dev);
     }
 }
@@ -454,7 +513,7 @@ static int load_sections(struct board *b, struct state_reader *r, struct error *
         struct device *dev = b->devices[i];
 
         device_lock(dev);
-        ret = state_read_section(r, dev->state, 0, dev, err);
+        ret = state_read_section(r, dev->state, dev->instance, dev, err);
         device_unlock(dev);
     }
     return ret;
@@ -472,6 +531,7 @@ int board_load(struct board *b, struct state_reader *r, struct error *err)
 
     b->loading = true;
     ret = load_sections(b, r, err);
+    pci_host_loaded(b->pci);
     b->loading = false;
     return ret;
 }
@@ -485,11 +545,43 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
     return difference;
 }
 
+/* The PCI windows of a direct boot. The one above 4 GiB lies behind the RAM, if it ends on the bus. */
+static void pci_window64(struct board *b, struct acpi_config *config)
+{
+    u64 end = LAYOUT_HIGH_RAM_BASE;
+
+    for (unsigned i = 0; i < b->config.env.memory->nslots; i++) {
+        const struct memory_slot *slot = &b->config.env.memory->slots[i];
+
+        end = MAX(end, slot->gpa + slot->size);
+    }
+    end = (end + LAYOUT_MMIO64_ALIGN - 1) & ~(LAYOUT_MMIO64_ALIGN - 1);
+    if (end + LAYOUT_MMIO64_ALIGN > BIT(b->config.phys_bits))
+        return;
+    config->mmio64_base = end;
+    config->mmio64_size = LAYOUT_MMIO64_ALIGN;
+}
+
+/* PCI's interrupts are levels at the PIC. */
+static void set_elcr(struct board *b)
+{
+    io_bus_write(b->config.env.ports, PORT_PIC_ELCR, BIT(IRQ_PCI_EVEN) | BIT(IRQ_PCI_ODD), 2);
+}
+
 int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
 {
+    static const struct pci_windows windows = {
+        .mmio_base = LAYOUT_MMIO32_BASE,
+        .mmio_end = LAYOUT_MMIO32_END,
+        .io_base = PORT_PCI_IO_BASE,
+        .io_end = PORT_PCI_IO_END,
+    };
     struct acpi_config config = {.ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID};
 
     io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
+    set_elcr(b);
+    pci_host_assign(b->pci, &windows, LAYOUT_ECAM_BASE, pirq_isa_irq);
+    pci_window64(b, &config);
     return acpi_build(&config, LAYOUT_ACPI_BASE, LAYOUT_ACPI_END - LAYOUT_ACPI_BASE,
                       b->config.env.memory, rsdp, err);
 }

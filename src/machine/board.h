@@ -19,6 +19,7 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
+    unsigned phys_bits;          /* of the processors' addresses */
     const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
     struct chardev *serial;      /* for COM1, or NULL */
     u16 debug_exit_port;         /* 0: none */
@@ -46,8 +47,8 @@ int board_load(struct board *board, struct state_reader *r, struct error *err);
 const char *board_compare(const struct board *a, const struct board *b, char *buf, size_t buflen);
 
 /*
- * What firmware leaves behind for a kernel: the A20 gate open, and the ACPI tables in guest memory;
- * *rsdp is where their root is.
+ * What firmware leaves behind for a kernel: the A20 gate open, addresses in PCI's BARs, and the ACPI
+ * tables in guest memory; *rsdp is where their root is.
  */
 int board_prepare_boot(struct board *board, gpa_t *rsdp, struct error *err);
 

@@ -192,6 +192,7 @@ static int create_board(struct machine *m, struct error *err)
         .engine = m->engine,
         .power = {power_request, m},
         .cpus = m->config.cpus,
+        .phys_bits = cpuid_model_phys_bits(m->cpuid),
         .e820 = &m->e820,
         .serial = m->config.serial,
         .debug_exit_port = m->config.debug_exit_port,
