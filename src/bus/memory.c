@@ -35,7 +35,8 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
     madvise(host, size, MADV_HUGEPAGE);
 
     memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
-    m->slots[at] = (struct memory_slot){.gpa = gpa, .size = size, .host = host, .flags = flags};
+    m->slots[at] = (struct memory_slot){
+        .gpa = gpa, .size = size, .host = host, .flags = flags, .backing = host};
     m->nslots++;
     return 0;
 }
@@ -43,8 +44,23 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
 void memory_destroy(struct guest_memory *m)
 {
     for (unsigned i = 0; i < m->nslots; i++)
-        munmap(m->slots[i].host, m->slots[i].size);
+        munmap(m->slots[i].backing, m->slots[i].size);
     m->nslots = 0;
+}
+
+bool memory_show(struct guest_memory *m, gpa_t gpa, u8 *host, u32 flags)
+{
+    for (unsigned i = 0; i < m->nslots; i++) {
+        struct memory_slot *slot = &m->slots[i];
+        u8 *shown = host ? host : slot->backing;
+
+        if (slot->gpa != gpa || (slot->host == shown && slot->flags == flags))
+            continue;
+        slot->host = shown;
+        slot->flags = flags;
+        return true;
+    }
+    return false;
 }
 
 const struct memory_slot *memory_find(const struct guest_memory *m, gpa_t gpa)

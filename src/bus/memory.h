@@ -20,8 +20,9 @@ enum { MEMORY_ROM = 1 }; /* guest writes are dropped */
 struct memory_slot {
     gpa_t gpa;
     u64 size;
-    u8 *host; /* page-aligned */
+    u8 *host; /* page-aligned: what the guest sees there */
     u32 flags;
+    u8 *backing; /* the slot's own bytes, seen or not: memory_show */
 };
 
 struct memory_listener {
@@ -39,6 +40,11 @@ struct guest_memory {
 /* Allocates zeroed host memory for a slot (MAP_NORESERVE, so pages cost nothing until touched). */
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err);
 void memory_destroy(struct guest_memory *m);
+/*
+ * Has the slot at gpa show other bytes than its own (NULL: its own), which stay the caller's, and gives it these
+ * flags. Returns whether that changed anything; the engine is to be told then. No vCPU may run.
+ */
+bool memory_show(struct guest_memory *m, gpa_t gpa, u8 *host, u32 flags);
 
 /* The slot that holds gpa, or NULL. */
 const struct memory_slot *memory_find(const struct guest_memory *m, gpa_t gpa);

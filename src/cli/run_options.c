@@ -72,7 +72,7 @@ static int set_append(struct vm_config *config, const char *value, struct error 
 
 static int set_firmware(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build boots no firmware: boot a kernel with --kernel");
+    return set_path(&config->firmware.what, value, err);
 }
 
 static int set_disk(struct vm_config *config, const char *value, struct error *err)
@@ -122,7 +122,7 @@ static const struct option options[] = {
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
-    {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
+    {"--firmware", "WHAT", "boot firmware: bios (Debian's seabios) or an image FILE", set_firmware},
     {"--disk", "FILE[,...]", "a disk (not in this build)", set_disk},
     {"--net", "WHAT", "a network card (not in this build)", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
@@ -200,14 +200,16 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         if (ret)
             return ret;
     }
-    if (!config->kernel)
-        return error_input(err, "nothing to boot: give --kernel FILE");
+    if (config->kernel && config->firmware.what)
+        return error_input(err, "--kernel and --firmware: give one of them");
+    if (!config->kernel && !config->firmware.what)
+        return error_input(err, "nothing to boot: give --kernel FILE or --firmware bios");
     return 0;
 }
 
 void cli_run_help(FILE *out)
 {
-    fputs("usage: doppel run --kernel FILE [options]\n"
+    fputs("usage: doppel run --kernel FILE | --firmware WHAT [options]\n"
           "\n"
           "Runs a virtual machine until its guest powers off.\n"
           "\n",

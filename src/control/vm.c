@@ -121,6 +121,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .kernel = c->kernel,
         .initrd = c->initrd,
         .cmdline = c->append,
+        .firmware = c->firmware,
         .serial = vm->serial,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,

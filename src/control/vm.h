@@ -6,6 +6,7 @@
 
 #include "host/error.h"
 #include "host/types.h"
+#include "machine/firmware.h"
 
 /* Exit statuses (docs/architecture.md). With --debug-exit the guest chooses others. */
 enum vm_status {
@@ -25,6 +26,7 @@ struct vm_config {
     const char *kernel; /* path */
     const char *initrd; /* path, or NULL */
     const char *append;
+    struct firmware_config firmware;
     const char *serial;  /* as chardev_open takes it */
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;

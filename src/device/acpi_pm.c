@@ -229,6 +229,25 @@ static const struct {
     [BLOCK_GPE0] = {"acpi-gpe0", ACPI_GPE0_LEN, {gpe0_read, gpe0_write, 4}},
 };
 
+void acpi_pm_move(struct acpi_pm *pm, u16 base)
+{
+    static const u16 offsets[BLOCKS] = {0x00, 0x04, 0x08, 0x20};
+    struct error err;
+
+    while (pm->nranges)
+        io_bus_remove(pm->ports, &pm->ranges[--pm->nranges]);
+    while (base && pm->nranges < BLOCKS) {
+        struct io_range *range = &pm->ranges[pm->nranges];
+
+        range->base = base + offsets[pm->nranges];
+        if (io_bus_add(pm->ports, range, &err) < 0) {
+            log_once(LOG_WARN, "acpi: %s", err.text);
+            break;
+        }
+        pm->nranges++;
+    }
+}
+
 static void acpi_pm_reset(struct device *dev)
 {
     struct acpi_pm *pm = container_of(dev, struct acpi_pm, dev);

@@ -35,4 +35,10 @@ void acpi_pm_power_button(struct acpi_pm *pm);
 /* Sets general-purpose event n's status bit (n < ACPI_GPE0_EVENTS). Any thread. */
 void acpi_pm_gpe_raise(struct acpi_pm *pm, unsigned n);
 
+/*
+ * All blocks to where the chipset puts them: PM1 events at the base, PM1 control at 4, the timer at 8, GPE0 at
+ * 0x20 (ICH9 data sheet, table 13-10). 0: nowhere. Takes no lock; one caller at a time.
+ */
+void acpi_pm_move(struct acpi_pm *pm, u16 base);
+
 #endif

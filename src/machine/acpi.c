@@ -36,6 +36,7 @@
 #define CREATOR_ID "DOPL"
 #define OEM_REVISION 1
 
+#define ACPI_MAX_FIXUPS 64
 #define TABLE_ALIGN 64 /* what the FACS needs; the others need no more than 16 */
 
 struct table_header {
@@ -227,7 +228,23 @@ struct image {
     u8 *data;
     size_t len, size;
     bool full;
+    /* What has to be done when the tables move: pointers in them, and checksums, in this order. */
+    struct fixup {
+        u32 offset;
+        u8 width;   /* of a pointer; 0: a table at `offset`, its checksum */
+        u32 length; /* of that table */
+    } fixups[ACPI_MAX_FIXUPS];
+    unsigned nfixups;
 };
+
+static void image_fixup(struct image *im, size_t offset, u8 width, u32 length)
+{
+    if (im->nfixups == ACPI_MAX_FIXUPS) {
+        im->full = true;
+        return;
+    }
+    im->fixups[im->nfixups++] = (struct fixup){(u32)offset, width, length};
+}
 
 static void image_put(struct image *im, const void *bytes, size_t n)
 {
@@ -282,6 +299,7 @@ static gpa_t image_finish(struct image *im, size_t start)
         return 0;
     h->length = im->len - start;
     h->checksum = checksum(im->data + start, h->length);
+    image_fixup(im, start, 0, h->length);
     return im->base + start;
 }
 
@@ -399,7 +417,7 @@ static void pci_windows(struct aml *a, const struct acpi_config *cfg)
     aml_resource_io_range(a, 0, PORT_PCI_CONFIG - 1);
     aml_resource_io_range(a, PORT_PCI_CONFIG + 8, 0xffff);
     aml_resource_memory_range(a, LAYOUT_VGA_BASE, LAYOUT_VGA_END - 1);
-    aml_resource_memory_range(a, LAYOUT_MMIO32_BASE, LAYOUT_MMIO32_END - 1);
+    aml_resource_memory_range(a, LAYOUT_MMIO32_BASE, cfg->mmio32_end - 1);
     if (cfg->mmio64_size)
         aml_resource_memory_range(a, cfg->mmio64_base, cfg->mmio64_base + cfg->mmio64_size - 1);
     aml_end(a);
@@ -420,7 +438,7 @@ static void pci_routes(struct aml *a, const char *name, bool ioapic)
         aml_int(a, i / PCI_PINS << 16 | 0xffff);
         aml_int(a, i % PCI_PINS);
         aml_int(a, 0);
-        aml_int(a, ioapic ? GSI_PIRQ + pirq : pirq % 2 ? IRQ_PCI_ODD : IRQ_PCI_EVEN);
+        aml_int(a, ioapic ? GSI_PIRQ + pirq : pirq / 2 % 2 ? IRQ_PCI_HIGH : IRQ_PCI_LOW);
         aml_end(a);
     }
     aml_end(a);
@@ -528,7 +546,7 @@ static struct gas gas_io(u16 port, u8 bytes, u8 access_size)
     return (struct gas){GAS_IO, 8 * bytes, 0, access_size, port};
 }
 
-static gpa_t put_fadt(struct image *im, gpa_t facs, gpa_t dsdt)
+static gpa_t put_fadt(struct image *im, const struct acpi_config *cfg, gpa_t facs, gpa_t dsdt)
 {
     struct fadt fadt = {
         .header = table_header("FACP", 6),
@@ -548,7 +566,7 @@ static gpa_t put_fadt(struct image *im, gpa_t facs, gpa_t dsdt)
         .p_lvl2_lat = P_LVL2_UNSUPPORTED,
         .p_lvl3_lat = P_LVL3_UNSUPPORTED,
         .century = RTC_CENTURY,
-        .boot_arch = BOOT_ARCH_LEGACY_DEVICES | BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA,
+        .boot_arch = BOOT_ARCH_LEGACY_DEVICES | BOOT_ARCH_8042 | (cfg->vga ? 0 : BOOT_ARCH_NO_VGA),
         .flags = FADT_WBINVD | FADT_PROC_C1 | FADT_SLP_BUTTON | FADT_FIX_RTC | FADT_TMR_VAL_EXT |
                  FADT_RESET_REG_SUP,
         .reset_reg = gas_io(PORT_RESET, 1, 1),
@@ -562,6 +580,9 @@ static gpa_t put_fadt(struct image *im, gpa_t facs, gpa_t dsdt)
 
     memcpy(fadt.hypervisor_vendor, OEM_TABLE_ID, sizeof(fadt.hypervisor_vendor));
     image_put(im, &fadt, sizeof(fadt));
+    image_fixup(im, start + offsetof(struct fadt, facs), sizeof(fadt.facs), 0);
+    image_fixup(im, start + offsetof(struct fadt, dsdt), sizeof(fadt.dsdt), 0);
+    image_fixup(im, start + offsetof(struct fadt, x_dsdt), sizeof(fadt.x_dsdt), 0);
     return image_finish(im, start);
 }
 
@@ -649,8 +670,10 @@ static gpa_t put_root(struct image *im, const char *signature, unsigned width, c
     size_t start = image_align(im);
 
     image_put(im, &header, sizeof(header));
-    for (unsigned i = 0; i < n; i++)
+    for (unsigned i = 0; i < n; i++) {
+        image_fixup(im, im->len, (u8)width, 0);
         image_put(im, &tables[i], width);
+    }
     return image_finish(im, start);
 }
 
@@ -665,43 +688,182 @@ static struct rsdp make_rsdp(gpa_t rsdt, gpa_t xsdt)
     return r;
 }
 
+/* All of it, with space for the RSDP at the start. 0, or -errno with err set. */
+static int build_image(const struct acpi_config *cfg, struct image *im, gpa_t *rsdt, gpa_t *xsdt,
+                       struct error *err)
+{
+    const struct rsdp rsdp = {0};
+    gpa_t dsdt = 0, facs;
+    gpa_t tables[4];
+    int rc;
+
+    assert(im->base % TABLE_ALIGN == 0 && cfg->ncpus >= 1);
+    im->data = calloc(1, im->size);
+    if (!im->data)
+        return error_host(err, ENOMEM, "ACPI tables");
+    image_put(im, &rsdp, sizeof(rsdp));
+    facs = put_facs(im);
+    rc = put_dsdt(im, cfg, &dsdt, err);
+    if (rc < 0)
+        return rc;
+    tables[0] = put_fadt(im, cfg, facs, dsdt); /* the FADT is to be the first */
+    tables[1] = put_madt(im, cfg);
+    tables[2] = put_hpet(im);
+    tables[3] = put_mcfg(im);
+    *rsdt = put_root(im, "RSDT", 4, tables, ARRAY_SIZE(tables));
+    *xsdt = put_root(im, "XSDT", 8, tables, ARRAY_SIZE(tables));
+    if (im->full)
+        return error_host(err, ENOSPC, "ACPI tables for %u CPUs need more than %llu bytes",
+                          cfg->ncpus, (unsigned long long)im->size);
+    return 0;
+}
+
 int acpi_build(const struct acpi_config *cfg, gpa_t base, u64 space, struct guest_memory *memory,
                gpa_t *rsdp_out, struct error *err)
 {
     struct image im = {.base = base, .size = space};
-    struct rsdp rsdp = {0};
-    gpa_t dsdt = 0;
-    gpa_t tables[4];
-    int rc;
+    gpa_t rsdt, xsdt;
+    int rc = build_image(cfg, &im, &rsdt, &xsdt, err);
 
-    assert(base % TABLE_ALIGN == 0 && cfg->ncpus >= 1);
-    im.data = calloc(1, space);
-    if (!im.data)
-        return error_host(err, ENOMEM, "ACPI tables");
-    image_put(&im, &rsdp, sizeof(rsdp));
-    gpa_t facs = put_facs(&im);
-    rc = put_dsdt(&im, cfg, &dsdt, err);
-    if (rc < 0)
-        goto out;
-    tables[0] = put_fadt(&im, facs, dsdt); /* the FADT is to be the first */
-    tables[1] = put_madt(&im, cfg);
-    tables[2] = put_hpet(&im);
-    tables[3] = put_mcfg(&im);
-    gpa_t rsdt = put_root(&im, "RSDT", 4, tables, ARRAY_SIZE(tables));
-    gpa_t xsdt = put_root(&im, "XSDT", 8, tables, ARRAY_SIZE(tables));
-    if (im.full) {
-        rc = error_host(err, ENOSPC, "ACPI tables for %u CPUs need more than %llu bytes",
-                        cfg->ncpus, (unsigned long long)space);
-        goto out;
+    if (rc == 0) {
+        struct rsdp rsdp = make_rsdp(rsdt, xsdt);
+
+        memcpy(im.data, &rsdp, sizeof(rsdp));
+        rc = memory_write(memory, base, im.data, im.len);
+        if (rc < 0)
+            error_host(err, -rc, "ACPI tables at %#llx", (unsigned long long)base);
+        else
+            *rsdp_out = base;
     }
-    rsdp = make_rsdp(rsdt, xsdt);
-    memcpy(im.data, &rsdp, sizeof(rsdp));
-    rc = memory_write(memory, base, im.data, im.len);
-    if (rc < 0)
-        error_host(err, -rc, "ACPI tables at %#llx", (unsigned long long)base);
-    else
-        *rsdp_out = base;
-out:
     free(im.data);
     return rc;
+}
+
+/* ---- for firmware ---- */
+
+/*
+ * A command of the table loader, 128 bytes, little-endian. Pointers in a blob are offsets into the blob that they
+ * point to, until ADD_POINTER adds where that was put.
+ */
+#define LOADER_NAME 56
+enum loader_command { LOADER_ALLOCATE = 1, LOADER_ADD_POINTER = 2, LOADER_ADD_CHECKSUM = 3 };
+enum loader_zone { LOADER_ZONE_HIGH = 1, LOADER_ZONE_FSEG = 2 };
+
+struct loader_entry {
+    u32 command;
+    union {
+        struct {
+            char file[LOADER_NAME];
+            u32 align;
+            u8 zone;
+        } __attribute__((packed)) allocate;
+        struct {
+            char file[LOADER_NAME], target[LOADER_NAME];
+            u32 offset;
+            u8 size;
+        } __attribute__((packed)) pointer;
+        struct {
+            char file[LOADER_NAME];
+            u32 offset, start, length;
+        } __attribute__((packed)) checksum;
+        u8 pad[124];
+    };
+} __attribute__((packed));
+_Static_assert(sizeof(struct loader_entry) == 128, "hw/acpi/bios-linker-loader.c");
+
+struct loader {
+    struct loader_entry entries[ACPI_MAX_FIXUPS + 8];
+    unsigned n;
+};
+
+static void loader_allocate(struct loader *l, const char *file, u32 align, u8 zone)
+{
+    struct loader_entry *e = &l->entries[l->n++];
+
+    e->command = LOADER_ALLOCATE;
+    strcpy(e->allocate.file, file);
+    e->allocate.align = align;
+    e->allocate.zone = zone;
+}
+
+static void loader_pointer(struct loader *l, const char *file, size_t offset, u8 size)
+{
+    struct loader_entry *e = &l->entries[l->n++];
+
+    e->command = LOADER_ADD_POINTER;
+    strcpy(e->pointer.file, file);
+    strcpy(e->pointer.target, ACPI_TABLES_FILE);
+    e->pointer.offset = (u32)offset;
+    e->pointer.size = size;
+}
+
+/* The byte at `offset` makes [start, start + length) sum up to 0. */
+static void loader_checksum(struct loader *l, const char *file, size_t offset, size_t start,
+                            size_t length)
+{
+    struct loader_entry *e = &l->entries[l->n++];
+
+    e->command = LOADER_ADD_CHECKSUM;
+    strcpy(e->checksum.file, file);
+    e->checksum.offset = (u32)offset;
+    e->checksum.start = (u32)start;
+    e->checksum.length = (u32)length;
+}
+
+/* Checksums are left out (0): SeaBIOS subtracts the sum from what is there, edk2 stores it. */
+static void loader_build(struct loader *l, struct image *im)
+{
+    loader_allocate(l, ACPI_RSDP_FILE, 16, LOADER_ZONE_FSEG);
+    loader_allocate(l, ACPI_TABLES_FILE, TABLE_ALIGN, LOADER_ZONE_HIGH);
+    for (unsigned i = 0; i < im->nfixups; i++) {
+        const struct fixup *f = &im->fixups[i];
+        size_t sum = f->offset + offsetof(struct table_header, checksum);
+
+        if (f->width) {
+            loader_pointer(l, ACPI_TABLES_FILE, f->offset, f->width);
+        } else {
+            im->data[sum] = 0;
+            loader_checksum(l, ACPI_TABLES_FILE, sum, f->offset, f->length);
+        }
+    }
+    loader_pointer(l, ACPI_RSDP_FILE, offsetof(struct rsdp, rsdt), 4);
+    loader_pointer(l, ACPI_RSDP_FILE, offsetof(struct rsdp, xsdt), 8);
+    loader_checksum(l, ACPI_RSDP_FILE, offsetof(struct rsdp, checksum), 0, RSDP_V1_LENGTH);
+    loader_checksum(l, ACPI_RSDP_FILE, offsetof(struct rsdp, extended_checksum), 0,
+                    sizeof(struct rsdp));
+}
+
+int acpi_build_blobs(const struct acpi_config *cfg, struct acpi_blobs *out, struct error *err)
+{
+    struct image im = {.size = KIB(128)};
+    struct loader *loader = calloc(1, sizeof(*loader));
+    struct rsdp *rsdp = calloc(1, sizeof(*rsdp));
+    gpa_t rsdt, xsdt;
+    int rc;
+
+    if (!loader || !rsdp)
+        rc = error_host(err, ENOMEM, "ACPI tables");
+    else
+        rc = build_image(cfg, &im, &rsdt, &xsdt, err);
+    if (rc < 0) {
+        free(loader);
+        free(rsdp);
+        free(im.data);
+        return rc;
+    }
+    *rsdp = make_rsdp(rsdt, xsdt);
+    rsdp->checksum = rsdp->extended_checksum = 0;
+    loader_build(loader, &im);
+    out->tables = (struct acpi_blob){im.data, (u32)im.len};
+    out->rsdp = (struct acpi_blob){(u8 *)rsdp, sizeof(*rsdp)};
+    out->loader = (struct acpi_blob){(u8 *)loader->entries, loader->n * sizeof(loader->entries[0])};
+    return 0;
+}
+
+void acpi_free_blobs(struct acpi_blobs *blobs)
+{
+    free(blobs->tables.data);
+    free(blobs->rsdp.data);
+    free(blobs->loader.data);
+    *blobs = (struct acpi_blobs){0};
 }

@@ -5,7 +5,7 @@
  *     RTC 8 ---+--> isa_line_set ---+
  *     HPET 0,8-+    (ISA lines)     +--> IOAPIC ----MSI---> local APICs
  *     COM1 4, keyboard 1, mouse 12, SCI 9
- *     PCI's PIRQ A to H: to 10 and 11 in turn at the PIC, to pins 16 to 23 at the IOAPIC
+ *     PCI's PIRQ A to H: at the PIC where the LPC bridge routes them (10 and 11), at the IOAPIC pins 16 to 23
  *
  * Each ISA interrupt goes to the PIC and to the IOAPIC at once; the guest masks the one that it doesn't
  * use. The PIT's line 0 arrives at the IOAPIC's pin 2, as on every PC and as the MADT says. ISA lines 0
@@ -17,11 +17,13 @@
 
 #include "chardev/chardev.h"
 #include "device/acpi_pm.h"
+#include "device/debugcon.h"
 #include "device/fw_cfg.h"
 #include "device/hpet.h"
 #include "device/i8042.h"
 #include "device/ioapic.h"
 #include "device/pci/host.h"
+#include "device/pci/lpc.h"
 #include "device/pic.h"
 #include "device/pit.h"
 #include "device/pvpanic.h"
@@ -30,12 +32,14 @@
 #include "device/sysport.h"
 #include "host/log.h"
 #include "machine/acpi.h"
+#include "machine/firmware.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
 #include "state/stream.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define IOAPIC_PIN_PIT 2
 #define IOAPIC_ID 0
@@ -52,12 +56,14 @@ struct isa {
     bool hpet[LEGACY_COUNT]; /* what the HPET says */
     bool driven[LEGACY_COUNT];
     bool pirq[PCI_PIRQS];
+    u16 pirq_driven; /* inputs of the PIC that they hold up */
 };
 
 static const struct state_field isa_fields[] = {
-    STATE_HOST(struct isa, lock),    STATE_FIELD(struct isa, hpet_route),
-    STATE_FIELD(struct isa, own),    STATE_FIELD(struct isa, hpet),
-    STATE_FIELD(struct isa, driven), STATE_FIELD(struct isa, pirq),
+    STATE_HOST(struct isa, lock),         STATE_FIELD(struct isa, hpet_route),
+    STATE_FIELD(struct isa, own),         STATE_FIELD(struct isa, hpet),
+    STATE_FIELD(struct isa, driven),      STATE_FIELD(struct isa, pirq),
+    STATE_FIELD(struct isa, pirq_driven),
 };
 static const struct state_desc isa_state = STATE_DESC("isa", 1, struct isa, isa_fields);
 
@@ -71,6 +77,9 @@ struct board {
     struct serial *com1;
     struct rtc *rtc;
     struct pci_host *pci;
+    struct lpc *lpc; /* with firmware */
+    struct acpi_pm *pm;
+    u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
@@ -166,25 +175,58 @@ static void hpet_legacy_route(void *opaque, bool on)
     pthread_mutex_unlock(&b->isa.lock);
 }
 
+/* Where a direct boot routes them, and what each PCI function is told then. */
 static const u8 pirq_isa_irq[PCI_PIRQS] = {
-    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
-    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
+    IRQ_PCI_LOW, IRQ_PCI_LOW, IRQ_PCI_HIGH, IRQ_PCI_HIGH,
+    IRQ_PCI_LOW, IRQ_PCI_LOW, IRQ_PCI_HIGH, IRQ_PCI_HIGH,
 };
 
-/* struct irq_line's set, for PIRQ n. Those that share an input of the PIC are ORed there. */
+static int pirq_route(const struct board *b, unsigned n)
+{
+    return b->lpc ? lpc_pirq_irq(b->lpc, n) : pirq_isa_irq[n];
+}
+
+/* Those that share an input of the PIC are ORed there. The isa lock is held. */
+static void pirqs_drive(struct board *b)
+{
+    u16 driven = 0, changed;
+
+    for (unsigned n = 0; n < PCI_PIRQS; n++) {
+        int irq = pirq_route(b, n);
+
+        if (b->isa.pirq[n] && irq >= 0)
+            driven |= BIT(irq);
+    }
+    changed = driven ^ b->isa.pirq_driven;
+    b->isa.pirq_driven = driven;
+    for (unsigned irq = 0; irq < 16; irq++) {
+        if (changed >> irq & 1)
+            pic_set_irq(b->pic, irq, driven >> irq & 1);
+    }
+}
+
+/* struct irq_line's set, for PIRQ n. */
 static void pirq_set(void *opaque, unsigned n, bool level)
 {
     struct board *b = opaque;
-    bool shared = false;
 
     if (b->loading)
         return;
     pthread_mutex_lock(&b->isa.lock);
     b->isa.pirq[n] = level;
-    for (unsigned i = 0; i < PCI_PIRQS; i++)
-        shared |= b->isa.pirq[i] && pirq_isa_irq[i] == pirq_isa_irq[n];
-    pic_set_irq(b->pic, pirq_isa_irq[n], shared);
+    pirqs_drive(b);
     ioapic_set_irq(b->ioapic, GSI_PIRQ + n, level);
+    pthread_mutex_unlock(&b->isa.lock);
+}
+
+static void routes_changed(void *opaque)
+{
+    struct board *b = opaque;
+
+    if (b->loading)
+        return;
+    pthread_mutex_lock(&b->isa.lock);
+    pirqs_drive(b);
     pthread_mutex_unlock(&b->isa.lock);
 }
 
@@ -360,6 +402,14 @@ static void reset_control_write(void *opaque, u8 value)
     sysport_reset_control_write(b->sysport, value);
 }
 
+static void pam_written(void *opaque)
+{
+    struct board *b = opaque;
+
+    if (b->config.memory_changed)
+        b->config.memory_changed(b->config.opaque);
+}
+
 static int create_pci(struct board *b, struct error *err)
 {
     struct pci_host_config config = {
@@ -367,6 +417,7 @@ static int create_pci(struct board *b, struct error *err)
         .msi = {deliver_msi, b},
         .reset_control_read = reset_control_read,
         .reset_control_write = reset_control_write,
+        .pam_written = pam_written,
         .opaque = b,
     };
 
@@ -403,9 +454,38 @@ static int create_acpi_pm(struct board *b, struct error *err)
         .sci = isa_line(b, IRQ_SCI),
         .power = b->config.power,
     };
-    struct acpi_pm *pm = acpi_pm_create(&b->config.env, &config, err);
 
-    return pm ? add(b, acpi_pm_device(pm)) : -EIO;
+    b->pm = acpi_pm_create(&b->config.env, &config, err);
+    return b->pm ? add(b, acpi_pm_device(b->pm)) : -EIO;
+}
+
+static void pm_base_changed(void *opaque, u16 base)
+{
+    struct board *b = opaque;
+
+    acpi_pm_move(b->pm, base);
+}
+
+/* Firmware chooses where the ACPI registers are; they are nowhere until then. */
+static int create_lpc(struct board *b, struct error *err)
+{
+    struct lpc_config config = {pm_base_changed, routes_changed, b};
+
+    if (!b->config.firmware)
+        return 0;
+    acpi_pm_move(b->pm, 0);
+    b->lpc = lpc_create(&b->config.env, &config, b->pci, err);
+    return b->lpc ? add(b, lpc_device(b->lpc)) : -EIO;
+}
+
+static int create_debugcon(struct board *b, struct error *err)
+{
+    struct debugcon *d;
+
+    if (!b->config.firmware)
+        return 0;
+    d = debugcon_create(&b->config.env, PORT_DEBUGCON, err);
+    return d ? add(b, debugcon_device(d)) : -EIO;
 }
 
 static int create_pvpanic(struct board *b, struct error *err)
@@ -414,6 +494,35 @@ static int create_pvpanic(struct board *b, struct error *err)
     struct pvpanic *panic = pvpanic_create(&b->config.env, &config, err);
 
     return panic ? add(b, pvpanic_device(panic)) : -EIO;
+}
+
+/* PCI's window above 4 GiB lies behind the RAM, if it ends on the bus. */
+static void pci_window64(struct board *b, struct acpi_config *config)
+{
+    u64 end = LAYOUT_HIGH_RAM_BASE;
+
+    for (unsigned i = 0; i < b->config.env.memory->nslots; i++) {
+        const struct memory_slot *slot = &b->config.env.memory->slots[i];
+
+        end = MAX(end, slot->gpa + slot->size);
+    }
+    end = (end + LAYOUT_MMIO64_ALIGN - 1) & ~(LAYOUT_MMIO64_ALIGN - 1);
+    if (end + LAYOUT_MMIO64_ALIGN > BIT(b->config.phys_bits))
+        return;
+    config->mmio64_base = end;
+    config->mmio64_size = LAYOUT_MMIO64_ALIGN;
+}
+
+static int add_firmware_files(struct board *b, struct fw_cfg *fw, struct error *err)
+{
+    struct acpi_config config = {
+        .ncpus = b->config.cpus,
+        .ioapic_id = IOAPIC_ID,
+        .mmio32_end = LAYOUT_MMIO32_FIRMWARE_END,
+    };
+
+    pci_window64(b, &config);
+    return firmware_add_files(b->config.firmware, fw, b->config.e820, &config, err);
 }
 
 static int create_fw_cfg(struct board *b, struct error *err)
@@ -428,6 +537,8 @@ static int create_fw_cfg(struct board *b, struct error *err)
     ret = fw_cfg_add_u16(fw, FW_CFG_NB_CPUS, (u16)b->config.cpus, err);
     if (!ret)
         ret = fw_cfg_add_u16(fw, FW_CFG_MAX_CPUS, (u16)b->config.cpus, err);
+    if (!ret && b->config.firmware)
+        ret = add_firmware_files(b, fw, err);
     return ret;
 }
 
@@ -438,8 +549,9 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,  create_ioapic, create_pci,     create_pit,     create_hpet,   create_rtc,
-        create_com1, create_i8042,  create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
+        create_pic,     create_ioapic,   create_pci,    create_pit,     create_hpet,
+        create_rtc,     create_com1,     create_i8042,  create_acpi_pm, create_lpc,
+        create_pvpanic, create_debugcon, create_fw_cfg, create_sysport,
     };
     struct board *b = calloc(1, sizeof(*b));
 
@@ -450,6 +562,15 @@ struct board *board_create(const struct board_config *config, struct error *err)
     }
     b->config = *config;
     pthread_mutex_init(&b->isa.lock, NULL);
+    if (config->firmware) {
+        b->no_rom = malloc(LAYOUT_SHADOW_END - LAYOUT_SHADOW_BASE);
+        if (!b->no_rom) {
+            error_host(err, ENOMEM, "cannot create the board");
+            board_destroy(b);
+            return NULL;
+        }
+        memset(b->no_rom, 0xff, LAYOUT_SHADOW_END - LAYOUT_SHADOW_BASE);
+    }
     a20_gate_init(&b->a20, a20_changed, b);
     for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
         if (steps[i](b, err)) {
@@ -471,6 +592,7 @@ void board_destroy(struct board *b)
         dev->ops->destroy(dev);
     }
     pthread_mutex_destroy(&b->isa.lock);
+    free(b->no_rom);
     free(b);
 }
 
@@ -531,6 +653,8 @@ int board_load(struct board *b, struct state_reader *r, struct error *err)
 
     b->loading = true;
     ret = load_sections(b, r, err);
+    if (b->lpc)
+        lpc_loaded(b->lpc);
     pci_host_loaded(b->pci);
     b->loading = false;
     return ret;
@@ -545,27 +669,10 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
     return difference;
 }
 
-/* The PCI windows of a direct boot. The one above 4 GiB lies behind the RAM, if it ends on the bus. */
-static void pci_window64(struct board *b, struct acpi_config *config)
-{
-    u64 end = LAYOUT_HIGH_RAM_BASE;
-
-    for (unsigned i = 0; i < b->config.env.memory->nslots; i++) {
-        const struct memory_slot *slot = &b->config.env.memory->slots[i];
-
-        end = MAX(end, slot->gpa + slot->size);
-    }
-    end = (end + LAYOUT_MMIO64_ALIGN - 1) & ~(LAYOUT_MMIO64_ALIGN - 1);
-    if (end + LAYOUT_MMIO64_ALIGN > BIT(b->config.phys_bits))
-        return;
-    config->mmio64_base = end;
-    config->mmio64_size = LAYOUT_MMIO64_ALIGN;
-}
-
 /* PCI's interrupts are levels at the PIC. */
 static void set_elcr(struct board *b)
 {
-    io_bus_write(b->config.env.ports, PORT_PIC_ELCR, BIT(IRQ_PCI_EVEN) | BIT(IRQ_PCI_ODD), 2);
+    io_bus_write(b->config.env.ports, PORT_PIC_ELCR, BIT(IRQ_PCI_LOW) | BIT(IRQ_PCI_HIGH), 2);
 }
 
 int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
@@ -576,7 +683,8 @@ int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
         .io_base = PORT_PCI_IO_BASE,
         .io_end = PORT_PCI_IO_END,
     };
-    struct acpi_config config = {.ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID};
+    struct acpi_config config = {
+        .ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID, .mmio32_end = LAYOUT_MMIO32_END};
 
     io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
     set_elcr(b);
@@ -584,6 +692,48 @@ int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
     pci_window64(b, &config);
     return acpi_build(&config, LAYOUT_ACPI_BASE, LAYOUT_ACPI_END - LAYOUT_ACPI_BASE,
                       b->config.env.memory, rsdp, err);
+}
+
+void board_prepare_firmware(struct board *b)
+{
+    io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
+}
+
+/* What the ROM has for [gpa, gpa + size): its last part, as far as that reaches down; ones below. */
+static u8 *rom_at(struct board *b, gpa_t gpa)
+{
+    const struct firmware *fw = b->config.firmware;
+    u64 from_end = LAYOUT_SHADOW_END - gpa;
+    const struct memory_slot *rom;
+
+    if (gpa < LAYOUT_ROM_LOW_BASE || from_end > fw->rom_size)
+        return b->no_rom;
+    rom = memory_find(b->config.env.memory, LAYOUT_ROM_END - fw->rom_size);
+    return rom->host + (fw->rom_size - from_end);
+}
+
+/*
+ * A piece that is written as RAM and read as ROM, for copying a ROM onto itself, can't be had from a slot: its writes
+ * are dropped. Firmware of today copies from the ROM's place below 4 GiB.
+ */
+bool board_update_memory(struct board *b)
+{
+    struct guest_memory *memory = b->config.env.memory;
+    bool changed = false;
+
+    if (!b->config.firmware)
+        return false;
+    for (unsigned n = 0; n < PCI_HOST_PAM_SEGMENTS; n++) {
+        struct pci_host_pam pam;
+
+        pci_host_pam(b->pci, n, &pam);
+        if (pam.access == PCI_HOST_PAM_WRITE)
+            log_once(LOG_WARN, "the guest copies a ROM onto itself, which doesn't work here");
+        changed |= memory_show(
+            memory, pam.base, pam.access & PCI_HOST_PAM_READ ? NULL : rom_at(b, pam.base),
+            pam.access == (PCI_HOST_PAM_READ | PCI_HOST_PAM_WRITE) ? 0 : MEMORY_ROM);
+    }
+    return changed;
 }
 
 int board_ack_extint(struct board *b)

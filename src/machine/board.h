@@ -10,6 +10,7 @@
 struct board;
 struct chardev;
 struct e820_map;
+struct firmware;
 struct state_reader;
 struct state_writer;
 
@@ -23,6 +24,10 @@ struct board_config {
     const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
     struct chardev *serial;      /* for COM1, or NULL */
     u16 debug_exit_port;         /* 0: none */
+    struct firmware *firmware;   /* NULL: a direct boot */
+    /* With firmware: board_update_memory is to be called, with no vCPU running. On a vCPU's thread. */
+    void (*memory_changed)(void *opaque);
+    void *opaque;
 };
 
 /* All devices in their power-on state. What config points to must outlive the board. */
@@ -51,6 +56,13 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
  * tables in guest memory; *rsdp is where their root is.
  */
 int board_prepare_boot(struct board *board, gpa_t *rsdp, struct error *err);
+
+/*
+ * With firmware, in place of that: the A20 gate open, as a PC has it at its first instruction. And after a reset, a load,
+ * or when the board asked: shows RAM or ROM where the host bridge says. Returns whether the engine must be told.
+ */
+void board_prepare_firmware(struct board *board);
+bool board_update_memory(struct board *board);
 
 /* For struct engine_machine_ops: INTA, and EOI broadcasts. Any thread. */
 int board_ack_extint(struct board *board);

@@ -8,6 +8,7 @@
 #include "bus/io.h"
 #include "bus/memory.h"
 #include "machine/board.h"
+#include "machine/firmware.h"
 #include "machine/loader.h"
 #include "machine/machine.h"
 #include "machine/memory_map.h"
@@ -23,6 +24,7 @@ struct machine {
     struct cpuid_model *cpuid;
     struct guest_memory memory;
     struct e820_map e820;
+    struct firmware firmware; /* when the configuration names one */
     struct io_bus *ports, *mmio;
     struct engine *engine;
     struct board *board;
@@ -34,6 +36,7 @@ struct machine {
     /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
     pthread_mutex_t request_lock;
     bool reset_requested;
+    bool remap_requested;   /* board_update_memory */
     struct machine_end end; /* the first reason wins */
     int request_fd;         /* eventfd that wakes the loop */
     struct fd_watch request_watch;
@@ -41,6 +44,8 @@ struct machine {
 
 /* Whether the guest or the user asked for the end or a reset, and it is not done yet. */
 bool machine_has_request(struct machine *m);
+/* Has the engine see what the board says of ROM and RAM. No vCPU may run. */
+void machine_update_memory(struct machine *m);
 /* Ends the machine with MACHINE_END_ERROR: it will not run again. */
 void machine_fail(struct machine *m, const struct error *err);
 

@@ -12,6 +12,8 @@
 #define LAYOUT_ECAM_BASE 0xb0000000ULL /* 256 MiB */
 #define LAYOUT_MMIO32_BASE 0xc0000000ULL
 #define LAYOUT_MMIO32_END 0xfe000000ULL
+#define LAYOUT_MMIO32_FIRMWARE_END                                                                 \
+    0xfec00000ULL                          /* firmware's own choice of addresses reaches to here */
 #define LAYOUT_MMIO64_ALIGN 0x800000000ULL /* a window of 32 GiB behind the last RAM, aligned so */
 #define LAYOUT_HIGH_RAM_BASE 0x100000000ULL
 
@@ -20,6 +22,13 @@
 #define LAYOUT_VGA_END 0xc0000ULL
 #define LAYOUT_ACPI_BASE 0xe0000ULL /* RSDP and tables, to 1 MiB, in direct boots */
 #define LAYOUT_ACPI_END 0x100000ULL
+
+/* With firmware: its ROM ends at 4 GiB, and its last part shows below 1 MiB until there is RAM in its place. */
+#define LAYOUT_SHADOW_BASE 0xc0000ULL
+#define LAYOUT_SHADOW_END 0x100000ULL
+#define LAYOUT_ROM_LOW_BASE 0xe0000ULL
+#define LAYOUT_ROM_END 0x100000000ULL
+#define LAYOUT_ROM_MAX MIB(16)
 
 #define LAYOUT_IOAPIC_BASE 0xfec00000ULL
 #define LAYOUT_HPET_BASE 0xfed00000ULL
@@ -38,6 +47,7 @@
 #define PORT_POST 0x80
 #define PORT_FAST_A20 0x92
 #define PORT_COM1 0x3f8
+#define PORT_DEBUGCON 0x402
 #define PORT_PVPANIC 0x505
 #define PORT_FW_CFG 0x510
 #define PORT_PCI_CONFIG 0xcf8 /* with the reset control register in it */
@@ -58,9 +68,12 @@
 #define IRQ_RTC 8
 #define IRQ_SCI 9
 #define IRQ_MOUSE 12
-/* PIRQ A to H of the PCI bus: at the PIC in turn on these two, at the IOAPIC on pins of their own. */
-#define IRQ_PCI_EVEN 10
-#define IRQ_PCI_ODD 11
+/*
+ * PIRQ A to H of the PCI bus, at the PIC: A, B, E and F on the first, the others on the second, which is also what
+ * firmware programs the LPC bridge to. At the IOAPIC they have pins of their own.
+ */
+#define IRQ_PCI_LOW 10
+#define IRQ_PCI_HIGH 11
 #define GSI_PIRQ 16
 
 /* Slots of the PCI bus: 0 is the host bridge, 31 the chipset's; cards take what is free from here on. */

@@ -3,6 +3,7 @@
 #include "device/device.h"
 #include "host/log.h"
 #include "machine/internal.h"
+#include "machine/layout.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -50,6 +51,33 @@ static void request_reset(struct machine *m)
     notify(m);
 }
 
+/* On the thread of the vCPU that wrote a PAM register, which goes no further until it is done. */
+static void request_remap(void *opaque)
+{
+    struct machine *m = opaque;
+
+    pthread_mutex_lock(&m->request_lock);
+    m->remap_requested = true;
+    pthread_mutex_unlock(&m->request_lock);
+    notify(m);
+}
+
+void machine_update_memory(struct machine *m)
+{
+    if (board_update_memory(m->board))
+        m->ops->memory_changed(m->engine);
+}
+
+static void remap(struct machine *m)
+{
+    bool running = m->running;
+
+    machine_pause(m);
+    machine_update_memory(m);
+    if (running)
+        machine_start(m);
+}
+
 /* struct power_sink: any thread, with device locks held. */
 static void power_request(void *opaque, enum power_request what, u32 value)
 {
@@ -88,7 +116,7 @@ static void requests_ready(void *opaque, u32 events)
 {
     struct machine *m = opaque;
     struct machine_end end = {.reason = MACHINE_END_ERROR};
-    bool ended, reset;
+    bool ended, reset, moved;
     u64 count;
 
     if (read(m->request_fd, &count, sizeof(count)) < 0)
@@ -96,9 +124,13 @@ static void requests_ready(void *opaque, u32 events)
     pthread_mutex_lock(&m->request_lock);
     ended = m->end.reason != MACHINE_END_NONE;
     reset = m->reset_requested;
+    moved = m->remap_requested;
     m->reset_requested = false;
+    m->remap_requested = false;
     pthread_mutex_unlock(&m->request_lock);
 
+    if (moved)
+        remap(m);
     if (ended)
         event_loop_stop(m->loop);
     else if (reset && machine_reset(m, &end.error))
@@ -143,16 +175,45 @@ static int create_processor_model(struct machine *m, struct error *err)
     return -EINVAL;
 }
 
+static int open_firmware(struct machine *m, struct error *err)
+{
+    int ret;
+
+    if (!m->config.firmware.what)
+        return 0;
+    ret = firmware_open(&m->firmware, &m->config.firmware, err);
+    if (ret && err->class == ERROR_INPUT)
+        error_prefix(err, "--firmware");
+    return ret;
+}
+
+static int build_memory(struct machine *m, struct error *err)
+{
+    const struct firmware *fw = &m->firmware;
+    gpa_t rom = LAYOUT_ROM_END - fw->rom_size;
+    int ret;
+
+    if (!m->config.firmware.what)
+        return memory_map_build(&m->memory, m->config.memory, err);
+    ret = memory_map_build_firmware(&m->memory, m->config.memory, fw->rom_size, err);
+    if (!ret && memory_write(&m->memory, rom, fw->rom, fw->rom_size) < 0)
+        ret = error_host(err, EFAULT, "no place for the firmware");
+    return ret;
+}
+
 static int create_buses(struct machine *m, struct error *err)
 {
-    int ret = memory_map_build(&m->memory, m->config.memory, err);
+    int ret = build_memory(m, err);
 
     if (ret) {
         if (err->class == ERROR_INPUT)
             error_prefix(err, "--memory");
         return ret;
     }
-    memory_map_e820(&m->memory, &m->e820);
+    if (m->config.firmware.what)
+        memory_map_e820_firmware(m->config.memory, &m->e820);
+    else
+        memory_map_e820(&m->memory, &m->e820);
     m->ports = io_bus_create("port", PORT_COUNT, err);
     if (!m->ports)
         return -ENOMEM;
@@ -196,6 +257,9 @@ static int create_board(struct machine *m, struct error *err)
         .e820 = &m->e820,
         .serial = m->config.serial,
         .debug_exit_port = m->config.debug_exit_port,
+        .firmware = m->config.firmware.what ? &m->firmware : NULL,
+        .memory_changed = m->config.firmware.what ? request_remap : NULL,
+        .opaque = m,
     };
 
     m->board = board_create(&config, err);
@@ -232,7 +296,7 @@ static void leave_as_firmware(struct cpu *cpu, struct lapic_state *apic)
 }
 
 /*
- * The firmware's part in a direct boot: processors reset, tables and kernel in memory, the first
+ * Processors reset, and what they find. Firmware starts where a processor does. In a direct boot its part is done here: tables and kernel in memory, the first
  * processor at its entry.
  */
 static int load(struct machine *m, struct error *err)
@@ -251,6 +315,11 @@ static int load(struct machine *m, struct error *err)
 
     for (unsigned i = 0; i < m->ncpus; i++)
         m->ops->vcpu_reset(m->cpus[i].vcpu);
+    if (m->config.firmware.what) {
+        board_prepare_firmware(m->board);
+        machine_update_memory(m);
+        return 0;
+    }
     ret = board_prepare_boot(m->board, &request.rsdp, err);
     if (ret)
         return ret;
@@ -279,13 +348,8 @@ struct machine *machine_create(const struct machine_config *config, struct event
                                struct error *err)
 {
     static int (*const steps[])(struct machine * m, struct error * err) = {
-        create_requests,
-        create_processor_model,
-        create_buses,
-        create_engine,
-        create_board,
-        create_cpus,
-        load,
+        create_requests, create_processor_model, open_firmware, create_buses,
+        create_engine,   create_board,           create_cpus,   load,
     };
     struct machine *m = calloc(1, sizeof(*m));
 
@@ -327,6 +391,7 @@ void machine_destroy(struct machine *m)
     if (m->ports)
         io_bus_destroy(m->ports);
     memory_destroy(&m->memory);
+    firmware_close(&m->firmware);
     if (m->cpuid)
         cpuid_model_destroy(m->cpuid);
     if (m->clock)
@@ -344,7 +409,7 @@ bool machine_has_request(struct machine *m)
     bool requested;
 
     pthread_mutex_lock(&m->request_lock);
-    requested = m->end.reason != MACHINE_END_NONE || m->reset_requested;
+    requested = m->end.reason != MACHINE_END_NONE || m->reset_requested || m->remap_requested;
     pthread_mutex_unlock(&m->request_lock);
     return requested;
 }

@@ -11,6 +11,7 @@
 #include "engine/engine.h"
 #include "host/error.h"
 #include "host/event_loop.h"
+#include "machine/firmware.h"
 
 struct chardev;
 struct machine;
@@ -25,6 +26,7 @@ struct machine_config {
     u64 memory;      /* bytes */
     unsigned cpus;
     const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
+    struct firmware_config firmware;       /* in place of a kernel */
     struct chardev *serial;                /* what COM1 is connected to, or NULL */
     u16 debug_exit_port;                   /* 0: none */
     bool no_reboot;                        /* a reset ends the machine */

@@ -82,9 +82,10 @@ struct saved_page {
 
 static const u8 zero_page[GUEST_PAGE_SIZE];
 
-static const u8 *slot_page(const struct memory_slot *slot, u64 index)
+/* The slot's own bytes, though a ROM may hide them now. */
+static u8 *slot_page(const struct memory_slot *slot, u64 index)
 {
-    return slot->host + (index << GUEST_PAGE_SHIFT);
+    return slot->backing + (index << GUEST_PAGE_SHIFT);
 }
 
 static bool page_is_zero(const u8 *page)
@@ -137,12 +138,18 @@ static int check_slot(const struct memory_slot *slot, unsigned n, const struct s
     return 0;
 }
 
-/* Through the door that tells the engine; pages that are right already are left alone. */
+/* The engine hears of it; pages that are right already are left alone. */
 static void load_page(struct guest_memory *memory, const struct memory_slot *slot, u64 index,
                       const u8 *bytes)
 {
-    if (memcmp(slot_page(slot, index), bytes, GUEST_PAGE_SIZE) != 0)
-        memory_write(memory, slot->gpa + (index << GUEST_PAGE_SHIFT), bytes, GUEST_PAGE_SIZE);
+    const struct memory_listener *listener = &memory->listener;
+
+    if (memcmp(slot_page(slot, index), bytes, GUEST_PAGE_SIZE) == 0)
+        return;
+    memcpy(slot_page(slot, index), bytes, GUEST_PAGE_SIZE);
+    if (listener->written)
+        listener->written(listener->opaque, slot->gpa + (index << GUEST_PAGE_SHIFT),
+                          GUEST_PAGE_SIZE);
 }
 
 static int load_slot(struct guest_memory *memory, unsigned n, struct state_reader *r,
@@ -249,6 +256,8 @@ static int load_rest(struct machine *m, struct state_reader *r, struct error *er
         ret = load_slot(&m->memory, i, r, err);
     if (ret == 0)
         ret = board_load(m->board, r, err);
+    if (ret == 0)
+        machine_update_memory(m);
     for (unsigned i = 0; i < m->ncpus && ret == 0; i++)
         ret = load_cpu(m, i, r, err);
     return ret ? ret : state_read_end(r, err);

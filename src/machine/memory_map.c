@@ -30,6 +30,12 @@ static int check_size(u64 size, struct error *err)
     return 0;
 }
 
+static int add_high(struct guest_memory *memory, u64 size, u64 low_end, struct error *err)
+{
+    return size > low_end ? memory_add_slot(memory, LAYOUT_HIGH_RAM_BASE, size - low_end, 0, err)
+                          : 0;
+}
+
 int memory_map_build(struct guest_memory *memory, u64 size, struct error *err)
 {
     u64 low_end = MIN(size, LAYOUT_LOW_RAM_END);
@@ -39,8 +45,30 @@ int memory_map_build(struct guest_memory *memory, u64 size, struct error *err)
         ret = memory_add_slot(memory, 0, LAYOUT_VGA_BASE, 0, err);
     if (!ret)
         ret = memory_add_slot(memory, LAYOUT_VGA_END, low_end - LAYOUT_VGA_END, 0, err);
-    if (!ret && size > low_end)
-        ret = memory_add_slot(memory, LAYOUT_HIGH_RAM_BASE, size - low_end, 0, err);
+    if (!ret)
+        ret = add_high(memory, size, low_end, err);
+    return ret;
+}
+
+int memory_map_build_firmware(struct guest_memory *memory, u64 size, u64 rom_size,
+                              struct error *err)
+{
+    const u64 piece = KIB(16), last = LAYOUT_SHADOW_END - KIB(64);
+    u64 low_end = MIN(size, LAYOUT_LOW_RAM_END);
+    int ret = check_size(size, err);
+
+    if (!ret)
+        ret = memory_add_slot(memory, 0, LAYOUT_VGA_BASE, 0, err);
+    for (gpa_t at = LAYOUT_SHADOW_BASE; !ret && at < last; at += piece)
+        ret = memory_add_slot(memory, at, piece, 0, err);
+    if (!ret)
+        ret = memory_add_slot(memory, last, LAYOUT_SHADOW_END - last, 0, err);
+    if (!ret && low_end > LAYOUT_SHADOW_END)
+        ret = memory_add_slot(memory, LAYOUT_SHADOW_END, low_end - LAYOUT_SHADOW_END, 0, err);
+    if (!ret)
+        ret = add_high(memory, size, low_end, err);
+    if (!ret)
+        ret = memory_add_slot(memory, LAYOUT_ROM_END - rom_size, rom_size, MEMORY_ROM, err);
     return ret;
 }
 
@@ -70,4 +98,13 @@ void memory_map_e820(const struct guest_memory *memory, struct e820_map *map)
         if (slot->gpa >= LAYOUT_HIGH_RAM_BASE)
             add(map, slot->gpa, slot->gpa + slot->size, E820_RAM);
     }
+}
+
+void memory_map_e820_firmware(u64 size, struct e820_map *map)
+{
+    u64 low_end = MIN(size, LAYOUT_LOW_RAM_END);
+
+    map->count = 0;
+    add(map, 0, low_end, E820_RAM);
+    add(map, LAYOUT_HIGH_RAM_BASE, LAYOUT_HIGH_RAM_BASE + (size - low_end), E820_RAM);
 }

@@ -21,4 +21,12 @@ int memory_map_build(struct guest_memory *memory, u64 size, struct error *err);
 /* The same as E820h entries, with the EBDA, the firmware area and the ECAM window reserved. */
 void memory_map_e820(const struct guest_memory *memory, struct e820_map *map);
 
+/*
+ * With firmware: the same RAM, in which each piece of [0xc0000, 0x100000) that the host bridge can hand to the ROM is
+ * a slot, and a ROM of rom_size bytes that ends at 4 GiB. What firmware is told is RAM, all of it from 0 on.
+ */
+int memory_map_build_firmware(struct guest_memory *memory, u64 size, u64 rom_size,
+                              struct error *err);
+void memory_map_e820_firmware(u64 size, struct e820_map *map);
+
 #endif

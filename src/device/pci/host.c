@@ -30,8 +30,9 @@
 #define PCIEXBAR_WRITABLE_LO 0xfc000007U
 #define PCIEXBAR_WRITABLE_HI 0xfU
 
-#define PAM0 0x90 /* to PAM6, and SMRAM and ESMRAMC: registers that the firmware reads back */
+#define PAM0 0x90 /* to PAM6 (5.1.18 to 5.1.24): who answers in [0xc0000, 0x100000) */
 #define PAM_COUNT 7
+/* No system management mode: registers that the firmware reads back. */
 #define SMRAM 0x9d
 #define ESMRAMC 0x9e
 #define SMRAM_POWER_ON 0x02
@@ -281,6 +282,32 @@ static const struct io_ops address_ops = {address_read, address_write, 4};
 static const struct io_ops data_ops = {data_read, data_write, 4};
 static const struct io_ops ecam_ops = {ecam_read, ecam_write, 4};
 
+/* ---- the attribute map ---- */
+
+/* PAM0 has 64 KiB from 0xf0000 in its high half, the others 16 KiB in each half from 0xc0000 on. */
+void pci_host_pam(struct pci_host *host, unsigned n, struct pci_host_pam *pam)
+{
+    bool last = n == PCI_HOST_PAM_SEGMENTS - 1;
+    unsigned reg = last ? PAM0 : PAM0 + 1 + n / 2;
+    unsigned shift = last || n % 2 ? 4 : 0;
+
+    device_lock(&host->pci.dev);
+    *pam = (struct pci_host_pam){
+        .base = 0xc0000 + 0x4000ULL * n,
+        .size = last ? 0x10000 : 0x4000,
+        .access = host->pci.config[reg] >> shift & (PCI_HOST_PAM_READ | PCI_HOST_PAM_WRITE),
+    };
+    device_unlock(&host->pci.dev);
+}
+
+static void pci_host_written(struct pci_device *pci, unsigned offset, unsigned size)
+{
+    struct pci_host *host = container_of(pci, struct pci_host, pci);
+
+    if (offset < PAM0 + PAM_COUNT && offset + size > PAM0 && host->config.pam_written)
+        host->config.pam_written(host->config.opaque);
+}
+
 /* ---- functions come and go ---- */
 
 /* A slot's function 0 tells whether there are others (6.2.1). The bus's lock is held. */
@@ -494,6 +521,7 @@ static const struct state_desc pci_host_state = {
 
 static const struct pci_device_ops pci_host_ops = {
     .dev = {.reset = pci_host_reset, .destroy = pci_host_destroy},
+    .config_written = pci_host_written,
 };
 
 static void init_registers(struct pci_device *pci)
@@ -513,7 +541,12 @@ struct pci_host *pci_host_create(const struct device_env *env, const struct pci_
                                  struct error *err)
 {
     static const struct pci_identity identity = {
-        .vendor = PCI_HOST_VENDOR, .device = PCI_HOST_DEVICE, .class = PCI_CLASS_BRIDGE_HOST};
+        .vendor = PCI_HOST_VENDOR,
+        .device = PCI_HOST_DEVICE,
+        .class = PCI_CLASS_BRIDGE_HOST,
+        .subsystem_vendor = PCI_HOST_SUBSYSTEM_VENDOR,
+        .subsystem = PCI_HOST_SUBSYSTEM,
+    };
     struct pci_host *host = calloc(1, sizeof(*host));
 
     if (!host) {

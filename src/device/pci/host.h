@@ -18,6 +18,9 @@
 
 #define PCI_HOST_VENDOR 0x8086
 #define PCI_HOST_DEVICE 0x29c0
+/* Firmware takes the machine for one that has fw_cfg by these (SeaBIOS: src/fw/paravirt.c, qemu_detect). */
+#define PCI_HOST_SUBSYSTEM_VENDOR 0x1af4
+#define PCI_HOST_SUBSYSTEM 0x1100
 #define PCI_HOST_PCIEXBAR 0x60 /* 64 bits */
 #define PCI_HOST_PCIEXBAR_ENABLE 1
 
@@ -31,6 +34,8 @@ struct pci_host_config {
      */
     u8 (*reset_control_read)(void *opaque);
     void (*reset_control_write)(void *opaque, u8 value);
+    /* The guest wrote a PAM register: pci_host_pam may say something else now. On its vCPU's thread. May be NULL. */
+    void (*pam_written)(void *opaque);
     void *opaque;
 };
 
@@ -43,6 +48,20 @@ struct device *pci_host_device(struct pci_host *host);
  * Its configuration space at this time is its power-on state. The device takes itself away again.
  */
 int pci_host_add(struct pci_host *host, struct pci_device *pci, u8 devfn, struct error *err);
+/*
+ * What the programmable attribute map says of a piece of [0xc0000, 0x100000): where reads go, to RAM or to the ROM
+ * behind the chipset, and whether writes reach RAM.
+ */
+#define PCI_HOST_PAM_SEGMENTS 13
+#define PCI_HOST_PAM_READ 1
+#define PCI_HOST_PAM_WRITE 2
+struct pci_host_pam {
+    gpa_t base;
+    u32 size;
+    u8 access; /* PCI_HOST_PAM_* that go to RAM */
+};
+void pci_host_pam(struct pci_host *host, unsigned n, struct pci_host_pam *pam);
+
 /* The first slot from `first` on without a function 0, or -1. */
 int pci_host_free_slot(struct pci_host *host, unsigned first);
 /* Which PIRQ an INTx pin (0 to 3) of a slot is wired to. */

@@ -1,0 +1,37 @@
+/*
+ * Firmware: its image, and what it is told.
+ *
+ * Debian's SeaBIOS and OVMF run as they are: the image is a ROM that ends at 4 GiB, and the tables, the memory map and
+ * the order of boot devices are files in fw_cfg.
+ */
+#ifndef DOPPEL_MACHINE_FIRMWARE_H
+#define DOPPEL_MACHINE_FIRMWARE_H
+
+#include "device/fw_cfg.h"
+#include "machine/acpi.h"
+#include "machine/loader.h"
+
+/* What the user asked for. Strings are borrowed. */
+struct firmware_config {
+    const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
+};
+
+struct firmware {
+    u8 *rom; /* owned */
+    u64 rom_size;
+    struct acpi_blobs acpi; /* lent to fw_cfg, as the map is */
+    struct firmware_e820 {
+        u64 base, size;
+        u32 type;
+    } __attribute__((packed)) e820[E820_MAX];
+};
+
+/* Reads the image. ERROR_INPUT names the file, and the package where it is missing. */
+int firmware_open(struct firmware *fw, const struct firmware_config *config, struct error *err);
+void firmware_close(struct firmware *fw);
+
+/* Makes the files that all firmware reads. The firmware must outlive fw_cfg. */
+int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e820_map *e820,
+                       const struct acpi_config *acpi, struct error *err);
+
+#endif
