@@ -1,6 +1,7 @@
 #include "cli/run.h"
 
 #include "cli/parse.h"
+#include "control/screenshot.h"
 
 #include <string.h>
 
@@ -111,6 +112,14 @@ static int set_stats(struct vm_config *config, const char *value, struct error *
     return set_path(&config->stats, value, err);
 }
 
+static int set_screenshot(struct vm_config *config, const char *value, struct error *err)
+{
+    if (config->nscreenshots == VM_SCREENSHOTS_MAX)
+        return error_input(err, "give %d files at most", VM_SCREENSHOTS_MAX);
+    config->screenshots[config->nscreenshots++] = value;
+    return screenshot_check_name(value, err);
+}
+
 /* In the order of the help. */
 static const struct option options[] = {
     {"--kernel", "FILE", "boot this Linux bzImage, PVH ELF or multiboot image", set_kernel},
@@ -129,8 +138,15 @@ static const struct option options[] = {
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
+    {"--screenshot", "FILE", "at exit and on SIGUSR1, the screen as .png, or its text as .txt",
+     set_screenshot},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
 };
+
+static bool may_be_repeated(const struct option *o)
+{
+    return o->set == set_screenshot;
+}
 
 static const struct option *find_option(const char *arg, size_t len)
 {
@@ -156,7 +172,7 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
     o = find_option(arg, len);
     if (!o)
         return error_input(err, "unknown option '%.*s': see doppel run --help", (int)len, arg);
-    if (*seen & BIT(o - options))
+    if ((*seen & BIT(o - options)) && !may_be_repeated(o))
         return error_input(err, "%s is given twice", o->name);
     *seen |= BIT(o - options);
     if (!o->value) {
@@ -202,6 +218,8 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
     }
     if (config->kernel && config->firmware.what)
         return error_input(err, "--kernel and --firmware: give one of them");
+    if (config->nscreenshots && !config->firmware.what)
+        return error_input(err, "--screenshot: a screen comes with --firmware only");
     if (!config->kernel && !config->firmware.what)
         return error_input(err, "nothing to boot: give --kernel FILE or --firmware bios");
     return 0;

@@ -1,6 +1,7 @@
 #include "control/vm.h"
 
 #include "chardev/chardev.h"
+#include "control/screenshot.h"
 #include "control/stats.h"
 #include "engine/engine.h"
 #include "host/event_loop.h"
@@ -35,12 +36,36 @@ static void vm_quit(void *opaque)
     machine_quit(vm->machine);
 }
 
+static int write_screenshots(struct vm *vm, struct error *err)
+{
+    struct vga *vga = machine_vga(vm->machine);
+    int ret = 0;
+
+    for (unsigned i = 0; vga && !ret && i < vm->config->nscreenshots; i++)
+        ret = screenshot_write(vga, vm->config->screenshots[i], err);
+    if (ret)
+        error_prefix(err, "--screenshot");
+    return ret;
+}
+
+static void take_screenshots(struct vm *vm)
+{
+    struct error err;
+
+    if (write_screenshots(vm, &err))
+        log_error("%s", err.text);
+}
+
 static void signal_ready(void *opaque, u32 events)
 {
     struct vm *vm = opaque;
     struct signalfd_siginfo info;
 
-    if (read(vm->signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
+    if (read(vm->signal_fd, &info, sizeof(info)) != (ssize_t)sizeof(info))
+        return;
+    if (info.ssi_signo == SIGUSR1) {
+        take_screenshots(vm);
+    } else {
         log_info("ending on signal %u (%s)", info.ssi_signo, strsignal((int)info.ssi_signo));
         vm_quit(vm);
     }
@@ -60,6 +85,7 @@ static int open_signals(struct vm *vm, struct error *err)
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     vm->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (vm->signal_fd < 0)
@@ -196,6 +222,8 @@ int vm_run(const struct vm_config *config)
     machine_run(vm.machine, &end);
     if (end.reason == MACHINE_END_TRIPLE_FAULT)
         log_info("the guest shut itself down by a triple fault");
+    if (write_screenshots(&vm, &end.error))
+        end.reason = MACHINE_END_ERROR;
     if (write_stats(&vm, status_of(&end), &end.error))
         end.reason = MACHINE_END_ERROR;
 out:

@@ -16,6 +16,8 @@ enum vm_status {
     VM_STATUS_GUEST_RESET = 3,
 };
 
+#define VM_SCREENSHOTS_MAX 2
+
 /* What the user asked for. Strings are borrowed. */
 struct vm_config {
     const char *name;
@@ -30,7 +32,9 @@ struct vm_config {
     const char *serial;  /* as chardev_open takes it */
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
-    const char *stats; /* path, or NULL */
+    const char *stats;                           /* path, or NULL */
+    const char *screenshots[VM_SCREENSHOTS_MAX]; /* paths, for screenshot_write */
+    unsigned nscreenshots;
 };
 
 /* Runs the VM to its end. Returns the exit status; failures have been told on stderr. */

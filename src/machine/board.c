@@ -30,6 +30,7 @@
 #include "device/rtc.h"
 #include "device/serial.h"
 #include "device/sysport.h"
+#include "device/vga.h"
 #include "host/log.h"
 #include "machine/acpi.h"
 #include "machine/firmware.h"
@@ -79,7 +80,8 @@ struct board {
     struct pci_host *pci;
     struct lpc *lpc; /* with firmware */
     struct acpi_pm *pm;
-    u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
+    struct vga *vga; /* with firmware */
+    u8 *no_rom;      /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
@@ -478,6 +480,24 @@ static int create_lpc(struct board *b, struct error *err)
     return b->lpc ? add(b, lpc_device(b->lpc)) : -EIO;
 }
 
+static int create_vga(struct board *b, struct error *err)
+{
+    const struct firmware *fw = b->config.firmware;
+    struct vga_config config = {0};
+
+    if (!fw)
+        return 0;
+    config.rom = fw->vga_rom;
+    config.rom_size = fw->vga_rom_size;
+    b->vga = vga_create(&b->config.env, &config, b->pci, PCI_DEVFN(PCI_SLOT_VGA, 0), err);
+    return b->vga ? add(b, vga_device(b->vga)) : -EIO;
+}
+
+struct vga *board_vga(struct board *b)
+{
+    return b->vga;
+}
+
 static int create_debugcon(struct board *b, struct error *err)
 {
     struct debugcon *d;
@@ -519,6 +539,7 @@ static int add_firmware_files(struct board *b, struct fw_cfg *fw, struct error *
         .ncpus = b->config.cpus,
         .ioapic_id = IOAPIC_ID,
         .mmio32_end = LAYOUT_MMIO32_FIRMWARE_END,
+        .vga = true,
     };
 
     pci_window64(b, &config);
@@ -549,9 +570,9 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,     create_ioapic,   create_pci,    create_pit,     create_hpet,
-        create_rtc,     create_com1,     create_i8042,  create_acpi_pm, create_lpc,
-        create_pvpanic, create_debugcon, create_fw_cfg, create_sysport,
+        create_pic, create_ioapic,  create_pci,      create_pit,     create_hpet,
+        create_rtc, create_com1,    create_i8042,    create_acpi_pm, create_lpc,
+        create_vga, create_pvpanic, create_debugcon, create_fw_cfg,  create_sysport,
     };
     struct board *b = calloc(1, sizeof(*b));
 

@@ -11,6 +11,7 @@ struct board;
 struct chardev;
 struct e820_map;
 struct firmware;
+struct vga;
 struct state_reader;
 struct state_writer;
 
@@ -33,6 +34,9 @@ struct board_config {
 /* All devices in their power-on state. What config points to must outlive the board. */
 struct board *board_create(const struct board_config *config, struct error *err);
 void board_destroy(struct board *board);
+
+/* The screen; NULL: there is none. */
+struct vga *board_vga(struct board *board);
 
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);

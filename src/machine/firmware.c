@@ -9,26 +9,29 @@
 #include <unistd.h>
 
 #define BIOS_PATH "/usr/share/seabios/bios-256k.bin"
+#define VGA_BIOS_PATH "/usr/share/seabios/vgabios-stdvga.bin"
+#define VGA_BIOS_MAX KIB(128)
 
-static int read_rom(struct firmware *fw, const char *path, struct error *err)
+/* A file of up to max bytes, in whole units: *data is to be freed. */
+static int read_image(const char *path, u64 max, u64 unit, u8 **data, u64 *size, struct error *err)
 {
     struct image img;
     int ret = image_open(&img, path, err);
 
     if (ret)
         return ret;
-    if (!img.size || img.size > LAYOUT_ROM_MAX || img.size % GUEST_PAGE_SIZE) {
+    if (!img.size || img.size > max || img.size % unit) {
         ret = error_input(err,
-                          "'%s' has %llu bytes, which no firmware image has: give one of whole "
-                          "4 KiB, up to %llu MiB",
-                          path, (unsigned long long)img.size,
-                          (unsigned long long)(LAYOUT_ROM_MAX >> 20));
+                          "'%s' has %llu bytes, which no firmware image has: give one of a "
+                          "multiple of %llu, up to %llu KiB",
+                          path, (unsigned long long)img.size, (unsigned long long)unit,
+                          (unsigned long long)(max >> 10));
         goto out;
     }
-    fw->rom = malloc(img.size);
-    fw->rom_size = img.size;
-    if (fw->rom)
-        ret = image_read(&img, 0, fw->rom, img.size, err);
+    *data = malloc(img.size);
+    *size = img.size;
+    if (*data)
+        ret = image_read(&img, 0, *data, img.size, err);
     else
         ret = error_host(err, ENOMEM, "firmware '%s'", path);
 out:
@@ -44,6 +47,20 @@ static int check_package(const char *path, const char *package, struct error *er
                        package);
 }
 
+/* Firmware that has no need of it, or brings its own, runs without the package. */
+static int read_vga_rom(struct firmware *fw, struct error *err)
+{
+    u64 size;
+    int ret;
+
+    if (access(VGA_BIOS_PATH, F_OK))
+        return 0;
+    ret = read_image(VGA_BIOS_PATH, VGA_BIOS_MAX, 512, &fw->vga_rom, &size, err);
+    if (!ret)
+        fw->vga_rom_size = (u32)size;
+    return ret;
+}
+
 int firmware_open(struct firmware *fw, const struct firmware_config *config, struct error *err)
 {
     const char *path = config->what;
@@ -55,7 +72,9 @@ int firmware_open(struct firmware *fw, const struct firmware_config *config, str
         ret = check_package(path, "seabios", err);
     }
     if (!ret)
-        ret = read_rom(fw, path, err);
+        ret = read_image(path, LAYOUT_ROM_MAX, GUEST_PAGE_SIZE, &fw->rom, &fw->rom_size, err);
+    if (!ret)
+        ret = read_vga_rom(fw, err);
     return ret;
 }
 
@@ -63,7 +82,8 @@ void firmware_close(struct firmware *fw)
 {
     acpi_free_blobs(&fw->acpi);
     free(fw->rom);
-    fw->rom = NULL;
+    free(fw->vga_rom);
+    fw->rom = fw->vga_rom = NULL;
 }
 
 static int add_blob(struct fw_cfg *cfg, const char *name, const struct acpi_blob *blob,

@@ -19,6 +19,8 @@ struct firmware_config {
 struct firmware {
     u8 *rom; /* owned */
     u64 rom_size;
+    u8 *vga_rom; /* owned; NULL: none */
+    u32 vga_rom_size;
     struct acpi_blobs acpi; /* lent to fw_cfg, as the map is */
     struct firmware_e820 {
         u64 base, size;

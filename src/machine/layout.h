@@ -77,6 +77,7 @@
 #define GSI_PIRQ 16
 
 /* Slots of the PCI bus: 0 is the host bridge, 31 the chipset's; cards take what is free from here on. */
+#define PCI_SLOT_VGA 1
 #define PCI_SLOT_FIRST_CARD 2
 
 #endif

@@ -465,6 +465,11 @@ int machine_reset(struct machine *m, struct error *err)
     return 0;
 }
 
+struct vga *machine_vga(struct machine *m)
+{
+    return board_vga(m->board);
+}
+
 void machine_quit(struct machine *m)
 {
     request_end(m, &(struct machine_end){.reason = MACHINE_END_QUIT});

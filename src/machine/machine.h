@@ -15,6 +15,7 @@
 
 struct chardev;
 struct machine;
+struct vga;
 struct state_reader;
 struct state_writer;
 
@@ -89,6 +90,9 @@ int machine_load(struct machine *m, struct state_reader *r, struct error *err);
 const char *machine_compare(struct machine *a, struct machine *b, char *buf, size_t buflen);
 
 /* Ends machine_run with MACHINE_END_QUIT. Any thread. */
+/* The screen, or NULL. Its functions may be called at any time until machine_destroy. */
+struct vga *machine_vga(struct machine *m);
+
 void machine_quit(struct machine *m);
 
 void machine_stats(struct machine *m, struct machine_stats *out);

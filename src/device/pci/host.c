@@ -418,7 +418,7 @@ static void assign_function(struct pci_device *pci, struct pci_windows *w, const
         struct pci_bar *bar = &pci->bars[n];
         u64 io = w->io_base, at;
 
-        if (bar->kind == PCI_BAR_NONE)
+        if (bar->kind == PCI_BAR_NONE || bar->kind == PCI_BAR_ROM)
             continue;
         if (pci_bar_is_io(bar)) {
             at = place(&io, w->io_end, bar->size);

@@ -19,11 +19,11 @@ static inline bool pci_bar_is_io(const struct pci_bar *bar)
 }
 static inline bool pci_bar_is_64(const struct pci_bar *bar)
 {
-    return bar->kind >= PCI_BAR_MEM64;
+    return bar->kind == PCI_BAR_MEM64 || bar->kind == PCI_BAR_MEM64_PREFETCH;
 }
 static inline unsigned pci_bar_offset(unsigned n)
 {
-    return PCI_BASE_ADDRESS_0 + 4 * n;
+    return n == PCI_BAR_ROM_INDEX ? PCI_ROM_ADDRESS : PCI_BASE_ADDRESS_0 + 4 * n;
 }
 
 /* The level that the device wants on its INTx line. The device's lock is held. */

@@ -89,11 +89,19 @@ void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64
         mask &= 0xffff;
         pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
         break;
+    case PCI_BAR_ROM:
+        mask = (mask & PCI_ROM_ADDRESS_MASK) | PCI_ROM_ADDRESS_ENABLE;
+        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
+        break;
+    case PCI_BAR_MEM32_PREFETCH:
+        flags = PCI_BASE_ADDRESS_MEM_PREFETCH;
+        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
+        break;
     case PCI_BAR_MEM64_PREFETCH:
         flags = PCI_BASE_ADDRESS_MEM_PREFETCH;
         /* fall through */
     case PCI_BAR_MEM64:
-        assert(n + 1 < PCI_BARS);
+        assert(n + 1 < PCI_BAR_ROM_INDEX);
         flags |= PCI_BASE_ADDRESS_MEM_TYPE_64;
         pci_config_allow32(pci, offset + 4, mask >> 32);
         /* fall through */
@@ -111,6 +119,33 @@ void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64
         .size = size,
         .range = {.name = pci->dev.name, .size = size, .ops = ops, .opaque = opaque},
     };
+}
+
+static u64 rom_read(void *opaque, u64 offset, unsigned size)
+{
+    const struct pci_device *pci = opaque;
+    u64 value = UINT64_MAX;
+
+    if (offset < pci->rom_size)
+        memcpy(&value, pci->rom + offset, MIN(size, pci->rom_size - offset));
+    return value;
+}
+
+static void rom_write(void *opaque, u64 offset, u64 value, unsigned size)
+{
+}
+
+static const struct io_ops rom_ops = {rom_read, rom_write, 8};
+
+void pci_add_rom(struct pci_device *pci, const u8 *data, u32 size)
+{
+    u64 window = 2048;
+
+    while (window < size)
+        window *= 2;
+    pci->rom = data;
+    pci->rom_size = size;
+    pci_add_bar(pci, PCI_BAR_ROM_INDEX, PCI_BAR_ROM, window, &rom_ops, pci);
 }
 
 unsigned pci_add_capability(struct pci_device *pci, u8 id, unsigned len)
@@ -164,6 +199,8 @@ u64 pci_bar_address(const struct pci_device *pci, unsigned n)
         return command & PCI_COMMAND_IO ? address & ~(u64)PCI_BASE_ADDRESS_IO_FLAGS : 0;
     if (bar->kind == PCI_BAR_NONE || !(command & PCI_COMMAND_MEMORY))
         return 0;
+    if (bar->kind == PCI_BAR_ROM)
+        return address & PCI_ROM_ADDRESS_ENABLE ? address & PCI_ROM_ADDRESS_MASK : 0;
     if (pci_bar_is_64(bar))
         address |= (u64)pci_config_get32(pci, pci_bar_offset(n + 1)) << 32;
     return address & ~(u64)PCI_BASE_ADDRESS_MEM_FLAGS;
@@ -206,7 +243,8 @@ bool pci_config_write(struct pci_device *pci, unsigned offset, u32 value, unsign
     pci_msix_update(pci);
     device_unlock(&pci->dev);
     return overlaps(offset, size, PCI_COMMAND, 2) ||
-           overlaps(offset, size, PCI_BASE_ADDRESS_0, 4 * PCI_BARS);
+           overlaps(offset, size, PCI_BASE_ADDRESS_0, 24) ||
+           overlaps(offset, size, PCI_ROM_ADDRESS, 4);
 }
 
 /* ---- INTx ---- */
@@ -271,6 +309,8 @@ static const struct state_field pci_device_fields[] = {
     STATE_HOST(struct pci_device, power_on),
     STATE_HOST(struct pci_device, next_cap),
     STATE_HOST(struct pci_device, bars),
+    STATE_HOST(struct pci_device, rom),
+    STATE_HOST(struct pci_device, rom_size),
     STATE_HOST(struct pci_device, pin),
     STATE_HOST(struct pci_device, intx_driven),
     STATE_HOST(struct pci_device, msi_cap),

@@ -28,8 +28,9 @@
 #include "device/pci/regs.h"
 
 #define PCI_CONFIG_SIZE 256
-#define PCI_BARS 6
-#define PCI_MSIX_MAX 128 /* vectors */
+#define PCI_BARS 7
+#define PCI_BAR_ROM_INDEX 6 /* the expansion ROM's */
+#define PCI_MSIX_MAX 128    /* vectors */
 
 #define PCI_DEVFN(slot, function) ((slot) << 3 | (function))
 #define PCI_SLOT(devfn) ((devfn) >> 3)
@@ -44,6 +45,8 @@ enum pci_bar_kind {
     PCI_BAR_MEM32,
     PCI_BAR_MEM64,          /* takes two of the six */
     PCI_BAR_MEM64_PREFETCH, /* reads have no side effects */
+    PCI_BAR_MEM32_PREFETCH,
+    PCI_BAR_ROM, /* has an enable bit of its own */
 };
 
 struct pci_bar {
@@ -89,6 +92,8 @@ struct pci_device {
     u8 power_on[PCI_CONFIG_SIZE];
     u8 next_cap; /* where the next capability goes */
     struct pci_bar bars[PCI_BARS];
+    const u8 *rom;
+    u32 rom_size;
 
     u8 pin;           /* what PCI_INTERRUPT_PIN says, less 1 */
     bool intx_driven; /* as the host bridge counts it */
@@ -112,6 +117,11 @@ void pci_device_reset(struct pci_device *pci);
 /* size: a power of two, 16 or more in memory (4096 for its own page), 4 to 256 for ports. */
 void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64 size,
                  const struct io_ops *ops, void *opaque);
+/*
+ * An expansion ROM (6.2.5.2), for firmware to run: `size` bytes, at most 16 MiB, which stay the caller's for as long as
+ * the device lives.
+ */
+void pci_add_rom(struct pci_device *pci, const u8 *data, u32 size);
 /* A capability of `len` bytes, zeroed but for its header. Returns its offset in config. */
 unsigned pci_add_capability(struct pci_device *pci, u8 id, unsigned len);
 /* MSI with 64-bit addresses and masks; vectors: 1, 2, 4 to 32. */
