@@ -91,6 +91,8 @@ static int set_disk_option(struct vm_disk *d, const char *key, const char *value
 
     if (!strcmp(key, "readonly"))
         return parse_choice(key, value, "on", "off", &d->read_only, err);
+    if (!strcmp(key, "bus"))
+        return parse_choice(key, value, "ide", "virtio", &d->ide, err);
     if (!strcmp(key, "werror"))
         return parse_choice(key, value, "stop", "report", &d->stop_on_error, err);
     if (!strcmp(key, "format")) {
@@ -98,7 +100,7 @@ static int set_disk_option(struct vm_disk *d, const char *key, const char *value
         return parse_choice(key, value, "qcow2", "raw", &qcow2, err);
     }
     if (strcmp(key, "serial"))
-        return error_input(err, "unknown option '%s': give format, readonly, serial or werror",
+        return error_input(err, "unknown option '%s': give bus, format, readonly, serial or werror",
                            key);
     if (strlen(value) >= sizeof(d->serial))
         return error_input(err, "serial=%s: give 20 characters at most", value);
@@ -126,6 +128,27 @@ static int set_disk(struct vm_config *config, const char *value, struct error *e
     }
     config->ndisks += ret == 0;
     return ret;
+}
+
+static int set_cdrom(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_disk *d = &config->disks[config->ndisks];
+    const char *options;
+    int ret;
+
+    if (config->ndisks == VM_DISKS_MAX)
+        return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
+    *d = (struct vm_disk){.format = "raw", .read_only = true, .cdrom = true};
+    ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
+    if (!ret && options)
+        ret = error_input(err, "a CD-ROM has no options: \",,\" is a comma in the file's name");
+    config->ndisks += ret == 0;
+    return ret;
+}
+
+static int set_boot(struct vm_config *config, const char *value, struct error *err)
+{
+    return parse_choice("--boot", value, "cdrom", "disk", &config->firmware.cdrom_first, err);
 }
 
 static int set_net(struct vm_config *config, const char *value, struct error *err)
@@ -180,6 +203,8 @@ static const struct option options[] = {
     {"--cpus", "N", "processors (default: 1)", set_cpus},
     {"--firmware", "WHAT", "boot firmware: bios (Debian's seabios) or an image FILE", set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
+    {"--cdrom", "FILE", "an ISO image, in an IDE CD-ROM drive", set_cdrom},
+    {"--boot", "WHICH", "what firmware boots first, disk or cdrom (default: disk)", set_boot},
     {"--net", "WHAT", "a network card (not in this build)", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
@@ -192,7 +217,7 @@ static const struct option options[] = {
 
 static bool may_be_repeated(const struct option *o)
 {
-    return o->set == set_disk || o->set == set_screenshot;
+    return o->set == set_disk || o->set == set_cdrom || o->set == set_screenshot;
 }
 
 static const struct option *find_option(const char *arg, size_t len)

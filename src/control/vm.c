@@ -156,6 +156,8 @@ static int open_disk(struct vm *vm, const struct vm_disk *d, struct error *err)
     }
     out->serial = d->serial[0] ? d->serial : NULL;
     out->stop_on_error = d->stop_on_error;
+    out->ide = d->ide || d->cdrom;
+    out->cdrom = d->cdrom;
     vm->disks.count++;
     return 0;
 }
@@ -165,7 +167,7 @@ static int open_disks(struct vm *vm, struct error *err)
     for (unsigned i = 0; i < vm->config->ndisks; i++) {
         if (open_disk(vm, &vm->config->disks[i], err)) {
             if (err->class == ERROR_INPUT)
-                error_prefix(err, "--disk");
+                error_prefix(err, vm->config->disks[i].cdrom ? "--cdrom" : "--disk");
             return -EIO;
         }
     }

@@ -25,6 +25,7 @@ struct vm_disk {
     char serial[21]; /* empty: none */
     bool read_only;
     bool stop_on_error;
+    bool ide, cdrom;
 };
 
 /* What the user asked for. Strings are borrowed. */

@@ -21,6 +21,7 @@
 #include "device/fw_cfg.h"
 #include "device/hpet.h"
 #include "device/i8042.h"
+#include "device/ide.h"
 #include "device/ioapic.h"
 #include "device/pci/host.h"
 #include "device/pci/lpc.h"
@@ -41,6 +42,7 @@
 #include "state/stream.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -84,8 +86,10 @@ struct board {
     struct pci_host *pci;
     struct lpc *lpc; /* with firmware */
     struct acpi_pm *pm;
-    struct vga *vga; /* with firmware */
-    u8 *no_rom;      /* what reads as ones where neither RAM nor ROM is */
+    struct fw_cfg *fw_cfg;
+    struct vga *vga;                                       /* with firmware */
+    char boot_paths[MACHINE_DISKS_MAX][FIRMWARE_PATH_MAX]; /* of each disk, as firmware names it */
+    u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
@@ -537,19 +541,6 @@ static void pci_window64(struct board *b, struct acpi_config *config)
     config->mmio64_size = LAYOUT_MMIO64_ALIGN;
 }
 
-static int add_firmware_files(struct board *b, struct fw_cfg *fw, struct error *err)
-{
-    struct acpi_config config = {
-        .ncpus = b->config.cpus,
-        .ioapic_id = IOAPIC_ID,
-        .mmio32_end = LAYOUT_MMIO32_FIRMWARE_END,
-        .vga = true,
-    };
-
-    pci_window64(b, &config);
-    return firmware_add_files(b->config.firmware, fw, b->config.e820, &config, err);
-}
-
 static int create_fw_cfg(struct board *b, struct error *err)
 {
     struct fw_cfg_config config = {.port = PORT_FW_CFG};
@@ -562,8 +553,7 @@ static int create_fw_cfg(struct board *b, struct error *err)
     ret = fw_cfg_add_u16(fw, FW_CFG_NB_CPUS, (u16)b->config.cpus, err);
     if (!ret)
         ret = fw_cfg_add_u16(fw, FW_CFG_MAX_CPUS, (u16)b->config.cpus, err);
-    if (!ret && b->config.firmware)
-        ret = add_firmware_files(b, fw, err);
+    b->fw_cfg = fw;
     return ret;
 }
 
@@ -587,7 +577,8 @@ static int card_devfn(struct board *b, struct error *err)
     return PCI_DEVFN(slot, 0);
 }
 
-static int create_disk(struct board *b, const struct machine_disk *disk, struct error *err)
+static int create_disk(struct board *b, const struct machine_disk *disk, char *boot_path,
+                       struct error *err)
 {
     struct virtio_blk_config config = {
         .backend = disk->backend,
@@ -601,17 +592,83 @@ static int create_disk(struct board *b, const struct machine_disk *disk, struct 
 
     if (devfn < 0)
         return devfn;
+    snprintf(boot_path, FIRMWARE_PATH_MAX, "/pci@i0cf8/scsi@%x/disk@0,0", PCI_SLOT(devfn));
     v = virtio_blk_create(&b->config.env, &config, b->pci, (u8)devfn, err);
     return v ? add(b, virtio_device(v)) : -EIO;
 }
 
 static int create_disks(struct board *b, struct error *err)
 {
+    const struct machine_disks *disks = b->config.disks;
     int ret = 0;
 
-    for (unsigned i = 0; b->config.disks && i < b->config.disks->count && !ret; i++)
-        ret = create_disk(b, &b->config.disks->disk[i], err);
+    for (unsigned i = 0; disks && i < disks->count && !ret; i++) {
+        if (!disks->disk[i].ide)
+            ret = create_disk(b, &disks->disk[i], b->boot_paths[i], err);
+    }
     return ret;
+}
+
+/* Disks begin at the first drive, CD-ROMs at the third, which is the second channel's first. -1: no room. */
+static int place_on_ide(const struct ide_config *config, bool cdrom)
+{
+    for (unsigned i = 0; i < IDE_DRIVES; i++) {
+        unsigned n = (cdrom ? i + 2 : i) % IDE_DRIVES;
+
+        if (!config->drives[n].backend)
+            return (int)n;
+    }
+    return -1;
+}
+
+static int create_ide(struct board *b, struct error *err)
+{
+    struct ide_config config = {.irq = {isa_line(b, IRQ_IDE), isa_line(b, IRQ_IDE + 1)}};
+    const struct machine_disks *disks = b->config.disks;
+    bool wanted = false;
+    struct ide *ide;
+
+    for (unsigned i = 0; disks && i < disks->count; i++) {
+        const struct machine_disk *disk = &disks->disk[i];
+        int n = place_on_ide(&config, disk->cdrom);
+
+        if (!disk->ide)
+            continue;
+        if (n < 0)
+            return error_input(err, "an IDE controller has %d drives at most", IDE_DRIVES);
+        config.drives[n] = (struct ide_drive_config){disk->backend, disk->serial, disk->cdrom};
+        snprintf(b->boot_paths[i], FIRMWARE_PATH_MAX, "/pci@i0cf8/ide@%x/drive@%d/disk@%d",
+                 PCI_SLOT_IDE, n / 2, n % 2);
+        wanted = true;
+    }
+    if (!wanted)
+        return 0;
+    ide = ide_create(&b->config.env, &config, b->pci, PCI_DEVFN(PCI_SLOT_IDE, 0), err);
+    return ide ? add(b, ide_device(ide)) : -EIO;
+}
+
+/* When all devices are there. */
+static int add_firmware_files(struct board *b, struct error *err)
+{
+    struct acpi_config config = {
+        .ncpus = b->config.cpus,
+        .ioapic_id = IOAPIC_ID,
+        .mmio32_end = LAYOUT_MMIO32_FIRMWARE_END,
+        .vga = true,
+    };
+    const struct machine_disks *disks = b->config.disks;
+    struct firmware_boot_device devices[MACHINE_DISKS_MAX];
+    unsigned n = 0;
+    int ret;
+
+    if (!b->config.firmware)
+        return 0;
+    for (; disks && n < disks->count; n++)
+        devices[n] = (struct firmware_boot_device){b->boot_paths[n], disks->disk[n].cdrom};
+
+    pci_window64(b, &config);
+    ret = firmware_add_files(b->config.firmware, b->fw_cfg, b->config.e820, &config, err);
+    return ret ? ret : firmware_add_boot_order(b->config.firmware, b->fw_cfg, devices, n, err);
 }
 
 struct board *board_create(const struct board_config *config, struct error *err)
@@ -621,9 +678,10 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,      create_ioapic, create_pci,     create_pit,   create_hpet, create_rtc,
-        create_com1,     create_i8042,  create_acpi_pm, create_lpc,   create_vga,  create_pvpanic,
-        create_debugcon, create_fw_cfg, create_sysport, create_disks,
+        create_pic,   create_ioapic,  create_pci,         create_pit,     create_hpet,
+        create_rtc,   create_com1,    create_i8042,       create_acpi_pm, create_lpc,
+        create_vga,   create_pvpanic, create_debugcon,    create_fw_cfg,  create_sysport,
+        create_disks, create_ide,     add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 

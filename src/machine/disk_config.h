@@ -14,6 +14,8 @@ struct machine_disk {
     struct block_backend *backend;
     const char *serial; /* NULL: none */
     bool stop_on_error; /* werror=stop */
+    bool ide;           /* a drive of the IDE controller, not virtio-blk */
+    bool cdrom;         /* and a CD-ROM */
 };
 
 struct machine_disks {

@@ -4,6 +4,7 @@
 #include "machine/layout.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -66,7 +67,7 @@ int firmware_open(struct firmware *fw, const struct firmware_config *config, str
     const char *path = config->what;
     int ret = 0;
 
-    *fw = (struct firmware){0};
+    *fw = (struct firmware){.cdrom_first = config->cdrom_first};
     if (!strcmp(path, "bios")) {
         path = BIOS_PATH;
         ret = check_package(path, "seabios", err);
@@ -83,6 +84,8 @@ void firmware_close(struct firmware *fw)
     acpi_free_blobs(&fw->acpi);
     free(fw->rom);
     free(fw->vga_rom);
+    free(fw->boot_order);
+    fw->boot_order = NULL;
     fw->rom = fw->vga_rom = NULL;
 }
 
@@ -112,4 +115,24 @@ int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e82
     if (!ret)
         ret = add_blob(cfg, ACPI_LOADER_FILE, &fw->acpi.loader, err);
     return ret;
+}
+
+int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,
+                            const struct firmware_boot_device *devices, unsigned n,
+                            struct error *err)
+{
+    size_t len = 0;
+
+    if (!n)
+        return 0;
+    fw->boot_order = calloc(n, FIRMWARE_PATH_MAX + 1);
+    if (!fw->boot_order)
+        return error_host(err, ENOMEM, "the boot order");
+    for (unsigned pass = 0; pass < 2; pass++) {
+        for (unsigned i = 0; i < n; i++) {
+            if (devices[i].cdrom == ((pass == 0) == fw->cdrom_first))
+                len += (size_t)sprintf(fw->boot_order + len, "%s\n", devices[i].path);
+        }
+    }
+    return fw_cfg_add_file(cfg, "bootorder", fw->boot_order, (u32)len + 1, FW_CFG_BORROW, err);
 }

@@ -14,10 +14,15 @@
 /* What the user asked for. Strings are borrowed. */
 struct firmware_config {
     const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
+    bool cdrom_first; /* boot from CD-ROMs before disks */
 };
 
+#define FIRMWARE_PATH_MAX 64
+
 struct firmware {
-    u8 *rom; /* owned */
+    bool cdrom_first;
+    char *boot_order; /* owned */
+    u8 *rom;          /* owned */
     u64 rom_size;
     u8 *vga_rom; /* owned; NULL: none */
     u32 vga_rom_size;
@@ -35,5 +40,14 @@ void firmware_close(struct firmware *fw);
 /* Makes the files that all firmware reads. The firmware must outlive fw_cfg. */
 int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e820_map *e820,
                        const struct acpi_config *acpi, struct error *err);
+
+/* What firmware may boot from, best first: Open Firmware's path, as the firmware forms it itself. */
+struct firmware_boot_device {
+    const char *path;
+    bool cdrom;
+};
+int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,
+                            const struct firmware_boot_device *devices, unsigned n,
+                            struct error *err);
 
 #endif

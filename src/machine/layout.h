@@ -68,6 +68,7 @@
 #define IRQ_RTC 8
 #define IRQ_SCI 9
 #define IRQ_MOUSE 12
+#define IRQ_IDE 14 /* and 15 for the second channel */
 /*
  * PIRQ A to H of the PCI bus, at the PIC: A, B, E and F on the first, the others on the second, which is also what
  * firmware programs the LPC bridge to. At the IOAPIC they have pins of their own.
@@ -78,6 +79,7 @@
 
 /* Slots of the PCI bus: 0 is the host bridge, 31 the chipset's; cards take what is free from here on. */
 #define PCI_SLOT_VGA 1
+#define PCI_SLOT_IDE 30
 #define PCI_SLOT_FIRST_CARD 2
 
 #endif

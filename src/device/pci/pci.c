@@ -85,8 +85,8 @@ void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64
     assert(n < PCI_BARS && (size & (size - 1)) == 0 && size >= 4 && !pci->host);
     switch (kind) {
     case PCI_BAR_IO:
+        /* All 32 bits can be written, though ports have 16: SeaBIOS sizes BARs so. */
         flags = PCI_BASE_ADDRESS_SPACE_IO;
-        mask &= 0xffff;
         pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
         break;
     case PCI_BAR_ROM:
