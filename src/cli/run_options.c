@@ -73,7 +73,20 @@ static int set_append(struct vm_config *config, const char *value, struct error 
 
 static int set_firmware(struct vm_config *config, const char *value, struct error *err)
 {
-    return set_path(&config->firmware.what, value, err);
+    char *vars = config->firmware_vars, key[16];
+    const char *options;
+    int ret = parse_file_options(value, config->firmware_what, sizeof(config->firmware_what),
+                                 &options, err);
+
+    while (!ret && (ret = parse_next_option(&options, key, sizeof(key), vars,
+                                            sizeof(config->firmware_vars), err)) > 0) {
+        if (strcmp(key, "vars") || !*vars)
+            return error_input(err, "unknown option '%s': give vars=FILE", key);
+        config->firmware.vars = vars;
+        ret = 0;
+    }
+    config->firmware.what = config->firmware_what;
+    return ret;
 }
 
 static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
@@ -201,7 +214,8 @@ static const struct option options[] = {
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
-    {"--firmware", "WHAT", "boot firmware: bios (Debian's seabios) or an image FILE", set_firmware},
+    {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=FILE] (its ovmf), or an image FILE",
+     set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
     {"--cdrom", "FILE", "an ISO image, in an IDE CD-ROM drive", set_cdrom},
     {"--boot", "WHICH", "what firmware boots first, disk or cdrom (default: disk)", set_boot},

@@ -39,7 +39,8 @@ struct vm_config {
     const char *initrd; /* path, or NULL */
     const char *append;
     struct firmware_config firmware;
-    const char *serial; /* as chardev_open takes it */
+    char firmware_what[1024], firmware_vars[1024]; /* what its strings may point to */
+    const char *serial;                            /* as chardev_open takes it */
     struct vm_disk disks[VM_DISKS_MAX];
     unsigned ndisks;
     u16 debug_exit_port; /* 0: none */

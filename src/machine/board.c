@@ -25,6 +25,7 @@
 #include "device/ioapic.h"
 #include "device/pci/host.h"
 #include "device/pci/lpc.h"
+#include "device/pflash.h"
 #include "device/pic.h"
 #include "device/pit.h"
 #include "device/pvpanic.h"
@@ -506,6 +507,24 @@ struct vga *board_vga(struct board *b)
     return b->vga;
 }
 
+static int create_pflash(struct board *b, struct error *err)
+{
+    const struct firmware *fw = b->config.firmware;
+    struct pflash_config config;
+    struct pflash *p;
+
+    if (!fw || !fw->vars)
+        return 0;
+    config = (struct pflash_config){
+        .base = LAYOUT_ROM_END - fw->rom_size - fw->vars_size,
+        .data = fw->vars,
+        .size = (u32)fw->vars_size,
+        .fd = fw->vars_fd,
+    };
+    p = pflash_create(&b->config.env, &config, err);
+    return p ? add(b, pflash_device(p)) : -EIO;
+}
+
 static int create_debugcon(struct board *b, struct error *err)
 {
     struct debugcon *d;
@@ -678,10 +697,10 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,   create_ioapic,  create_pci,         create_pit,     create_hpet,
-        create_rtc,   create_com1,    create_i8042,       create_acpi_pm, create_lpc,
-        create_vga,   create_pvpanic, create_debugcon,    create_fw_cfg,  create_sysport,
-        create_disks, create_ide,     add_firmware_files,
+        create_pic,     create_ioapic,  create_pci,      create_pit,         create_hpet,
+        create_rtc,     create_com1,    create_i8042,    create_acpi_pm,     create_lpc,
+        create_vga,     create_pvpanic, create_debugcon, create_pflash,      create_fw_cfg,
+        create_sysport, create_disks,   create_ide,      add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 

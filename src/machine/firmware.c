@@ -1,15 +1,21 @@
+#define _GNU_SOURCE /* F_OFD_SETLK */
 #include "machine/firmware.h"
 
+#include "device/pflash.h"
 #include "machine/image.h"
 #include "machine/layout.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define BIOS_PATH "/usr/share/seabios/bios-256k.bin"
+#define UEFI_CODE_PATH "/usr/share/OVMF/OVMF_CODE_4M.fd" /* the build without SMM */
+#define UEFI_VARS_PATH "/usr/share/OVMF/OVMF_VARS_4M.fd"
 #define VGA_BIOS_PATH "/usr/share/seabios/vgabios-stdvga.bin"
 #define VGA_BIOS_MAX KIB(128)
 
@@ -62,12 +68,76 @@ static int read_vga_rom(struct firmware *fw, struct error *err)
     return ret;
 }
 
+/* ---- UEFI's variables ---- */
+
+/* Whoever has them open writes to them. */
+static int lock_vars(int fd, const char *path, struct error *err)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+    if (fcntl(fd, F_OFD_SETLK, &lock) == 0)
+        return 0;
+    if (errno == EAGAIN || errno == EACCES)
+        return error_input(err, "'%s' is in use by another machine: give a file of its own", path);
+    return error_host(err, errno, "'%s' can't be locked", path);
+}
+
+/* A new file gets what the template has. */
+static int fill_vars(struct firmware *fw, const char *path, struct error *err)
+{
+    struct stat st;
+    ssize_t n;
+
+    if (fstat(fw->vars_fd, &st) < 0)
+        return error_host(err, errno, "'%s'", path);
+    if (st.st_size && (u64)st.st_size != fw->vars_size)
+        return error_input(err,
+                           "'%s' has %llu bytes, not %llu: it holds no variables of this firmware",
+                           path, (unsigned long long)st.st_size, (unsigned long long)fw->vars_size);
+    if (st.st_size)
+        n = pread(fw->vars_fd, fw->vars, fw->vars_size, 0);
+    else
+        n = pwrite(fw->vars_fd, fw->vars, fw->vars_size, 0);
+    if (n != (ssize_t)fw->vars_size)
+        return error_host(err, n < 0 ? errno : EIO, "'%s'", path);
+    return 0;
+}
+
+static int open_vars_file(struct firmware *fw, const char *path, struct error *err)
+{
+    int ret;
+
+    fw->vars_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fw->vars_fd < 0)
+        return error_input(err, "'%s': %s", path, strerror(errno));
+    ret = lock_vars(fw->vars_fd, path, err);
+    return ret ? ret : fill_vars(fw, path, err);
+}
+
+static int open_uefi(struct firmware *fw, const struct firmware_config *config, struct error *err)
+{
+    int ret = check_package(UEFI_CODE_PATH, "ovmf", err);
+
+    if (!ret)
+        ret = read_image(UEFI_CODE_PATH, LAYOUT_ROM_MAX, GUEST_PAGE_SIZE, &fw->rom, &fw->rom_size,
+                         err);
+    if (!ret)
+        ret = read_image(UEFI_VARS_PATH, PFLASH_MAX, PFLASH_BLOCK, &fw->vars, &fw->vars_size, err);
+    if (!ret && config->vars)
+        ret = open_vars_file(fw, config->vars, err);
+    return ret;
+}
+
 int firmware_open(struct firmware *fw, const struct firmware_config *config, struct error *err)
 {
     const char *path = config->what;
     int ret = 0;
 
-    *fw = (struct firmware){.cdrom_first = config->cdrom_first};
+    *fw = (struct firmware){.cdrom_first = config->cdrom_first, .vars_fd = -1};
+    if (!strcmp(path, "uefi"))
+        return open_uefi(fw, config, err);
+    if (config->vars)
+        return error_input(err, "vars= is for uefi only");
     if (!strcmp(path, "bios")) {
         path = BIOS_PATH;
         ret = check_package(path, "seabios", err);
@@ -84,7 +154,12 @@ void firmware_close(struct firmware *fw)
     acpi_free_blobs(&fw->acpi);
     free(fw->rom);
     free(fw->vga_rom);
+    free(fw->vars);
     free(fw->boot_order);
+    if (fw->vars_fd >= 0)
+        close(fw->vars_fd);
+    fw->vars_fd = -1;
+    fw->vars = NULL;
     fw->boot_order = NULL;
     fw->rom = fw->vga_rom = NULL;
 }
@@ -131,7 +206,8 @@ int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,
     for (unsigned pass = 0; pass < 2; pass++) {
         for (unsigned i = 0; i < n; i++) {
             if (devices[i].cdrom == ((pass == 0) == fw->cdrom_first))
-                len += (size_t)sprintf(fw->boot_order + len, "%s\n", devices[i].path);
+                len +=
+                    (size_t)sprintf(fw->boot_order + len, "%s%s", len ? "\n" : "", devices[i].path);
         }
     }
     return fw_cfg_add_file(cfg, "bootorder", fw->boot_order, (u32)len + 1, FW_CFG_BORROW, err);

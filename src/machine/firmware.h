@@ -14,6 +14,8 @@
 /* What the user asked for. Strings are borrowed. */
 struct firmware_config {
     const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
+    const char *
+        vars; /* the file of UEFI's variables, made when it isn't there; NULL: forgotten at the end */
     bool cdrom_first; /* boot from CD-ROMs before disks */
 };
 
@@ -24,6 +26,9 @@ struct firmware {
     char *boot_order; /* owned */
     u8 *rom;          /* owned */
     u64 rom_size;
+    u8 *vars; /* owned; NULL: none. They lie below the ROM */
+    u64 vars_size;
+    int vars_fd; /* -1: no file */
     u8 *vga_rom; /* owned; NULL: none */
     u32 vga_rom_size;
     struct acpi_blobs acpi; /* lent to fw_cfg, as the map is */

@@ -370,6 +370,7 @@ struct machine *machine_create(const struct machine_config *config, struct event
     m->ops = config->engine;
     m->loop = loop;
     m->request_fd = -1;
+    m->firmware.vars_fd = -1;
     pthread_mutex_init(&m->request_lock, NULL);
     m->clock = vm_clock_create(loop, err);
     if (!m->clock)
@@ -400,7 +401,8 @@ void machine_destroy(struct machine *m)
     if (m->ports)
         io_bus_destroy(m->ports);
     memory_destroy(&m->memory);
-    firmware_close(&m->firmware);
+    if (m->config.firmware.what)
+        firmware_close(&m->firmware);
     if (m->cpuid)
         cpuid_model_destroy(m->cpuid);
     if (m->clock)
