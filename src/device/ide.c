@@ -65,8 +65,9 @@ static void end_transfer(struct ide_channel *ch)
     ch->wanted = IDE_WANT_NOTHING;
     ch->left = 0;
     ch->fill = ch->at = ch->block_end = 0;
+    if (ch->dma)
+        ch->bm_status &= ~BM_STATUS_ACTIVE;
     ch->dma = ch->dma_ready = false;
-    ch->bm_status &= ~BM_STATUS_ACTIVE;
 }
 
 static void set_reason(struct ide_channel *ch)
@@ -608,7 +609,8 @@ static void write_register(struct ide_channel *ch, unsigned reg, u8 value)
         write_command(ch, value);
         return;
     }
-    if ((ide_drive(ch)->status & STATUS_BSY) || ch->busy)
+    /* Not while a command is under way, which the selected drive's registers are in the hands of (7.5 to 7.11). */
+    if (ch->transfer != IDE_NONE || ch->wanted != IDE_WANT_NOTHING || ch->busy || ch->reset_waits)
         return;
     if (reg == REG_DEVICE)
         ch->selected = value & DEVICE_DRIVE_1 ? 1 : 0;

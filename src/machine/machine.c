@@ -12,6 +12,11 @@
 #include <unistd.h>
 
 #define PORT_COUNT 0x10000
+/*
+ * Edk2 maps all that the processor can address, by pages of 2 MiB; with the 48 bits of many hosts these tables would be
+ * larger than memory (OVMF 2022.11 takes no notice of that). A TiB is what QEMU's processors have, too.
+ */
+#define FIRMWARE_PHYS_BITS 40
 
 static void park_all(struct machine *m)
 {
@@ -176,8 +181,11 @@ static int create_processor_model(struct machine *m, struct error *err)
                            m->ops->name, max, m->config.cpus);
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
-    if (m->cpuid)
+    if (m->cpuid) {
+        if (m->config.firmware.what)
+            cpuid_model_limit_phys_bits(m->cpuid, FIRMWARE_PHYS_BITS);
         return 0;
+    }
     if (err->class == ERROR_INPUT)
         error_prefix(err, "--cpu");
     return -EINVAL;

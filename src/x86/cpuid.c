@@ -397,6 +397,11 @@ u64 cpuid_model_xcr0(const struct cpuid_model *m)
     return m->xcr0;
 }
 
+void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits)
+{
+    m->phys_bits = MIN(m->phys_bits, MAX(bits, 36u));
+}
+
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m)
 {
     return m->phys_bits;

@@ -44,6 +44,8 @@ bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f);
  * supervisor state in XSAVE: IA32_XSS stays 0. */
 u64 cpuid_model_xcr0(const struct cpuid_model *m);
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
+/* Before the model is used: no more than these, at least 36. */
+void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits);
 u64 cpuid_model_tsc_hz(const struct cpuid_model *m);
 /* Whether the vendor is AMD or Hygon, where SYSCALL, SYSENTER and some MSRs differ from Intel's. */
 bool cpuid_model_is_amd(const struct cpuid_model *m);

@@ -225,7 +225,7 @@ static void bars_tell_their_size(void **state)
 
     for (unsigned i = 0; i < PCI_BARS; i++)
         put(f, PCI_BASE_ADDRESS_0 + 4 * i, 0xffffffff, 4);
-    assert_int_equal(get(f, PCI_BASE_ADDRESS_0, 4), 0xffc1);
+    assert_int_equal(get(f, PCI_BASE_ADDRESS_0, 4), 0xffffffc1);
     assert_int_equal(get(f, PCI_BASE_ADDRESS_0 + 4, 4), 0xfffff000);
     assert_int_equal(get(f, PCI_BASE_ADDRESS_0 + 8, 4), 0xffe0000c);
     assert_int_equal(get(f, PCI_BASE_ADDRESS_0 + 12, 4), 0xffffffff);
