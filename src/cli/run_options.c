@@ -3,6 +3,7 @@
 #include "cli/parse.h"
 #include "control/screenshot.h"
 
+#include <ctype.h>
 #include <string.h>
 
 #define DEFAULT_MEMORY MIB(512)
@@ -159,6 +160,53 @@ static int set_cdrom(struct vm_config *config, const char *value, struct error *
     return ret;
 }
 
+/* 8-4-4-4-12 hexadecimal digits. */
+static int set_uuid(struct vm_config *config, const char *value, struct error *err)
+{
+    static const char form[] = "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx";
+    unsigned n = 0;
+
+    for (size_t i = 0; i < sizeof(form); i++) {
+        char c = value[i];
+        bool fits = form[i] == 'x' ? isxdigit((unsigned char)c) != 0 : c == form[i];
+
+        if (!fits)
+            return error_input(err, "'%s' is no UUID: give one as uuidgen prints it", value);
+        if (form[i] != 'x')
+            continue;
+        c = (char)(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
+        config->firmware.uuid[n / 2] = (u8)(config->firmware.uuid[n / 2] << 4 | c);
+        n++;
+    }
+    config->firmware.has_uuid = true;
+    return 0;
+}
+
+/* What SMBIOS says of the machine: printable, as it ends up in menus and file names. */
+static int set_smbios_text(const char **out, const char *value, struct error *err)
+{
+    size_t len = strlen(value);
+
+    if (len < 1 || len > 64)
+        return error_input(err, "give 1 to 64 characters");
+    for (size_t i = 0; i < len; i++) {
+        if (!isprint((unsigned char)value[i]))
+            return error_input(err, "give printable ASCII characters");
+    }
+    *out = value;
+    return 0;
+}
+
+static int set_product(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_smbios_text(&config->firmware.product, value, err);
+}
+
+static int set_machine_serial(struct vm_config *config, const char *value, struct error *err)
+{
+    return set_smbios_text(&config->firmware.serial, value, err);
+}
+
 static int set_boot(struct vm_config *config, const char *value, struct error *err)
 {
     return parse_choice("--boot", value, "cdrom", "disk", &config->firmware.cdrom_first, err);
@@ -219,6 +267,9 @@ static const struct option options[] = {
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
     {"--cdrom", "FILE", "an ISO image, in an IDE CD-ROM drive", set_cdrom},
     {"--boot", "WHICH", "what firmware boots first, disk or cdrom (default: disk)", set_boot},
+    {"--uuid", "UUID", "the machine's, in SMBIOS", set_uuid},
+    {"--product", "NAME", "its product name there (default: doppel)", set_product},
+    {"--serial-number", "TEXT", "its serial number there", set_machine_serial},
     {"--net", "WHAT", "a network card (not in this build)", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
@@ -326,12 +377,15 @@ void cli_run_help(FILE *out)
     }
     fputs(
         "\n"
-        "--disk FILE[,format=raw|qcow2][,readonly=on][,serial=TEXT][,werror=report|stop]: a raw "
-        "or\n"
-        "qcow2 image or a block device, as a virtio disk; more than once for more of them. With\n"
+        "--disk FILE[,format=raw|qcow2][,bus=virtio|ide][,readonly=on][,serial=TEXT]\n"
+        "[,werror=report|stop]: a raw or qcow2 image or a block device, as a virtio disk, or at\n"
+        "the ports of an old PC's IDE controller; more than once for more of them. With\n"
         "werror=stop a write that fails pauses the machine, and SIGCONT lets it try again. \",,\" "
         "in\n"
         "FILE is a comma.\n"
+        "\n"
+        "--firmware uefi,vars=FILE keeps UEFI's variables in FILE, which is made when it isn't\n"
+        "there; without, they are forgotten at the end.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
@@ -341,6 +395,8 @@ void cli_run_help(FILE *out)
         "  doppel run --kernel vmlinuz --initrd initramfs.cpio --append console=ttyS0\n"
         "  doppel run --kernel vmlinuz --initrd test.cpio --append 'console=ttyS0 panic=-1' \\\n"
         "             --serial console.log --no-reboot --stats stats.json\n"
-        "  doppel run --kernel guest.elf --serial none --debug-exit 0xf4\n",
+        "  doppel run --kernel guest.elf --serial none --debug-exit 0xf4\n"
+        "  doppel run --firmware bios --disk debian.qcow2 --screenshot screen.png\n"
+        "  doppel run --firmware uefi,vars=vars.fd --cdrom installer.iso --disk disk.qcow2\n",
         out);
 }

@@ -767,7 +767,8 @@ static bool channel_is_possible(const struct ide_channel *ch)
         return false;
     if ((ch->left || ch->transfer == IDE_OUT) &&
         (d->absent || ch->offset % IDE_SECTOR || ch->left % IDE_SECTOR || ch->offset > d->size ||
-         ch->left + ch->fill > d->size - ch->offset || ch->fill % IDE_SECTOR))
+         ch->left + (ch->transfer == IDE_OUT ? ch->fill : 0) > d->size - ch->offset ||
+         ch->fill % IDE_SECTOR))
         return false;
     return ch->transfer == IDE_NONE || ch->block || ch->dma;
 }

@@ -133,7 +133,14 @@ int firmware_open(struct firmware *fw, const struct firmware_config *config, str
     const char *path = config->what;
     int ret = 0;
 
-    *fw = (struct firmware){.cdrom_first = config->cdrom_first, .vars_fd = -1};
+    *fw = (struct firmware){
+        .cdrom_first = config->cdrom_first,
+        .vars_fd = -1,
+        .smbios_config = {.product = config->product,
+                          .serial = config->serial,
+                          .has_uuid = config->has_uuid},
+    };
+    memcpy(fw->smbios_config.uuid, config->uuid, sizeof(config->uuid));
     if (!strcmp(path, "uefi"))
         return open_uefi(fw, config, err);
     if (config->vars)
@@ -189,6 +196,13 @@ int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e82
         ret = add_blob(cfg, ACPI_RSDP_FILE, &fw->acpi.rsdp, err);
     if (!ret)
         ret = add_blob(cfg, ACPI_LOADER_FILE, &fw->acpi.loader, err);
+    smbios_build(&fw->smbios, &fw->smbios_config);
+    if (!ret)
+        ret = fw_cfg_add_file(cfg, SMBIOS_TABLES_FILE, fw->smbios.tables, fw->smbios.len,
+                              FW_CFG_BORROW, err);
+    if (!ret)
+        ret = fw_cfg_add_file(cfg, SMBIOS_ANCHOR_FILE, fw->smbios.anchor, SMBIOS_ANCHOR_SIZE,
+                              FW_CFG_BORROW, err);
     return ret;
 }
 

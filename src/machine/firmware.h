@@ -10,21 +10,27 @@
 #include "device/fw_cfg.h"
 #include "machine/acpi.h"
 #include "machine/loader.h"
+#include "machine/smbios.h"
 
 /* What the user asked for. Strings are borrowed. */
 struct firmware_config {
     const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
     const char *
         vars; /* the file of UEFI's variables, made when it isn't there; NULL: forgotten at the end */
-    bool cdrom_first; /* boot from CD-ROMs before disks */
+    bool cdrom_first;             /* boot from CD-ROMs before disks */
+    const char *product, *serial; /* for SMBIOS, as in struct smbios_config */
+    u8 uuid[16];
+    bool has_uuid;
 };
 
 #define FIRMWARE_PATH_MAX 64
 
 struct firmware {
     bool cdrom_first;
-    char *boot_order; /* owned */
-    u8 *rom;          /* owned */
+    char *boot_order;                   /* owned */
+    struct smbios_config smbios_config; /* memory and cpus are filled in by who knows them */
+    struct smbios smbios;
+    u8 *rom; /* owned */
     u64 rom_size;
     u8 *vars; /* owned; NULL: none. They lie below the ROM */
     u64 vars_size;

@@ -198,6 +198,8 @@ static int open_firmware(struct machine *m, struct error *err)
     if (!m->config.firmware.what)
         return 0;
     ret = firmware_open(&m->firmware, &m->config.firmware, err);
+    m->firmware.smbios_config.memory = m->config.memory;
+    m->firmware.smbios_config.cpus = m->config.cpus;
     if (ret && err->class == ERROR_INPUT)
         error_prefix(err, "--firmware");
     return ret;
