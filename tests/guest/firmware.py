@@ -60,6 +60,9 @@ packet:
 
 GRUB_CONFIG = """
 set timeout=0
+serial --unit=0 --speed=115200
+terminal_output --append serial
+echo "booted by $grub_platform"
 menuentry memtest {
     linux16 /memtest.bin
 }
@@ -164,12 +167,27 @@ def iso_cases(cases, directory):
     cases.check("memtest86+ tests", reached, screen)
 
 
+def uefi_cases(cases, directory):
+    """GRUB from the same CD-ROM by OVMF, whose variables end up in their file. Under bt, as it is a long way."""
+    variables = os.path.join(directory, "vars.fd")
+    run = guest.Guest("--firmware", "uefi,vars=" + variables, "--engine", "bt", "--memory", "256M",
+                      "--cdrom", os.path.join(directory, "memtest.iso"))
+    reached = run.read_until("booted by efi")
+    run.process.terminate()
+    if not cases.check("OVMF boots GRUB", reached is not None, run.stderr()):
+        run.show()
+    run.finish(30)
+    with open(variables, "rb") as file, open("/usr/share/OVMF/OVMF_VARS_4M.fd", "rb") as template:
+        cases.check("UEFI's variables are kept", file.read() != template.read(), "nothing was written")
+
+
 def main():
     """All cases."""
     cases = guest.Cases()
     with guest.temporary() as directory:
         sector_cases(cases, directory)
         iso_cases(cases, directory)
+        uefi_cases(cases, directory)
     cases.done()
 
 
