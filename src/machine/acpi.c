@@ -837,25 +837,27 @@ int acpi_build_blobs(const struct acpi_config *cfg, struct acpi_blobs *out, stru
 {
     struct image im = {.size = KIB(128)};
     struct loader *loader = calloc(1, sizeof(*loader));
-    struct rsdp *rsdp = calloc(1, sizeof(*rsdp));
+    u8 *rsdp_bytes = malloc(sizeof(struct rsdp));
+    struct rsdp rsdp;
     gpa_t rsdt, xsdt;
     int rc;
 
-    if (!loader || !rsdp)
+    if (!loader || !rsdp_bytes)
         rc = error_host(err, ENOMEM, "ACPI tables");
     else
         rc = build_image(cfg, &im, &rsdt, &xsdt, err);
     if (rc < 0) {
         free(loader);
-        free(rsdp);
+        free(rsdp_bytes);
         free(im.data);
         return rc;
     }
-    *rsdp = make_rsdp(rsdt, xsdt);
-    rsdp->checksum = rsdp->extended_checksum = 0;
+    rsdp = make_rsdp(rsdt, xsdt);
+    rsdp.checksum = rsdp.extended_checksum = 0;
+    memcpy(rsdp_bytes, &rsdp, sizeof(rsdp));
     loader_build(loader, &im);
     out->tables = (struct acpi_blob){im.data, (u32)im.len};
-    out->rsdp = (struct acpi_blob){(u8 *)rsdp, sizeof(*rsdp)};
+    out->rsdp = (struct acpi_blob){rsdp_bytes, sizeof(rsdp)};
     out->loader = (struct acpi_blob){(u8 *)loader->entries, loader->n * sizeof(loader->entries[0])};
     return 0;
 }

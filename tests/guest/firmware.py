@@ -62,10 +62,13 @@ GRUB_CONFIG = """
 set timeout=0
 serial --unit=0 --speed=115200
 terminal_output --append serial
+echo
 echo "booted by $grub_platform"
+if [ "$grub_platform" = pc ]; then
 menuentry memtest {
     linux16 /memtest.bin
 }
+fi
 """
 
 
