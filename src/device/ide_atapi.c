@@ -145,6 +145,7 @@ static void request_sense(struct ide_channel *ch, const u8 *packet)
 
 static void inquiry(struct ide_channel *ch, const u8 *packet)
 {
+    static const char names[] = "doppel  CD-ROM          1.0 "; /* vendor, product, revision */
     u8 *b = ch->buffer;
     u32 room = get_be16(packet + 3);
 
@@ -153,7 +154,8 @@ static void inquiry(struct ide_channel *ch, const u8 *packet)
     b[1] = 0x80; /* removable */
     b[3] = 0x21; /* ATAPI */
     b[4] = 31;
-    memcpy(b + 8, "doppel  CD-ROM          1.0 ", 28);
+    for (unsigned i = 0; i < 28; i++)
+        b[8 + i] = (u8)names[i];
     reply(ch, 36, room);
 }
 

@@ -857,7 +857,8 @@ int acpi_build_blobs(const struct acpi_config *cfg, struct acpi_blobs *out, stru
     memcpy(rsdp_bytes, &rsdp, sizeof(rsdp));
     loader_build(loader, &im);
     out->tables = (struct acpi_blob){im.data, (u32)im.len};
-    out->rsdp = (struct acpi_blob){rsdp_bytes, sizeof(rsdp)};
+    out->rsdp.data = rsdp_bytes;
+    out->rsdp.len = sizeof(rsdp);
     out->loader = (struct acpi_blob){(u8 *)loader->entries, loader->n * sizeof(loader->entries[0])};
     return 0;
 }

@@ -173,18 +173,24 @@ static u8 checksum(const u8 *bytes, unsigned n)
     return -sum;
 }
 
+static void put_mark(u8 *at, const char *mark)
+{
+    while (*mark)
+        *at++ = (u8)*mark++;
+}
+
 static void build_anchor(struct smbios *s, const struct writer *w)
 {
     u8 *a = s->anchor;
 
     memset(a, 0, sizeof(s->anchor));
-    memcpy(a, "_SM_", 4);
+    put_mark(a, "_SM_");
     a[5] = SMBIOS_ANCHOR_SIZE;
     a[6] = 2;
     a[7] = 8;
     a[8] = (u8)w->max_size;
     a[9] = (u8)(w->max_size >> 8);
-    memcpy(a + 16, "_DMI_", 5);
+    put_mark(a + 16, "_DMI_");
     a[22] = (u8)s->len;
     a[23] = (u8)(s->len >> 8);
     a[28] = (u8)w->count;
