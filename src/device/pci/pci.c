@@ -78,47 +78,34 @@ void pci_device_init(struct pci_device *pci, const char *name, const struct pci_
 void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64 size,
                  const struct io_ops *ops, void *opaque)
 {
+    struct pci_bar *bar = &pci->bars[n];
     unsigned offset = pci_bar_offset(n);
     u64 mask = ~(size - 1);
-    u8 flags = 0;
 
     assert(n < PCI_BARS && (size & (size - 1)) == 0 && size >= 4 && !pci->host);
-    switch (kind) {
-    case PCI_BAR_IO:
-        /* All 32 bits can be written, though ports have 16: SeaBIOS sizes BARs so. */
-        flags = PCI_BASE_ADDRESS_SPACE_IO;
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
-        break;
-    case PCI_BAR_ROM:
-        mask = (mask & PCI_ROM_ADDRESS_MASK) | PCI_ROM_ADDRESS_ENABLE;
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
-        break;
-    case PCI_BAR_MEM32_PREFETCH:
-        flags = PCI_BASE_ADDRESS_MEM_PREFETCH;
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
-        break;
-    case PCI_BAR_MEM64_PREFETCH:
-        flags = PCI_BASE_ADDRESS_MEM_PREFETCH;
-        /* fall through */
-    case PCI_BAR_MEM64:
-        assert(n + 1 < PCI_BAR_ROM_INDEX);
-        flags |= PCI_BASE_ADDRESS_MEM_TYPE_64;
-        pci_config_allow32(pci, offset + 4, mask >> 32);
-        /* fall through */
-    case PCI_BAR_MEM32:
-        assert(size > PCI_BASE_ADDRESS_MEM_FLAGS);
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
-        break;
-    case PCI_BAR_NONE:
-        return;
-    }
-    pci_config_allow32(pci, offset, (u32)mask);
-    pci->config[offset] = flags;
-    pci->bars[n] = (struct pci_bar){
+    *bar = (struct pci_bar){
         .kind = kind,
         .size = size,
         .range = {.name = pci->dev.name, .size = size, .ops = ops, .opaque = opaque},
     };
+    if (pci_bar_is_io(bar)) {
+        /* All 32 bits can be written, though ports have 16: SeaBIOS sizes BARs so. */
+        pci->config[offset] = PCI_BASE_ADDRESS_SPACE_IO;
+        pci_config_allow32(pci, offset, (u32)mask);
+        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
+        return;
+    }
+    assert(size > PCI_BASE_ADDRESS_MEM_FLAGS && (!pci_bar_is_64(bar) || n + 1 < PCI_BAR_ROM_INDEX));
+    if (pci_bar_is_64(bar)) {
+        pci->config[offset] = PCI_BASE_ADDRESS_MEM_TYPE_64;
+        pci_config_allow32(pci, offset + 4, mask >> 32);
+    }
+    if (kind == PCI_BAR_MEM64_PREFETCH || kind == PCI_BAR_MEM32_PREFETCH)
+        pci->config[offset] |= PCI_BASE_ADDRESS_MEM_PREFETCH;
+    if (kind == PCI_BAR_ROM)
+        mask = (mask & PCI_ROM_ADDRESS_MASK) | PCI_ROM_ADDRESS_ENABLE;
+    pci_config_allow32(pci, offset, (u32)mask);
+    pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
 }
 
 static u64 rom_read(void *opaque, u64 offset, unsigned size)
