@@ -36,13 +36,19 @@ static const u8 writable_pages[WRITABLE_PAGES] = {0, 1, 4};
 #define CODE_MAX 128u
 #define POKES 6u
 
-/* What user mode can see of a processor. */
+/* What this processor has, of which user mode sees registers. */
+struct host {
+    u32 mxcsr_mask;
+    u64 xcr0;
+};
+
+/* What user mode can see of a processor. Registers that the host lacks are zero. */
 struct user_state {
     u64 gpr[16], rip, rflags;
     u16 es, cs, ss, ds, fs, gs;
     u16 fcw, fsw, fop;
     u8 ftw; /* abridged, as FXSAVE has it: one bit a register that is not empty, R0 first */
-    u32 mxcsr;
+    u32 mxcsr, pkru;
     u64 fs_base, gs_base;
     u64 fip, fdp;
     u64 k[8];
@@ -83,7 +89,6 @@ struct shared {
     u32 command; /* a futex: NATIVE_RUN until the native side is done */
     u32 count;
     u32 running; /* the case that is being run */
-    u32 mxcsr_mask;
     u8 read_only[PAGE];
     u8 images[IMAGES][WRITABLE_PAGES * PAGE];
     struct test_case cases[BATCH];

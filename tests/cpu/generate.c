@@ -17,6 +17,8 @@
 #define _GNU_SOURCE
 #include "generate.h"
 
+#include "x86/regs.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,6 +28,9 @@
 #define FLAG_AC BIT(18)
 #define FLAG_ID BIT(21)
 #define FLAGS_ARITH 0x8d5u
+
+/* Key 0 is that of all pages, and Linux needs it to deliver signals. */
+#define PKRU_ALL_BUT_0 0xfffffffcu
 
 /* Valid XSAVE images lie here in every other image: standard format, and compacted. */
 #define XSAVE_STANDARD 0x400u
@@ -64,7 +69,7 @@ struct mnemonic_forms {
 
 struct generator {
     bool mode64;
-    u32 mxcsr_mask;
+    struct host host;
     ZydisDecoder decoder;
     struct form *forms;
     u32 nforms, room;
@@ -100,6 +105,8 @@ static const struct {
     {ZYDIS_MNEMONIC_STR, "Linux emulates what UMIP forbids"},
     {ZYDIS_MNEMONIC_SYSEXIT, "KVM emulates it"},
     {ZYDIS_MNEMONIC_INT1, "KVM on AMD reports it before the instruction"},
+    {ZYDIS_MNEMONIC_CLUI, "without user interrupts, RDPKRU with a prefix that AMD's ignore"},
+    {ZYDIS_MNEMONIC_STUI, "without user interrupts, WRPKRU with a prefix that AMD's ignore"},
     {ZYDIS_MNEMONIC_PVALIDATE, "the host's hypervisor has SEV-SNP on"},
     {ZYDIS_MNEMONIC_CLZERO, "not offered to guests"},
     {ZYDIS_MNEMONIC_MONITORX, "not offered to guests"},
@@ -448,14 +455,14 @@ static void index_forms(struct generator *g, const char *only)
         g->group_first[n + 1] = MAX(g->group_first[n + 1], g->group_first[n]);
 }
 
-struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask)
+struct generator *generator_create(bool mode64, const char *only, const struct host *host)
 {
     struct generator *g = calloc(1, sizeof(*g));
 
     if (!g)
         return NULL;
     g->mode64 = mode64;
-    g->mxcsr_mask = mxcsr_mask;
+    g->host = *host;
     if (mode64)
         ZydisDecoderInit(&g->decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     else
@@ -673,6 +680,22 @@ static void random_x87(struct random *r, struct user_state *s)
         random_extended(r, s->st[n]);
 }
 
+/* Bytes of a vector register. */
+static unsigned vector_size(const struct host *host)
+{
+    return host->xcr0 & XCR0_ZMM_HI256 ? 64 : host->xcr0 & XCR0_AVX ? 32 : 16;
+}
+
+static void random_vectors(struct random *r, const struct host *host, struct user_state *s)
+{
+    bool avx512 = host->xcr0 & XCR0_ZMM_HI256;
+
+    for (unsigned n = 0; n < (avx512 ? 32u : 16u); n++)
+        fill(r, s->vec[n], vector_size(host));
+    for (unsigned n = 0; avx512 && n < 8; n++)
+        s->k[n] = random_percent(r, 70) ? random_next(r) : random_integer(r);
+}
+
 static void random_state(const struct generator *g, struct random *r, struct user_state *s)
 {
     memset(s, 0, sizeof(*s));
@@ -697,19 +720,19 @@ static void random_state(const struct generator *g, struct random *r, struct use
         s->gs_base = random_below(r, PAGE);
     }
     random_x87(r, s);
-    s->mxcsr = random_mxcsr(r, g->mxcsr_mask);
-    for (unsigned n = 0; n < 32; n++)
-        fill(r, s->vec[n], 64);
-    for (unsigned n = 0; n < 8; n++)
-        s->k[n] = random_percent(r, 70) ? random_next(r) : random_integer(r);
+    s->mxcsr = random_mxcsr(r, g->host.mxcsr_mask);
+    if (g->host.xcr0 & XCR0_PKRU)
+        s->pkru = (u32)random_next(r) & PKRU_ALL_BUT_0;
+    random_vectors(r, &g->host, s);
 }
 
 /* --- Memory --- */
 
-static void put_xsave_image(struct random *r, u8 *p, u32 mxcsr_mask, bool compact)
+static void put_xsave_image(struct random *r, u8 *p, const struct host *host, bool compact)
 {
-    u32 mxcsr = random_mxcsr(r, mxcsr_mask);
-    u64 present = random_next(r) & 0xe7, comp = 0;
+    u32 mxcsr = random_mxcsr(r, host->mxcsr_mask);
+    u64 components = host->xcr0 & (XCR0_X87 | XCR0_SSE | XCR0_AVX | XCR0_AVX512);
+    u64 present = random_next(r) & components, comp = 0;
     struct user_state s;
 
     random_x87(r, &s);
@@ -723,21 +746,22 @@ static void put_xsave_image(struct random *r, u8 *p, u32 mxcsr_mask, bool compac
     memcpy(p + 32, s.st, sizeof(s.st));
     memset(p + 512, 0, 64);
     if (compact) {
-        comp = BIT(63) | (random_percent(r, 50) ? 0xe7 : random_next(r) & 0xe7);
+        comp = BIT(63) | (random_percent(r, 50) ? components : random_next(r) & components);
         present &= comp;
     }
     memcpy(p + 512, &present, 8);
     memcpy(p + 520, &comp, 8);
 }
 
-void generate_images(struct random *r, u8 images[IMAGES][WRITABLE_PAGES * PAGE], u32 mxcsr_mask)
+void generate_images(struct random *r, const struct host *host,
+                     u8 images[IMAGES][WRITABLE_PAGES * PAGE])
 {
     for (unsigned n = 0; n < IMAGES; n++) {
         for (unsigned at = 0; at < WRITABLE_PAGES * PAGE; at += 256)
             fill(r, images[n] + at, 256);
         if (n & 1) {
-            put_xsave_image(r, images[n] + XSAVE_STANDARD, mxcsr_mask, false);
-            put_xsave_image(r, images[n] + XSAVE_COMPACT, mxcsr_mask, true);
+            put_xsave_image(r, images[n] + XSAVE_STANDARD, host, false);
+            put_xsave_image(r, images[n] + XSAVE_COMPACT, host, true);
         }
     }
 }
@@ -801,12 +825,16 @@ static bool is_dword_indexed(const ZydisDecodedInstruction *zi)
 }
 
 /* Makes the elements of an index register small. */
-static void set_vector_index(struct random *r, const ZydisDecodedInstruction *zi,
-                             struct user_state *s, ZydisRegister reg)
+static void set_vector_index(const struct generator *g, struct random *r,
+                             const ZydisDecodedInstruction *zi, struct user_state *s,
+                             ZydisRegister reg)
 {
-    u8 *v = s->vec[ZydisRegisterGetId(reg)];
+    unsigned number = (unsigned)ZydisRegisterGetId(reg);
+    u8 *v = s->vec[number];
 
-    for (unsigned n = 0; n < 64; n += is_dword_indexed(zi) ? 4 : 8) {
+    if (number >= 16 && !(g->host.xcr0 & XCR0_HI16_ZMM))
+        return;
+    for (unsigned n = 0; n < vector_size(&g->host); n += is_dword_indexed(zi) ? 4 : 8) {
         s64 index = (s64)random_below(r, 480) - 240;
 
         memcpy(v + n, &index, is_dword_indexed(zi) ? 4 : 8);
@@ -881,7 +909,7 @@ static void prepare_memory(const struct generator *g, struct random *r, struct t
     case ZYDIS_MNEMONIC_LDMXCSR:
     case ZYDIS_MNEMONIC_VLDMXCSR:
         if (random_percent(r, 80))
-            poke(c, target, random_mxcsr(r, g->mxcsr_mask));
+            poke(c, target, random_mxcsr(r, g->host.mxcsr_mask));
         break;
     case ZYDIS_MNEMONIC_IRET:
     case ZYDIS_MNEMONIC_IRETD:
@@ -954,6 +982,15 @@ static void prepare_registers(struct random *r, struct test_case *c,
         break;
     case ZYDIS_MNEMONIC_XGETBV:
         s->gpr[1] = 0;
+        break;
+    case ZYDIS_MNEMONIC_WRPKRU:
+        s->gpr[0] &= PKRU_ALL_BUT_0;
+        if (random_percent(r, 80))
+            s->gpr[1] = s->gpr[2] = 0;
+        break;
+    case ZYDIS_MNEMONIC_RDPKRU:
+        if (random_percent(r, 80))
+            s->gpr[1] = 0;
         break;
     case ZYDIS_MNEMONIC_XSAVE:
     case ZYDIS_MNEMONIC_XSAVE64:
@@ -1045,7 +1082,7 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
             target = c->before.gpr[4];
         if (m->type == ZYDIS_MEMOP_TYPE_VSIB) {
             target = WINDOW + PAGE + random_below(r, 256) * 8;
-            set_vector_index(r, zi, &c->before, m->index);
+            set_vector_index(g, r, zi, &c->before, m->index);
         }
         if (wants_xsave_image(zi->mnemonic) && random_percent(r, 85)) {
             c->image |= 1;
@@ -1169,6 +1206,8 @@ static bool goes_on(const ZydisDecodedInstruction *zi)
     if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
         return false;
     if (zi->mnemonic == ZYDIS_MNEMONIC_LSL) /* of selector 0x78: the processor's number */
+        return false;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_WRPKRU) /* of what else than PKRU_ALL_BUT_0? */
         return false;
     switch (zi->meta.category) {
     case ZYDIS_CATEGORY_DECIMAL: /* undefined flags would spread */

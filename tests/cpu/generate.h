@@ -32,14 +32,15 @@ static inline bool random_percent(struct random *r, u32 percent)
 struct generator;
 
 /* only: a mnemonic, or NULL for all. NULL when nothing can be made. */
-struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask);
+struct generator *generator_create(bool mode64, const char *only, const struct host *host);
 void generator_destroy(struct generator *g);
 /* Mnemonics and encodings that it found. */
 void generator_size(const struct generator *g, unsigned *mnemonics, unsigned *forms);
 const ZydisDecoder *generator_decoder(const struct generator *g);
 
 /* Fills the images that cases choose from. */
-void generate_images(struct random *r, u8 images[IMAGES][WRITABLE_PAGES * PAGE], u32 mxcsr_mask);
+void generate_images(struct random *r, const struct host *host,
+                     u8 images[IMAGES][WRITABLE_PAGES * PAGE]);
 void generate_read_only(struct random *r, u8 page[PAGE]);
 void generate_case(const struct generator *g, struct random *r, struct test_case *c);
 /* A case that runs these bytes. */

@@ -122,7 +122,7 @@ static struct segment segment_of(struct guest *g, u16 selector)
     return s;
 }
 
-static void make_start(struct guest *g)
+static void make_start(struct guest *g, const struct host *host)
 {
     struct cpu *cpu = &g->start;
 
@@ -132,7 +132,9 @@ static void make_start(struct guest *g)
     cpu->cr4 = CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT |
                CR4_UMIP | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP;
     cpu->msr.efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
-    cpu->xcr0 = cpuid_model_xcr0(g->cpuid);
+    if (host->xcr0 & XCR0_PKRU)
+        cpu->cr4 |= CR4_PKE;
+    cpu->xcr0 = cpuid_model_xcr0(g->cpuid) & host->xcr0;
     cpu->gdtr = (struct descriptor_table){.base = KERNEL + GDT, .limit = 127};
     cpu->idtr = (struct descriptor_table){.base = KERNEL + IDT, .limit = 4095};
     cpu->tr = segment_of(g, TSS_SELECTOR);
@@ -188,7 +190,8 @@ static int create_machine(struct guest *g, struct error *err)
     return g->cpuid ? 0 : -1;
 }
 
-struct guest *guest_create(const char *engine, const u8 *read_only, struct error *err)
+struct guest *guest_create(const char *engine, const struct host *host, const u8 *read_only,
+                           struct error *err)
 {
     struct guest *g = calloc(1, sizeof(*g));
     struct engine_config config;
@@ -220,7 +223,7 @@ struct guest *guest_create(const char *engine, const u8 *read_only, struct error
     put_page_tables(g);
     put_descriptors(g);
     memory_write(&g->memory, WINDOW_GPA + WINDOW_READ_ONLY * PAGE, read_only, PAGE);
-    make_start(g);
+    make_start(g, host);
     return g;
 fail:
     guest_destroy(g);
@@ -290,6 +293,7 @@ static void set_state(struct guest *g, const struct user_state *s)
     cpu.fip = s->fip;
     cpu.fdp = s->fdp;
     cpu.mxcsr = s->mxcsr;
+    cpu.pkru = s->pkru;
     cpu.ftw = 0;
     for (unsigned n = 0; n < 8; n++) {
         unsigned r = (top + n) & 7;
@@ -338,6 +342,7 @@ static void get_state(struct guest *g, struct outcome *out)
     s->fip = cpu.fip;
     s->fdp = cpu.fdp;
     s->mxcsr = cpu.mxcsr;
+    s->pkru = cpu.pkru;
     for (unsigned n = 0; n < 8; n++) {
         memcpy(s->st[n], cpu.fpr[(top_of(cpu.fsw) + n) & 7], 10);
         if ((cpu.ftw >> 2 * n & 3) != 3)

@@ -7,8 +7,10 @@
 
 struct guest;
 
-/* engine: a name as in --engine. read_only: the window's page that can't be written. */
-struct guest *guest_create(const char *engine, const u8 *read_only, struct error *err);
+/* engine: a name as in --engine. host: its registers are enabled. read_only: the window's page that
+ * can't be written. */
+struct guest *guest_create(const char *engine, const struct host *host, const u8 *read_only,
+                           struct error *err);
 void guest_destroy(struct guest *g);
 
 /* Runs c, the writable pages holding `image` before its pokes. */

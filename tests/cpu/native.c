@@ -36,7 +36,14 @@
 #define UC_SIGCONTEXT_SS 2
 #define UC_STRICT_RESTORE_SS 4
 
-enum { XCOMP_AVX = 2, XCOMP_OPMASK = 5, XCOMP_ZMM_HI256 = 6, XCOMP_HI16_ZMM = 7, XCOMPS = 8 };
+enum {
+    XCOMP_AVX = 2,
+    XCOMP_OPMASK = 5,
+    XCOMP_ZMM_HI256 = 6,
+    XCOMP_HI16_ZMM = 7,
+    XCOMP_PKRU = 9,
+    XCOMPS = 10,
+};
 #define XSAVE_HEADER 512
 #define SW_RESERVED 464 /* in the legacy area: the kernel's description of the frame */
 #define XSAVE_MAX 8192
@@ -123,6 +130,8 @@ static void load_xsave(u8 *x, const struct user_state *s)
             memcpy(x + xcomp_offset[XCOMP_ZMM_HI256] + 32 * n, s->vec[n] + 32, 32);
         memcpy(x + xcomp_offset[XCOMP_HI16_ZMM], s->vec[16], 16 * 64);
     }
+    if (features & BIT(XCOMP_PKRU))
+        memcpy(x + xcomp_offset[XCOMP_PKRU], &s->pkru, 4);
 }
 
 static void save_xsave(const u8 *x, struct user_state *s)
@@ -157,6 +166,8 @@ static void save_xsave(const u8 *x, struct user_state *s)
     }
     if (present & BIT(XCOMP_HI16_ZMM))
         memcpy(s->vec[16], x + xcomp_offset[XCOMP_HI16_ZMM], 16 * 64);
+    if (present & BIT(XCOMP_PKRU))
+        memcpy(&s->pkru, x + xcomp_offset[XCOMP_PKRU], 4);
 }
 
 /* --- One case --- */

@@ -24,6 +24,7 @@
 
 #include "x86/regs.h"
 
+#include <cpuid.h>
 #include <errno.h>
 #include <getopt.h>
 #include <linux/futex.h>
@@ -143,6 +144,7 @@ static int shared_fd;
 static pid_t native_pid;
 static struct guest *guest;
 static struct generator *generator;
+static struct host host;
 static struct coverage coverage[ZYDIS_MNEMONIC_MAX_VALUE + 2];
 static unsigned errors;
 /* For the handler of a crash or a hang. */
@@ -193,8 +195,9 @@ static void print_state(const char *name, const struct user_state *s)
     printf("    rip %016llx  rflags %llx  cs %x ss %x ds %x es %x fs %x %llx gs %x %llx\n",
            (unsigned long long)s->rip, (unsigned long long)s->rflags, s->cs, s->ss, s->ds, s->es,
            s->fs, (unsigned long long)s->fs_base, s->gs, (unsigned long long)s->gs_base);
-    printf("    mxcsr %x  fcw %x fsw %x ftw %x fop %x fip %llx fdp %llx\n", s->mxcsr, s->fcw,
-           s->fsw, s->ftw, s->fop, (unsigned long long)s->fip, (unsigned long long)s->fdp);
+    printf("    mxcsr %x  pkru %x  fcw %x fsw %x ftw %x fop %x fip %llx fdp %llx\n", s->mxcsr,
+           s->pkru, s->fcw, s->fsw, s->ftw, s->fop, (unsigned long long)s->fip,
+           (unsigned long long)s->fdp);
     for (unsigned n = 0; n < 8; n++) {
         printf("    st%u ", n);
         print_bytes(s->st[n], 10);
@@ -331,6 +334,12 @@ static u16 null_as_zero(u16 selector)
     return selector & ~3u ? selector : 0;
 }
 
+/* Some processors keep all bits that were loaded, others only an address's 48. */
+static u64 x87_pointer(u64 value)
+{
+    return (u64)((s64)(value << 16) >> 16);
+}
+
 /* Whether instruction bytes were missing behind the code page. */
 static bool is_cut_off(const struct outcome *o)
 {
@@ -399,10 +408,11 @@ static bool compare(const struct test_case *c, const struct outcome *native,
     }
     if (!(free & FREE_X87_POINTERS) || (a->fsw & FSW_ES)) {
         compare_value(r, "fop", a->fop, b->fop);
-        compare_value(r, "fip", a->fip, b->fip);
-        compare_value(r, "fdp", a->fdp, b->fdp);
+        compare_value(r, "fip", x87_pointer(a->fip), x87_pointer(b->fip));
+        compare_value(r, "fdp", x87_pointer(a->fdp), x87_pointer(b->fdp));
     }
     compare_value(r, "mxcsr", a->mxcsr, b->mxcsr);
+    compare_value(r, "pkru", a->pkru, b->pkru);
     for (unsigned n = 0; n < 8; n++)
         compare_bytes(r, "k", n, (const u8 *)&a->k[n], (const u8 *)&b->k[n], 8);
     for (unsigned n = 0; n < 32; n++)
@@ -574,7 +584,7 @@ static void make_batch(u64 batch, unsigned mode)
 {
     struct random r = random_for(batch, mode, 1);
 
-    generate_images(&r, shared->images, shared->mxcsr_mask);
+    generate_images(&r, &host, shared->images);
     for (u32 n = 0; n < BATCH; n++) {
         r = random_for(batch * BATCH + n, mode, 2);
         if (options.nbytes)
@@ -619,7 +629,7 @@ static void run_mode(unsigned mode)
     if (!options.count && mode == 32)
         count /= 4;
     end = options.first + count;
-    generator = generator_create(mode == 64, options.only, shared->mxcsr_mask);
+    generator = generator_create(mode == 64, options.only, &host);
     if (!generator) {
         printf("not ok %u-bit: no instruction is called %s\n", mode, options.only);
         errors++;
@@ -733,6 +743,17 @@ static u32 host_mxcsr_mask(void)
     return mask ? mask : 0xffbf;
 }
 
+static u64 host_xcr0(void)
+{
+    u32 a, b, c, d;
+
+    __cpuid(1, a, b, c, d);
+    if (!(c & bit_OSXSAVE))
+        return XCR0_X87 | XCR0_SSE;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (u64)d << 32 | a;
+}
+
 int main(int argc, char **argv)
 {
     static const int crashes[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM};
@@ -756,10 +777,10 @@ int main(int argc, char **argv)
         perror("oracle: the shared memory");
         return 1;
     }
-    shared->mxcsr_mask = host_mxcsr_mask();
+    host = (struct host){host_mxcsr_mask(), host_xcr0()};
     r = random_for(0, 0, 3);
     generate_read_only(&r, shared->read_only);
-    guest = guest_create(options.engine, shared->read_only, &err);
+    guest = guest_create(options.engine, &host, shared->read_only, &err);
     if (!guest) {
         printf("not ok oracle: %s\n", err.text);
         return 1;
