@@ -298,6 +298,12 @@ static bool is_cut_off(const struct outcome *o)
     return o->vector == EXC_PF && (o->error & PF_I) && o->cr2 == CODE_PAGE + PAGE;
 }
 
+/* Of user mode. */
+static u64 last_address(const struct test_case *c)
+{
+    return (c->before.cs == USER_CS32 ? BIT(32) : BIT(47)) - 1;
+}
+
 bool compare(const ZydisDecoder *decoder, const struct test_case *c, const struct outcome *native,
              const struct outcome *doppel, struct report *r)
 {
@@ -323,8 +329,9 @@ bool compare(const ZydisDecoder *decoder, const struct test_case *c, const struc
     /* Not aligned, and beyond the stack segment. */
     if (native->vector == EXC_GP && doppel->vector == EXC_SS && !native->error && !doppel->error)
         free |= FREE_FAULT;
-    /* An operand goes from an absent page into addresses that are not canonical. */
-    if (native->vector == EXC_PF && native->cr2 < BIT(47) && native->cr2 > BIT(47) - PAGE &&
+    /* An operand goes from an absent page over the end of all addresses. */
+    if (native->vector == EXC_PF && native->cr2 < last_address(c) &&
+        native->cr2 > last_address(c) - PAGE &&
         (doppel->vector == EXC_GP || doppel->vector == EXC_SS))
         free |= FREE_FAULT;
     /* An x87 exception is pending, and the operand is beyond its segment. */
