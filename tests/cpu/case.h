@@ -7,7 +7,7 @@
  * batches of cases go one way, their outcomes the other.
  *
  * What a case sees, the same on both sides
- *  1. CODE_PAGE: one page, readable and executable, filled with INT3; the instructions are in it.
+ *  1. CODE: two pages, readable and executable, filled with INT3; the instructions are in them.
  *  2. WINDOW: pages 0, 1 and 4 can be written, page 2 can be read, pages 3 and 5 are not there, and
  *     none can be executed. All else is unmapped to user mode.
  *  3. The GDT of a Linux kernel (its user segments, kernel segments of privilege 0).
@@ -19,7 +19,9 @@
 
 #define PAGE 4096u
 
-#define CODE_PAGE 0x10000000u
+#define CODE 0x10000000u
+#define CODE_PAGES 2u
+#define CODE_SIZE (CODE_PAGES * PAGE)
 #define WINDOW 0x20000000u
 #define WINDOW_PAGES 6u
 #define WINDOW_READ_ONLY 2u /* this page */
@@ -33,7 +35,8 @@ static const u8 writable_pages[WRITABLE_PAGES] = {0, 1, 4};
 
 #define BATCH 128u
 #define IMAGES 8u
-#define CODE_MAX 128u
+#define CODE_MAX 1024u
+#define INSNS_MAX 160u
 #define POKES 6u
 
 /* What this processor has, of which user mode sees registers. */
@@ -65,10 +68,10 @@ struct poke {
 struct test_case {
     struct user_state before;
     u8 image; /* what the writable pages hold */
-    u8 code_len;
-    u8 ncode;        /* instructions */
-    u8 starts[8];    /* where each begins in code */
-    u16 code_offset; /* of the first instruction in its page */
+    u16 code_len;
+    u16 ncode;             /* instructions */
+    u16 starts[INSNS_MAX]; /* where each begins in code */
+    u16 code_offset;       /* of the first instruction, from CODE on */
     u8 code[CODE_MAX];
     u8 npokes;
     struct poke pokes[POKES];

@@ -111,9 +111,9 @@ void print_code(const ZydisDecoder *decoder, const struct test_case *c)
         if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(decoder, c->code + c->starts[n], end - c->starts[n],
                                                 &zi, ops)))
             ZydisFormatterFormatInstruction(&formatter, &zi, ops, zi.operand_count_visible, text,
-                                            sizeof(text), CODE_PAGE + c->code_offset + c->starts[n],
+                                            sizeof(text), CODE + c->code_offset + c->starts[n],
                                             NULL);
-        printf("    %#llx ", (unsigned long long)(CODE_PAGE + c->code_offset + c->starts[n]));
+        printf("    %#llx ", (unsigned long long)(CODE + c->code_offset + c->starts[n]));
         for (unsigned b = c->starts[n]; b < end; b++)
             printf("%02x", c->code[b]);
         printf("  %s\n", text);
@@ -228,7 +228,7 @@ ZydisMnemonic mnemonic_at(const ZydisDecoder *decoder, const struct test_case *c
 static unsigned faulting(const struct test_case *c, const struct outcome *o)
 {
     for (unsigned n = 0; n < c->ncode; n++) {
-        if (o->after.rip == CODE_PAGE + c->code_offset + c->starts[n])
+        if (o->after.rip == CODE + c->code_offset + c->starts[n])
             return n;
     }
     return 0;
@@ -292,10 +292,10 @@ static u64 x87_pointer(u64 value)
     return (u64)((s64)(value << 16) >> 16);
 }
 
-/* Whether instruction bytes were missing behind the code page. */
+/* Whether instruction bytes were missing behind the code. */
 static bool is_cut_off(const struct outcome *o)
 {
-    return o->vector == EXC_PF && (o->error & PF_I) && o->cr2 == CODE_PAGE + PAGE;
+    return o->vector == EXC_PF && (o->error & PF_I) && o->cr2 == CODE + CODE_SIZE;
 }
 
 /* Of user mode. */

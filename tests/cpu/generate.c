@@ -901,7 +901,7 @@ static void prepare_memory(const struct generator *g, struct random *r, struct t
     static const u16 selectors[] = {USER_CS32, USER_CS64, USER_DS, 0, 8, 0x10, 0x18, 0x40, 0x63};
     u16 selector = selectors[random_below(r, ARRAY_SIZE(selectors))];
     unsigned size = zi->operand_width / 8;
-    u64 rip = CODE_PAGE + random_below(r, PAGE);
+    u64 rip = CODE + random_below(r, CODE_SIZE);
     u64 frame[5] = {rip, selector, random_next(r) & 0x254dd5, WINDOW + random_below(r, 2 * PAGE),
                     USER_DS};
 
@@ -1100,10 +1100,11 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
 static void place_code(const struct generator *g, struct random *r, struct test_case *c)
 {
     c->code_offset = (u16)(0x100 + random_below(r, 0xc00));
-    /* At the page's end: whole, or cut short by it. */
-    if (random_percent(r, 3))
-        c->code_offset = (u16)(PAGE - 1 - random_below(r, c->code_len + 1));
-    c->before.rip = CODE_PAGE + c->code_offset;
+    /* Across the pages' border, or at their end: whole, or cut short by it. */
+    if (random_percent(r, 6))
+        c->code_offset =
+            (u16)((1 + random_below(r, CODE_PAGES)) * PAGE - 1 - random_below(r, c->code_len + 1u));
+    c->before.rip = CODE + c->code_offset;
 }
 
 /* Bytes that would leave for the kernel if the decoder is wrong about them. */
@@ -1237,7 +1238,7 @@ static void add_followers(const struct generator *g, struct random *r, struct te
             continue;
         memcpy(c->code + c->code_len, code, len);
         c->starts[c->ncode++] = c->code_len;
-        c->code_len = (u8)(c->code_len + len);
+        c->code_len = (u16)(c->code_len + len);
     }
 }
 
@@ -1256,7 +1257,7 @@ static void finish_case(const struct generator *g, struct random *r, struct test
     ZydisDecodedInstruction zi;
     bool step = !valid || random_percent(r, 35);
 
-    c->code_len = (u8)len;
+    c->code_len = (u16)len;
     place_code(g, r, c);
     if (valid && decode(g, c->code, len, &zi, ops)) {
         fit_state(g, r, c, &zi, ops);

@@ -27,10 +27,11 @@
 #define TSS 0xb000u
 #define STUBS 0xc000u
 #define STACK_TOP 0xf000u
-#define CODE 0x10000u
+#define CODE_GPA(page) (0x18000u - (page)*0x4000u) /* not in the order of the linear addresses */
 #define WINDOW_GPA 0x20000u
 #define MEMORY_SIZE MIB(2)
 
+#define INT3 0xcc
 #define STUB_SIZE 4
 #define TSS_SELECTOR 0x40u
 
@@ -46,7 +47,8 @@ struct guest {
     struct vcpu *vcpu;
     struct cpu start;
     struct lapic_state apic;
-    int vector; /* of the stub that wrote its port; -1: none did */
+    u8 code[CODE_SIZE]; /* what the code pages hold */
+    int vector;         /* of the stub that wrote its port; -1: none did */
 };
 
 /* --- Guest memory --- */
@@ -63,9 +65,10 @@ static void put_page_tables(struct guest *g)
 
     put64(g, PML4, PDPT_USER | table);
     put64(g, PDPT_USER, PD_USER | table);
-    put64(g, PD_USER + (CODE_PAGE >> 21) * 8, PT_CODE | table);
+    put64(g, PD_USER + (CODE >> 21) * 8, PT_CODE | table);
     put64(g, PD_USER + (WINDOW >> 21) * 8, PT_WINDOW | table);
-    put64(g, PT_CODE, CODE | page);
+    for (unsigned n = 0; n < CODE_PAGES; n++)
+        put64(g, PT_CODE + 8 * n, CODE_GPA(n) | page);
     for (unsigned n = 0; n < WINDOW_PAGES; n++) {
         u64 access = n == WINDOW_READ_ONLY ? PTE_NX : PTE_NX | PTE_W;
 
@@ -360,14 +363,27 @@ static gpa_t window_gpa(unsigned image_offset)
     return WINDOW_GPA + writable_pages[image_offset / PAGE] * PAGE + image_offset % PAGE;
 }
 
+/* Into the guest's pages, unless it is there already: then the engine can go on with what it made of
+ * it. */
+static void set_code(struct guest *g, const struct test_case *c)
+{
+    u8 code[CODE_SIZE];
+
+    memset(code, INT3, CODE_SIZE);
+    memcpy(code + c->code_offset, c->code, MIN(CODE_SIZE - c->code_offset, c->code_len));
+    for (unsigned n = 0; n < CODE_PAGES; n++) {
+        if (!memcmp(g->code + n * PAGE, code + n * PAGE, PAGE))
+            continue;
+        memcpy(g->code + n * PAGE, code + n * PAGE, PAGE);
+        memory_write(&g->memory, CODE_GPA(n), code + n * PAGE, PAGE);
+    }
+}
+
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out)
 {
-    u8 page[PAGE];
     struct vcpu_exit exit = {0};
 
-    memset(page, 0xcc, PAGE);
-    memcpy(page + c->code_offset, c->code, MIN(PAGE - c->code_offset, c->code_len));
-    memory_write(&g->memory, CODE, page, PAGE);
+    set_code(g, c);
     for (unsigned n = 0; n < WRITABLE_PAGES; n++)
         memory_write(&g->memory, window_gpa(n * PAGE), image + n * PAGE, PAGE);
     for (unsigned n = 0; n < c->npokes; n++)

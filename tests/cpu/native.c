@@ -29,6 +29,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#define INT3 0xcc
 #define EFLAGS_NT BIT(14)
 #define EFLAGS_AC BIT(18)
 #define EFLAGS_ID BIT(21)
@@ -49,7 +50,8 @@ enum {
 #define XSAVE_MAX 8192
 
 static struct shared *shared;
-static u8 *code_alias; /* the code page, writable */
+static u8 *code_alias; /* the code pages, writable */
+static u32 code_used, code_used_len;
 static u32 xcomp_offset[XCOMPS];
 
 static bool active;
@@ -174,10 +176,10 @@ static void save_xsave(const u8 *x, struct user_state *s)
 
 static void set_code(const struct test_case *c)
 {
-    unsigned room = PAGE - c->code_offset;
-
-    memset(code_alias, 0xcc, PAGE);
-    memcpy(code_alias + c->code_offset, c->code, MIN(room, c->code_len));
+    memset(code_alias + code_used, INT3, code_used_len);
+    code_used = c->code_offset;
+    code_used_len = MIN(CODE_SIZE - c->code_offset, c->code_len);
+    memcpy(code_alias + code_used, c->code, code_used_len);
 }
 
 /* Returning from the handler enters the case, but for what `segments` has still to set. */
@@ -295,13 +297,14 @@ static void map_code(void)
 {
     int fd = memfd_create("code", 0);
 
-    if (fd < 0 || ftruncate(fd, PAGE) < 0)
-        die("the code page");
-    code_alias = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (fd < 0 || ftruncate(fd, CODE_SIZE) < 0)
+        die("the code pages");
+    code_alias = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (code_alias == MAP_FAILED ||
-        mmap((void *)(uintptr_t)CODE_PAGE, PAGE, PROT_READ | PROT_EXEC,
+        mmap((void *)(uintptr_t)CODE, CODE_SIZE, PROT_READ | PROT_EXEC,
              MAP_SHARED | MAP_POPULATE | MAP_FIXED_NOREPLACE, fd, 0) == MAP_FAILED)
-        die("the code page");
+        die("the code pages");
+    memset(code_alias, INT3, CODE_SIZE);
     close(fd);
 }
 

@@ -93,7 +93,7 @@ static bool differs_when_cut(const struct test_case *c, unsigned n, struct test_
 
     *cut = *c;
     cut->code_len = n < c->ncode ? c->starts[n] : c->code_len;
-    cut->ncode = (u8)n;
+    cut->ncode = (u16)n;
     shared->cases[0] = *cut;
     native_begin(&native, 1);
     native_finish(&native, 1);
