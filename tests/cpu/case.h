@@ -29,6 +29,8 @@
 /* The pages that can be written, in the order in which images hold them. */
 static const u8 writable_pages[WRITABLE_PAGES] = {0, 1, 4};
 
+#define INT3 0xcc
+
 #define USER_CS32 0x23u
 #define USER_DS 0x2bu
 #define USER_CS64 0x33u

@@ -126,7 +126,7 @@ static void print_bytes(const u8 *p, unsigned n)
         printf("%02x", p[n]);
 }
 
-void print_state(const char *name, const struct user_state *s)
+void print_gprs(const char *name, const struct user_state *s)
 {
     static const char *const names[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                         "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
@@ -138,6 +138,11 @@ void print_state(const char *name, const struct user_state *s)
     printf("    rip %016llx  rflags %llx  cs %x ss %x ds %x es %x fs %x %llx gs %x %llx\n",
            (unsigned long long)s->rip, (unsigned long long)s->rflags, s->cs, s->ss, s->ds, s->es,
            s->fs, (unsigned long long)s->fs_base, s->gs, (unsigned long long)s->gs_base);
+}
+
+void print_state(const char *name, const struct user_state *s)
+{
+    print_gprs(name, s);
     printf("    mxcsr %x  pkru %x  fcw %x fsw %x ftw %x fop %x fip %llx fdp %llx\n", s->mxcsr,
            s->pkru, s->fcw, s->fsw, s->ftw, s->fop, (unsigned long long)s->fip,
            (unsigned long long)s->fdp);
@@ -334,8 +339,9 @@ bool compare(const ZydisDecoder *decoder, const struct test_case *c, const struc
         native->cr2 > last_address(c) - PAGE &&
         (doppel->vector == EXC_GP || doppel->vector == EXC_SS))
         free |= FREE_FAULT;
-    /* An x87 exception is pending, and the operand is beyond its segment. */
-    if (native->vector == EXC_MF && (doppel->vector == EXC_GP || doppel->vector == EXC_SS))
+    /* An x87 exception is pending, or the operand not aligned, and it is beyond its segment. */
+    if ((native->vector == EXC_MF || native->vector == EXC_AC) &&
+        (doppel->vector == EXC_GP || doppel->vector == EXC_SS))
         free |= FREE_FAULT;
     if (native->vector == EXC_DB && is_repeated(decoder, c))
         free_flags |= EFLAGS_RF;

@@ -20,6 +20,8 @@ bool compare(const ZydisDecoder *decoder, const struct test_case *c, const struc
 ZydisMnemonic mnemonic_at(const ZydisDecoder *decoder, const struct test_case *c, unsigned n);
 
 void print_code(const ZydisDecoder *decoder, const struct test_case *c);
+/* General registers and flags; everything. */
+void print_gprs(const char *name, const struct user_state *s);
 void print_state(const char *name, const struct user_state *s);
 
 #endif

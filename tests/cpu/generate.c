@@ -28,6 +28,7 @@
 #define FLAG_AC BIT(18)
 #define FLAG_ID BIT(21)
 #define FLAGS_ARITH 0x8d5u
+#define MXCSR_MM (1u << 17) /* AMD's: operands needn't be aligned */
 
 /* Key 0 is that of all pages, and Linux needs it to deliver signals. */
 #define PKRU_ALL_BUT_0 0xfffffffcu
@@ -76,6 +77,9 @@ struct generator {
     struct mnemonic_forms *mnemonics; /* sorted by group */
     u32 nmnemonics;
     u32 group_first[GROUPS + 1];
+    bool *lacking; /* one a form: the processor hasn't got it */
+    const struct mnemonic_forms **choices[CHOICES];
+    u32 nchoices[CHOICES];
 };
 
 /*
@@ -194,8 +198,27 @@ static unsigned put_legacy(const struct form *f, struct random *r, bool mode64, 
     return n;
 }
 
-/* The bytes of a form; r: free bits at random, else plain. Returns where ModRM is. */
-static unsigned put_form(const struct form *f, struct random *r, bool mode64, u8 *p)
+/* ModRM and SIB at p for a memory operand like *a, as far as REX, VEX or EVEX agree. */
+static void put_address(const struct address *a, struct random *r, u8 reg, u8 *p)
+{
+    bool has_base = a->base != NO_REGISTER, has_index = a->index != NO_REGISTER;
+    bool sib = has_index || (has_base && (a->base & 7) == 4) || random_percent(r, 15);
+    u8 mod = has_base ? (u8)random_below(r, 3) : 0, base = has_base ? a->base & 7 : 5;
+
+    if (has_base && base == 5 && mod == 0)
+        mod = 1;
+    /* Without a base it is [disp32], or [RIP + disp32]. */
+    p[0] = (u8)(mod << 6 | reg << 3 | (sib ? 4 : base));
+    if (sib)
+        p[1] = (u8)(a->scale << 6 | (has_index ? a->index & 7 : 4) << 3 | base);
+}
+
+/*
+ * The bytes of a form; r: free bits at random, else plain. a: what its memory operand should be like, or
+ * NULL. Returns where ModRM is; all behind ModRM, or SIB when there is an address, is the caller's.
+ */
+static unsigned put_form(const struct form *f, struct random *r, bool mode64,
+                         const struct address *a, u8 *p)
 {
     unsigned n = f->kind == ENCODING_VEX    ? put_vex(f, r, mode64, p)
                  : f->kind == ENCODING_EVEX ? put_evex(f, r, mode64, p)
@@ -219,6 +242,8 @@ static unsigned put_form(const struct form *f, struct random *r, bool mode64, u8
     if (f->rm >= 0)
         rm = (u8)f->rm;
     p[n] = (u8)(mod << 6 | reg << 3 | rm);
+    if (f->memory && a)
+        put_address(a, r, reg, p + n);
     return n;
 }
 
@@ -275,7 +300,7 @@ static u16 probe(const struct generator *g, const struct form *f, ZydisDecodedIn
                  ZydisDecodedOperand *ops)
 {
     u8 code[32] = {0};
-    unsigned n = put_form(f, NULL, g->mode64, code);
+    unsigned n = put_form(f, NULL, g->mode64, NULL, code);
 
     if (f->kind != ENCODING_LEGACY && f->memory)
         code[n + 1] = 0x20; /* SIB: with an index, for gathers */
@@ -455,6 +480,162 @@ static void index_forms(struct generator *g, const char *only)
         g->group_first[n + 1] = MAX(g->group_first[n + 1], g->group_first[n]);
 }
 
+/* --- What blocks choose from --- */
+
+#define M(name) ZYDIS_MNEMONIC_##name
+#define BY_CONDITION(prefix)                                                                       \
+    M(prefix##O), M(prefix##NO), M(prefix##B), M(prefix##NB), M(prefix##Z), M(prefix##NZ),         \
+        M(prefix##BE), M(prefix##NBE), M(prefix##S), M(prefix##NS), M(prefix##P), M(prefix##NP),   \
+        M(prefix##L), M(prefix##NL), M(prefix##LE), M(prefix##NLE)
+
+/* What compilers emit, and their like. What stands here more often is chosen more often. */
+static const u16 common[] = {
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(LEA),
+    M(LEA),
+    M(LEA),
+    M(ADD),
+    M(ADD),
+    M(ADD),
+    M(SUB),
+    M(SUB),
+    M(AND),
+    M(OR),
+    M(XOR),
+    M(CMP),
+    M(CMP),
+    M(TEST),
+    M(TEST),
+    M(ADC),
+    M(SBB),
+    M(INC),
+    M(DEC),
+    M(NEG),
+    M(NOT),
+    M(SHL),
+    M(SHR),
+    M(SAR),
+    M(SHL),
+    M(SHR),
+    M(ROL),
+    M(ROR),
+    M(RCL),
+    M(RCR),
+    M(IMUL),
+    M(IMUL),
+    M(MUL),
+    M(MOVZX),
+    M(MOVZX),
+    M(MOVSX),
+    M(MOVSX),
+    M(MOVSXD),
+    M(PUSH),
+    M(PUSH),
+    M(POP),
+    M(POP),
+    M(XCHG),
+    M(BT),
+    M(BTS),
+    M(BTR),
+    M(BTC),
+    M(BSWAP),
+    M(CBW),
+    M(CWDE),
+    M(CDQE),
+    M(CWD),
+    M(CDQ),
+    M(CQO),
+    M(SHLD),
+    M(SHRD),
+    M(XADD),
+    M(CMPXCHG),
+    M(BSF),
+    M(BSR),
+    M(POPCNT),
+    M(LZCNT),
+    M(TZCNT),
+    M(ANDN),
+    M(BLSR),
+    M(RORX),
+    M(SHLX),
+    M(SHRX),
+    M(SARX),
+    M(MULX),
+    M(LAHF),
+    M(SAHF),
+    M(NOP),
+    M(MOVBE),
+    M(MOVDQU),
+    M(MOVUPS),
+    M(MOVD),
+    M(MOVQ),
+    M(PXOR),
+    M(PMOVMSKB),
+    M(MOVSD),
+    M(UCOMISD),
+    BY_CONDITION(SET),
+    BY_CONDITION(CMOV),
+};
+static const u16 producers[] = {
+    M(ADD), M(SUB), M(CMP), M(TEST), M(AND), M(OR),  M(XOR),  M(INC),  M(DEC), M(NEG), M(ADC),
+    M(SBB), M(SHL), M(SHR), M(SAR),  M(ROL), M(RCR), M(IMUL), M(SHLD), M(BT),  M(BSF), M(UCOMISD),
+};
+/* They leave flags alone. */
+static const u16 moves[] = {
+    M(MOV),   M(MOV),  M(MOV), M(MOV),  M(MOVZX), M(MOVSX), M(LEA),    M(XCHG),  M(NOT),
+    M(BSWAP), M(PUSH), M(POP), M(SHLX), M(RORX),  M(MULX),  M(MOVDQU), M(MOVBE), M(MOVQ),
+};
+static const u16 consumers[] = {
+    BY_CONDITION(SET),
+    BY_CONDITION(CMOV),
+    M(ADC),
+    M(ADC),
+    M(SBB),
+    M(SBB),
+    M(RCL),
+    M(RCR),
+    M(LAHF),
+    M(CMC),
+    M(ADCX),
+    M(ADOX),
+    M(SALC),
+    M(INC),
+    M(DEC),
+    M(STC),
+    M(CLC),
+};
+#undef M
+
+static const struct {
+    const u16 *mnemonics;
+    size_t count;
+} choice_lists[CHOICES] = {
+    [CHOICE_COMMON] = {common, ARRAY_SIZE(common)},
+    [CHOICE_PRODUCER] = {producers, ARRAY_SIZE(producers)},
+    [CHOICE_MOVE] = {moves, ARRAY_SIZE(moves)},
+    [CHOICE_CONSUMER] = {consumers, ARRAY_SIZE(consumers)},
+};
+
+static void find_choices(struct generator *g)
+{
+    for (unsigned n = 0; n < CHOICES; n++) {
+        g->choices[n] = calloc(choice_lists[n].count + 1, sizeof(g->choices[n][0]));
+        if (!g->choices[n])
+            abort();
+        for (size_t at = 0; at < choice_lists[n].count; at++) {
+            for (u32 m = 0; m < g->nmnemonics; m++) {
+                if (g->mnemonics[m].mnemonic == choice_lists[n].mnemonics[at])
+                    g->choices[n][g->nchoices[n]++] = &g->mnemonics[m];
+            }
+        }
+    }
+}
+
 struct generator *generator_create(bool mode64, const char *only, const struct host *host)
 {
     struct generator *g = calloc(1, sizeof(*g));
@@ -473,7 +654,9 @@ struct generator *generator_create(bool mode64, const char *only, const struct h
     find_legacy(g);
     find_vector(g);
     index_forms(g, only);
-    if (g->nmnemonics)
+    find_choices(g);
+    g->lacking = calloc(g->nforms, sizeof(*g->lacking));
+    if (g->nmnemonics && g->lacking)
         return g;
     generator_destroy(g);
     return NULL;
@@ -481,6 +664,9 @@ struct generator *generator_create(bool mode64, const char *only, const struct h
 
 void generator_destroy(struct generator *g)
 {
+    for (unsigned n = 0; n < CHOICES; n++)
+        free(g->choices[n]);
+    free(g->lacking);
     free(g->forms);
     free(g->mnemonics);
     free(g);
@@ -651,7 +837,7 @@ static u32 random_mxcsr(struct random *r, u32 mask)
     if (random_percent(r, 12))
         v &= ~((u32)random_next(r) & 0x1f80); /* unmasked */
     if (random_percent(r, 4))
-        v |= BIT(17); /* AMD's MM */
+        v |= MXCSR_MM;
     return v & mask;
 }
 
@@ -696,7 +882,7 @@ static void random_vectors(struct random *r, const struct host *host, struct use
         s->k[n] = random_percent(r, 70) ? random_next(r) : random_integer(r);
 }
 
-static void random_state(const struct generator *g, struct random *r, struct user_state *s)
+void generate_state(const struct generator *g, struct random *r, struct user_state *s)
 {
     memset(s, 0, sizeof(*s));
     for (unsigned n = 0; n < (g->mode64 ? 16u : 8u); n++)
@@ -807,7 +993,7 @@ static u64 random_target(struct random *r, bool mode64, unsigned size)
 
 /* --- Fitting the state to an instruction --- */
 
-static int gpr_number(ZydisRegister reg)
+int gpr_number(ZydisRegister reg)
 {
     ZydisRegisterClass class = ZydisRegisterGetClass(reg);
 
@@ -1066,7 +1252,7 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
 {
     prepare_registers(r, c, zi, ops);
     if (reads_half_under_mm(zi->mnemonic))
-        c->before.mxcsr &= ~(u32)BIT(17);
+        c->before.mxcsr &= ~MXCSR_MM;
     for (unsigned n = 0; n < zi->operand_count; n++) {
         const ZydisDecodedOperandMem *m = &ops[n].mem;
         u64 target;
@@ -1188,7 +1374,7 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
         const struct form *f = &g->forms[m->first + random_below(r, m->count)];
 
         for (unsigned attempt = 0; attempt < 24; attempt++) {
-            unsigned n = put_form(f, r, g->mode64, code);
+            unsigned n = put_form(f, r, g->mode64, NULL, code);
 
             for (unsigned at = n + 1; at < 32; at++)
                 code[at] = (u8)random_next(r);
@@ -1205,6 +1391,8 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
 static bool goes_on(const ZydisDecodedInstruction *zi)
 {
     if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
+        return false;
+    if (wants_xsave_image(zi->mnemonic)) /* pointers of more bits than some processors keep */
         return false;
     if (zi->mnemonic == ZYDIS_MNEMONIC_LSL) /* of selector 0x78: the processor's number */
         return false;
@@ -1236,6 +1424,8 @@ static void add_followers(const struct generator *g, struct random *r, struct te
 
         if (!valid || !goes_on(&zi))
             continue;
+        if (reads_half_under_mm(zi.mnemonic))
+            c->before.mxcsr &= ~MXCSR_MM;
         memcpy(c->code + c->code_len, code, len);
         c->starts[c->ncode++] = c->code_len;
         c->code_len = (u16)(c->code_len + len);
@@ -1245,7 +1435,7 @@ static void add_followers(const struct generator *g, struct random *r, struct te
 static void start_case(const struct generator *g, struct random *r, struct test_case *c)
 {
     memset(c, 0, sizeof(*c));
-    random_state(g, r, &c->before);
+    generate_state(g, r, &c->before);
     c->image = (u8)random_below(r, IMAGES);
     c->ncode = 1;
 }
@@ -1299,4 +1489,55 @@ void generate_case(const struct generator *g, struct random *r, struct test_case
         len = random_instruction(g, r, c->code, &zi, ops, &valid);
     }
     finish_case(g, r, c, len, valid);
+}
+
+/* --- For blocks --- */
+
+u32 generator_forms(const struct generator *g)
+{
+    return g->nforms;
+}
+
+void generator_set_lacking(struct generator *g, u32 form, bool lacking)
+{
+    g->lacking[form] = lacking;
+}
+
+bool generate_probe(const struct generator *g, struct random *r, u32 form, struct test_case *c)
+{
+    ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisDecodedInstruction zi;
+
+    for (unsigned attempt = 0; attempt < 24; attempt++) {
+        start_case(g, r, c);
+        for (unsigned n = 0; n < 32; n++)
+            c->code[n] = (u8)random_next(r);
+        put_form(&g->forms[form], r, g->mode64, NULL, c->code);
+        if (!decode(g, c->code, 15, &zi, ops) || !is_usable(&zi))
+            continue;
+        finish_case(g, r, c, zi.length, true);
+        c->code_offset = 0x100; /* all of it is there */
+        c->before.rip = CODE + c->code_offset;
+        c->before.rflags |= FLAG_TF;
+        c->code_len = zi.length;
+        c->ncode = 1;
+        return true;
+    }
+    return false;
+}
+
+bool generate_candidate(const struct generator *g, struct random *r, enum choice choice,
+                        const struct address *a, struct candidate *out)
+{
+    const struct mnemonic_forms *m = g->nchoices[choice]
+                                         ? g->choices[choice][random_below(r, g->nchoices[choice])]
+                                         : pick_mnemonic(g, r);
+    u32 form = m->first + random_below(r, m->count);
+
+    if (g->lacking[form] && random_below(r, 2000))
+        return false;
+    for (unsigned n = 0; n < sizeof(out->code); n++)
+        out->code[n] = (u8)random_next(r);
+    put_form(&g->forms[form], r, g->mode64, a, out->code);
+    return decode(g, out->code, 15, &out->zi, out->ops) && is_usable(&out->zi) && goes_on(&out->zi);
 }

@@ -31,7 +31,6 @@
 #define WINDOW_GPA 0x20000u
 #define MEMORY_SIZE MIB(2)
 
-#define INT3 0xcc
 #define STUB_SIZE 4
 #define TSS_SELECTOR 0x40u
 
@@ -398,4 +397,23 @@ void guest_run(struct guest *g, const struct test_case *c, const u8 *image, stru
     get_state(g, out);
     for (unsigned n = 0; n < WRITABLE_PAGES; n++)
         memory_read(&g->memory, window_gpa(n * PAGE), out->window + n * PAGE, PAGE);
+}
+
+u64 guest_translated(struct guest *g)
+{
+    struct engine_stats stats = {0};
+
+    g->ops->stats(g->engine, &stats);
+    return stats.blocks_translated;
+}
+
+const char *guest_engine(unsigned n)
+{
+    for (unsigned at = 0; engines[at]; at++) {
+        const char *name = engines[at]->name;
+
+        if ((!strcmp(name, "interp") || !strcmp(name, "bt")) && n-- == 0)
+            return name;
+    }
+    return NULL;
 }

@@ -16,4 +16,10 @@ void guest_destroy(struct guest *g);
 /* Runs c, the writable pages holding `image` before its pokes. */
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out);
 
+/* Blocks of guest code that the engine has translated. */
+u64 guest_translated(struct guest *g);
+
+/* The names of this build's software engines: n from 0 on; NULL: there are no more. */
+const char *guest_engine(unsigned n);
+
 #endif

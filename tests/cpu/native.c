@@ -29,7 +29,6 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-#define INT3 0xcc
 #define EFLAGS_NT BIT(14)
 #define EFLAGS_AC BIT(18)
 #define EFLAGS_ID BIT(21)

@@ -5,20 +5,25 @@
  *
  *     --seed N      of the random numbers; "random" for one by the clock (default: ORACLE_SEED of the
  *                   environment, or else 1, so that a run of the tests doesn't fail by luck). Printed.
- *     --count N     cases of each mode (200000 for 64-bit, a quarter of it for 32-bit)
+ *     --blocks      whole blocks of instructions, each from several states (block.h), not cases
+ *     --rounds N    how often a block is run from each state under doppel (4)
+ *     --count N     cases of each mode (200000 for 64-bit, a quarter of it for 32-bit; blocks: 5000
+ *                   and 2500)
  *     --first N     begin with case N
  *     --mode 64|32  only this one
  *     --only NAME   only this mnemonic
  *     --bytes HEX   only this instruction
- *     --engine NAME as in doppel run (interp)
+ *     --engine NAME as in doppel run (each of this build's software engines in turn)
  *     --errors N    stop after this many differences (10)
- *     --coverage    count the cases of each mnemonic, and those that ended without a fault
+ *     --coverage    count the cases of each mnemonic, and those that ended without a fault; of blocks,
+ *                   what ended them
  *     --verbose     all registers of differing cases
  *
  * NATIVE is the program that runs cases on the real processor (native.c). A case is made from the seed
  * and its own number, so `--seed S --first N --count 1 --mode M` shows it again.
  */
 #define _GNU_SOURCE
+#include "block_run.h"
 #include "compare.h"
 #include "generate.h"
 #include "guest.h"
@@ -40,15 +45,15 @@ struct options {
     unsigned mode, max_errors;
     const char *only, *engine, *native;
     u8 bytes[15];
-    unsigned nbytes;
-    bool coverage, verbose;
+    unsigned nbytes, rounds;
+    bool blocks, coverage, verbose;
 };
 
 struct coverage {
     u32 cases, completed;
 };
 
-static struct options options = {.max_errors = 10, .engine = "interp"};
+static struct options options = {.max_errors = 10, .rounds = 4};
 static struct native_link native;
 static struct guest *guest;
 static struct generator *generator;
@@ -188,7 +193,8 @@ static void run_batch(u64 batch, unsigned mode, u64 first, u64 end)
     }
 }
 
-static void run_mode(unsigned mode)
+/* Returns how many differ. */
+static unsigned run_mode(const char *engine, unsigned mode)
 {
     u64 count = options.count ? options.count : 200000;
     u64 end;
@@ -200,8 +206,7 @@ static void run_mode(unsigned mode)
     generator = generator_create(mode == 64, options.only, &host);
     if (!generator) {
         printf("not ok %u-bit: no instruction is called %s\n", mode, options.only);
-        errors++;
-        return;
+        return 1;
     }
     generator_size(generator, &mnemonics, &forms);
     errors = 0;
@@ -211,13 +216,14 @@ static void run_mode(unsigned mode)
     printf("# %u-bit: %u mnemonics in %u forms, seed %llu\n", mode, mnemonics, forms,
            (unsigned long long)options.seed);
     if (errors)
-        printf("not ok %u-bit user instructions do what the real processor does: %u of %llu cases "
-               "differ\n",
-               mode, errors, (unsigned long long)count);
+        printf("not ok %u-bit user instructions do what the real processor does (%s): %u of %llu "
+               "cases differ\n",
+               mode, engine, errors, (unsigned long long)count);
     else
-        printf("ok %u-bit user instructions do what the real processor does: %llu cases\n", mode,
-               (unsigned long long)count);
+        printf("ok %u-bit user instructions do what the real processor does (%s): %llu cases\n",
+               mode, engine, (unsigned long long)count);
     generator_destroy(generator);
+    return errors;
 }
 
 static void print_coverage(void)
@@ -254,6 +260,8 @@ static u64 parse_seed(const char *text)
 static int parse_options(int argc, char **argv)
 {
     static const struct option known[] = {
+        {"blocks", no_argument, NULL, 'B'},
+        {"rounds", required_argument, NULL, 'r'},
         {"seed", required_argument, NULL, 's'},
         {"count", required_argument, NULL, 'c'},
         {"first", required_argument, NULL, 'f'},
@@ -272,6 +280,12 @@ static int parse_options(int argc, char **argv)
     options.seed = seed ? parse_seed(seed) : 1;
     while ((option = getopt_long(argc, argv, "", known, NULL)) != -1) {
         switch (option) {
+        case 'B':
+            options.blocks = true;
+            break;
+        case 'r':
+            options.rounds = (unsigned)atoi(optarg);
+            break;
         case 's':
             options.seed = parse_seed(optarg);
             break;
@@ -331,41 +345,79 @@ static u64 host_xcr0(void)
     return (u64)d << 32 | a;
 }
 
-int main(int argc, char **argv)
+/* Each returns how many differ. */
+static unsigned run_cases(const char *engine)
 {
     static const int crashes[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM};
+    struct random random = random_for(0, 0, 3);
     struct error err;
-    struct random random;
     u8 read_only[PAGE];
+    unsigned differ = 0;
     int r;
+
+    for (unsigned n = 0; n < ARRAY_SIZE(crashes); n++)
+        signal(crashes[n], on_crash);
+    generate_read_only(&random, read_only);
+    r = native_open(&native, options.native, read_only);
+    if (r < 0) {
+        printf("not ok oracle: the native side: %s\n", strerror(-r));
+        return 1;
+    }
+    guest = guest_create(engine, &host, read_only, &err);
+    if (!guest) {
+        printf("not ok oracle: %s\n", err.text);
+        native_close(&native);
+        return 1;
+    }
+    if (options.mode != 32)
+        differ += run_mode(engine, 64);
+    if (options.mode != 64)
+        differ += run_mode(engine, 32);
+    native_close(&native);
+    guest_destroy(guest);
+    return differ;
+}
+
+static unsigned run_all_blocks(const char *engine)
+{
+    struct block_options o = {
+        .native = options.native,
+        .engine = engine,
+        .host = host,
+        .seed = options.seed,
+        .first = options.first,
+        .rounds = options.rounds,
+        .max_errors = options.max_errors,
+        .coverage = options.coverage,
+        .verbose = options.verbose,
+    };
+    unsigned differ = 0;
+
+    for (o.mode = 64; o.mode >= 32; o.mode -= 32) {
+        o.count = options.count ? options.count : o.mode == 64 ? 5000 : 2500;
+        if (!options.mode || options.mode == o.mode)
+            differ += run_blocks(&o);
+    }
+    return differ;
+}
+
+int main(int argc, char **argv)
+{
+    const char *engine;
+    unsigned differ = 0;
 
     if (parse_options(argc, argv) < 0) {
         fprintf(stderr, "usage: oracle [options] NATIVE (see the head of oracle.c)\n");
         return 2;
     }
     printf("# seed %llu\n", (unsigned long long)options.seed);
-    for (unsigned n = 0; n < ARRAY_SIZE(crashes); n++)
-        signal(crashes[n], on_crash);
     host = (struct host){host_mxcsr_mask(), host_xcr0()};
-    random = random_for(0, 0, 3);
-    generate_read_only(&random, read_only);
-    r = native_open(&native, options.native, read_only);
-    if (r < 0) {
-        fprintf(stderr, "oracle: the native side: %s\n", strerror(-r));
-        return 1;
+    for (unsigned n = 0; (engine = options.engine ? options.engine : guest_engine(n)); n++) {
+        differ += options.blocks ? run_all_blocks(engine) : run_cases(engine);
+        if (options.engine)
+            break;
     }
-    guest = guest_create(options.engine, &host, read_only, &err);
-    if (!guest) {
-        printf("not ok oracle: %s\n", err.text);
-        return 1;
-    }
-    if (options.mode != 32)
-        run_mode(64);
-    if (options.mode != 64)
-        run_mode(32);
-    if (options.coverage)
+    if (options.coverage && !options.blocks)
         print_coverage();
-    native_close(&native);
-    guest_destroy(guest);
-    return errors != 0;
+    return differ != 0;
 }
