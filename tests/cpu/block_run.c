@@ -51,6 +51,10 @@ struct runner {
     u8 read_only[PAGE];
     u8 images[IMAGES][WRITABLE_PAGES * PAGE];
 
+    /* The last difference that a child found, and what ended it. */
+    struct progress found;
+    int status;
+
     /* A child's own. */
     struct native_link native;
     struct guest *guest;
@@ -244,14 +248,23 @@ static int in_child(struct runner *r, work_fn *work, const void *argument)
     return status;
 }
 
-static bool still_differs(struct runner *r, const struct attempt *a, int *status)
+/* Whether a child found a difference, which is kept; a crash or a hang is one. */
+static bool differs_in_child(struct runner *r, work_fn *work, const void *argument)
+{
+    int status = in_child(r, work, argument);
+
+    if (!status && !r->progress->differs)
+        return false;
+    r->found = *r->progress;
+    r->status = status;
+    return true;
+}
+
+static bool still_differs(struct runner *r, const struct attempt *a)
 {
     struct test_case c;
 
-    if (!block_case(a->block, a->alive, 0, &c))
-        return false;
-    *status = in_child(r, run_attempt, a);
-    return *status || r->progress->differs;
+    return block_case(a->block, a->alive, 0, &c) && differs_in_child(r, run_attempt, a);
 }
 
 /* Leaves out units from..from + n - 1, with their partners, as far as they may be. False: none of them. */
@@ -273,7 +286,6 @@ static bool leave_out(struct attempt *a, unsigned from, unsigned n)
 static void shrink(struct runner *r, struct attempt *a)
 {
     unsigned tries = 0, chunk = (a->block->nunits + 1) / 2;
-    int status;
 
     while (chunk && tries < TRIES) {
         bool smaller = false;
@@ -284,7 +296,7 @@ static void shrink(struct runner *r, struct attempt *a)
             if (!leave_out(&next, from, chunk))
                 continue;
             tries++;
-            if (still_differs(r, &next, &status)) {
+            if (still_differs(r, &next)) {
                 *a = next;
                 smaller = true;
             }
@@ -294,46 +306,57 @@ static void shrink(struct runner *r, struct attempt *a)
     }
 }
 
-static void report(struct runner *r, u64 number, int status)
+static void print_found(struct runner *r, const struct attempt *a)
 {
-    const struct progress *p = r->progress;
-    static struct block b;
-    struct attempt a = {.block = &b, .only = VARIANTS};
-    struct attempt one;
+    const struct progress *p = &r->found;
     struct test_case c;
-    int again = status;
 
-    make_block(r, number, &b);
-    memset(a.alive, true, sizeof(a.alive));
-    if (still_differs(r, &a, &again)) {
-        shrink(r, &a);
-        still_differs(r, &a, &again);
-        one = a;
-        one.only = p->variant;
-        if (still_differs(r, &one, &again))
-            a = one;
-        else
-            still_differs(r, &a, &again);
-    } else {
-        printf("  (not when it is run alone: --first %llu)\n", (unsigned long long)r->o->first);
-    }
-    block_case(&b, a.alive, p->variant, &c);
-    printf("%u-bit block %llu %s: variant %u, round %u%s\n", r->o->mode, (unsigned long long)number,
-           !again                       ? "differs"
-           : WTERMSIG(again) == SIGALRM ? "hangs under doppel"
-                                        : strsignal(WTERMSIG(again)),
-           p->variant, p->round, a.only < VARIANTS ? ", and by itself" : "");
+    printf("%u-bit block %llu ", r->o->mode, (unsigned long long)p->number);
+    if (!r->status)
+        printf("differs");
+    else if (WTERMSIG(r->status) == SIGALRM)
+        printf("hangs");
+    else
+        printf("ends doppel (%s)", strsignal(WTERMSIG(r->status)));
+    printf(", in variant %u%s, round %u:\n", p->variant, a->only < VARIANTS ? " alone" : "",
+           p->round);
+    block_case(a->block, a->alive, p->variant, &c);
     print_code(generator_decoder(r->generator), &c);
-    if (!r->o->verbose) {
+    if (!r->o->verbose)
         print_gprs("before", &c.before);
-    } else {
+    else
         print_state("before", &c.before);
+    if (r->status)
+        return;
+    if (r->o->verbose) {
         print_state("native", &p->native.after);
         print_state("doppel", &p->doppel.after);
     }
-    if (!again)
-        printf("  exception %u, error %#x, cr2 %#llx; differences:\n%s", p->native.vector,
-               p->native.error, (unsigned long long)p->native.cr2, p->report.text);
+    printf("  exception %u, error %#x, cr2 %#llx; differences:\n%s", p->native.vector,
+           p->native.error, (unsigned long long)p->native.cr2, p->report.text);
+}
+
+/* from: the block that the child began with. */
+static void report(struct runner *r, u64 from)
+{
+    u64 number = r->found.number;
+    static struct block b;
+    struct attempt a = {.block = &b, .only = VARIANTS};
+    struct attempt one;
+
+    make_block(r, number, &b);
+    memset(a.alive, true, sizeof(a.alive));
+    if (still_differs(r, &a)) {
+        shrink(r, &a);
+        one = a;
+        one.only = r->found.variant;
+        if (still_differs(r, &one))
+            a = one;
+    } else {
+        printf("The next one doesn't differ by itself, only as one of --first %llu --count %llu.\n",
+               (unsigned long long)from, (unsigned long long)(number - from + 1));
+    }
+    print_found(r, &a);
     fflush(stdout);
 }
 
@@ -382,13 +405,13 @@ unsigned run_blocks(const struct block_options *o)
     find_lacking(r);
 
     while (range.first < range.end && differ < o->max_errors) {
-        int status = in_child(r, run_range, &range);
-        u64 number = r->progress->number;
+        u64 number;
 
-        if (!status && !r->progress->differs)
+        if (!differs_in_child(r, run_range, &range))
             break;
         differ++;
-        report(r, number, status);
+        number = r->found.number;
+        report(r, range.first);
         range.first = number + 1;
     }
     printf("# %u-bit blocks: seed %llu, %llu translated\n", o->mode, (unsigned long long)o->seed,
