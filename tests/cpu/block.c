@@ -255,7 +255,6 @@ static bool is_unlikely(const ZydisDecodedInstruction *zi)
     switch (zi->meta.category) {
     case ZYDIS_CATEGORY_IO:
     case ZYDIS_CATEGORY_IOSTRINGOP:
-    case ZYDIS_CATEGORY_XSAVEOPT:
         return true;
     default:
         return zi->attributes & ZYDIS_ATTRIB_IS_PRIVILEGED;

@@ -1404,7 +1404,8 @@ static bool goes_on(const ZydisDecodedInstruction *zi)
     case ZYDIS_CATEGORY_INTERRUPT:
     case ZYDIS_CATEGORY_RET:
     case ZYDIS_CATEGORY_SYSTEM:
-    case ZYDIS_CATEGORY_XSAVE:
+    case ZYDIS_CATEGORY_XSAVE: /* what is in its initial state may count as in use, or not */
+    case ZYDIS_CATEGORY_XSAVEOPT:
         return false;
     default:
         return true;
