@@ -275,12 +275,12 @@ static bool is_trap(u8 vector)
  * Between two iterations of a repeated instruction a single-step trap pushes RF set on Intel's
  * processors (SDM vol. 3, 17.3.1.1), and clear on AMD's.
  */
-static bool is_repeated(const ZydisDecoder *decoder, const struct test_case *c)
+static bool is_repeated(const ZydisDecoder *decoder, const struct test_case *c, unsigned n)
 {
     ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
     ZydisDecodedInstruction zi;
 
-    return decode_at(decoder, c, 0, &zi, ops) &&
+    return decode_at(decoder, c, n, &zi, ops) &&
            (zi.attributes &
             (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE));
 }
@@ -343,7 +343,7 @@ bool compare(const ZydisDecoder *decoder, const struct test_case *c, const struc
     if ((native->vector == EXC_MF || native->vector == EXC_AC) &&
         (doppel->vector == EXC_GP || doppel->vector == EXC_SS))
         free |= FREE_FAULT;
-    if (native->vector == EXC_DB && is_repeated(decoder, c))
+    if (native->vector == EXC_DB && is_repeated(decoder, c, at))
         free_flags |= EFLAGS_RF;
     /* A LOCK that is not allowed is found before the operand is read, or after. */
     if (doppel->vector == EXC_UD && memchr(c->code + c->starts[at], 0xf0, 4))

@@ -6,7 +6,8 @@
  *     --seed N      of the random numbers; "random" for one by the clock (default: ORACLE_SEED of the
  *                   environment, or else 1, so that a run of the tests doesn't fail by luck). Printed.
  *     --blocks      whole blocks of instructions, each from several states (block.h), not cases
- *     --rounds N    how often a block is run from each state under doppel (4)
+ *     --rounds N    how often doppel runs a block from each of its states (4), or a case (1); of
+ *                   a case, the last time counts
  *     --count N     cases of each mode (200000 for 64-bit, a quarter of it for 32-bit; blocks: 5000
  *                   and 2500)
  *     --first N     begin with case N
@@ -53,7 +54,7 @@ struct coverage {
     u32 cases, completed;
 };
 
-static struct options options = {.max_errors = 10, .rounds = 4};
+static struct options options = {.max_errors = 10};
 static struct native_link native;
 static struct guest *guest;
 static struct generator *generator;
@@ -83,7 +84,8 @@ static void doppel_run(const struct test_case *c, struct outcome *out)
 {
     current = c;
     alarm(20);
-    guest_run(guest, c, native.shared->images[c->image], out);
+    for (unsigned n = 0; n < MAX(options.rounds, 1u); n++)
+        guest_run(guest, c, native.shared->images[c->image], out);
     alarm(0);
     current = NULL;
 }
@@ -386,7 +388,7 @@ static unsigned run_all_blocks(const char *engine)
         .host = host,
         .seed = options.seed,
         .first = options.first,
-        .rounds = options.rounds,
+        .rounds = options.rounds ? options.rounds : 4,
         .max_errors = options.max_errors,
         .coverage = options.coverage,
         .verbose = options.verbose,
