@@ -195,6 +195,31 @@ static void run_batch(u64 batch, unsigned mode, u64 first, u64 end)
     }
 }
 
+/* What long runs found: each is run often enough to find it again. */
+static const struct {
+    unsigned mode, nbytes;
+    u8 bytes[15];
+    const char *was;
+} found[] = {
+    {32, 5, "\xc4\xe1\xfb\x93\xe7", "KMOVD ESP, K7 with VEX.W moved 64 bits"},
+    {64, 6, "\x2e\x48\x0f\xc7\x0c\xfc",
+     "CMPXCHG16B [RSP + 8 * RDI] with EFLAGS.AC raised #GP for #SS"},
+};
+#define FOUND_CASES 50000
+
+static void run_found(unsigned mode)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(found); n++) {
+        if (found[n].mode != mode)
+            continue;
+        memcpy(options.bytes, found[n].bytes, sizeof(options.bytes));
+        options.nbytes = found[n].nbytes;
+        for (u64 batch = 0; batch * BATCH < FOUND_CASES && errors < options.max_errors; batch++)
+            run_batch(batch, mode, 0, FOUND_CASES);
+    }
+    options.nbytes = 0;
+}
+
 /* Returns how many differ. */
 static unsigned run_mode(const char *engine, unsigned mode)
 {
@@ -215,6 +240,8 @@ static unsigned run_mode(const char *engine, unsigned mode)
     for (u64 batch = options.first / BATCH; batch * BATCH < end && errors < options.max_errors;
          batch++)
         run_batch(batch, mode, options.first, end);
+    if (!options.count && !options.only && !options.nbytes)
+        run_found(mode);
     printf("# %u-bit: %u mnemonics in %u forms, seed %llu\n", mode, mnemonics, forms,
            (unsigned long long)options.seed);
     if (errors)
