@@ -204,6 +204,8 @@ static const struct {
     {32, 5, "\xc4\xe1\xfb\x93\xe7", "KMOVD ESP, K7 with VEX.W moved 64 bits"},
     {64, 6, "\x2e\x48\x0f\xc7\x0c\xfc",
      "CMPXCHG16B [RSP + 8 * RDI] with EFLAGS.AC raised #GP for #SS"},
+    {64, 8, "\x36\xff\xac\x04\x55\x0f\x50\x2b",
+     "JMP FAR [RSP + RAX + ...] to 32-bit code, and the next event saved more of RSP than ESP"},
 };
 #define FOUND_CASES 50000
 
