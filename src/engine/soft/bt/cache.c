@@ -165,8 +165,12 @@ void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
 {
+    const struct bt_block *to = e->to;
+    bool memory = e->flags == EXIT_MEMORY ||
+                  (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
+
     patch_rel32(bt_write_at(bt, e->at),
-                bt_write_at(bt, e->host_flags ? e->to->host_entry : e->to->memory_entry));
+                bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
 }
 
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
@@ -355,6 +359,29 @@ u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
         }
     }
     return left;
+}
+
+u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r)
+{
+    u64 key;
+    u16 *slot;
+
+    _Static_assert(sizeof(*r) == sizeof(key), "recipes are compared as numbers");
+    memcpy(&key, r, sizeof(key));
+    key *= 0x9e3779b97f4a7c15ULL;
+    for (u32 n = 0; n < 64; n++) {
+        slot = &bt->recipe_hash[((key >> 48) + n) % BT_RECIPES];
+        if (!*slot) {
+            if (bt->nrecipes + 1 >= BT_RECIPES)
+                return 0;
+            *slot = (u16)++bt->nrecipes;
+            bt->recipes[*slot] = *r;
+            return *slot;
+        }
+        if (!memcmp(&bt->recipes[*slot], r, sizeof(*r)))
+            return *slot;
+    }
+    return 0;
 }
 
 static void leave_kept(struct soft_vcpu *v, const struct insn *i)

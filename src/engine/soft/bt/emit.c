@@ -310,8 +310,7 @@ static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
     }
 }
 
-/* General registers that emit_insn changes. */
-static u32 changed_regs(const struct bt_insn *i)
+u32 insn_changed_regs(const struct bt_insn *i)
 {
     switch (i->op) {
     case BT_PUSH:
@@ -391,7 +390,7 @@ static void widen_group(struct translation *t, struct access_group *g)
 
     for (unsigned n = t->at; n < t->count; n++) {
         const struct bt_insn *i = &t->insns[n];
-        u32 changed = changed_regs(i);
+        u32 changed = insn_changed_regs(i);
         struct access a;
         s32 by;
 
@@ -430,7 +429,7 @@ static void widen_group(struct translation *t, struct access_group *g)
 static void group_after(struct translation *t, const struct bt_insn *i)
 {
     struct access_group *g = &t->group;
-    u32 changed = changed_regs(i);
+    u32 changed = insn_changed_regs(i);
     s32 by;
 
     if (!g->valid)

@@ -183,6 +183,16 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
     }
 }
 
+/* Runs v->bt_shared.entry; the arithmetic flags are in v->aflags afterwards. */
+static u32 enter(struct soft_vcpu *v)
+{
+    u32 reason = v->bt->enter();
+
+    if (unlikely(v->aflags >> 16))
+        v->aflags = bt_recipe_flags(v, &v->bt->recipes[v->aflags >> 16]);
+    return reason;
+}
+
 /* Enters code and goes on for as long as what comes back is seen to here. */
 static void run_code(struct soft_vcpu *v, const u8 *code)
 {
@@ -204,7 +214,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
             }
             return;
         }
-        reason = bt->enter();
+        reason = enter(v);
         bt->armed = false;
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
@@ -234,7 +244,7 @@ static bool verify_block(struct soft_vcpu *v)
     bt_vectors_load(v);
     v->bt_shared.entry = bt_run_at(v->bt, b->memory_entry);
     do {
-        reason = v->bt->enter();
+        reason = enter(v);
         if (reason == BT_QUICK) { /* not undone, so not compared */
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 

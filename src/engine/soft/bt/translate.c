@@ -81,8 +81,31 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
 
     bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
                                          .target = (u16)target,
-                                         .host_flags = !t->flags.memory};
+                                         .flags = t->flags.memory ? EXIT_MEMORY
+                                                  : t->pending    ? EXIT_RECIPE
+                                                                  : EXIT_HOST,
+                                         .recipe_regs = t->pending};
     add_stub(t, STUB_EXIT, from)->number = number;
+}
+
+/* Before a branch: lets its target have the flags as a recipe, for one store. */
+static void put_pending(struct translation *t)
+{
+    const struct bt_recipe *r = &t->flags.recipe;
+    u16 number;
+
+    t->pending = 0;
+    if (t->flags.memory || !r->kind)
+        return;
+    number = bt_recipe_number(t->bt, r);
+    if (!number)
+        return;
+    put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
+    t->pending = PENDING_NO_REGS;
+    if (r->a != NO_REG)
+        t->pending |= BIT32(r->a);
+    if (r->b != NO_REG)
+        t->pending |= BIT32(r->b);
 }
 
 static void put_direct(struct translation *t, s64 target)
@@ -90,6 +113,7 @@ static void put_direct(struct translation *t, s64 target)
     if (in_page(target)) {
         if (!t->flags.memory)
             flags_need(t);
+        put_pending(t);
         add_exit(t, put_jmp(&t->p), target);
     } else {
         flags_to_memory(t);
@@ -104,6 +128,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
 
     flags_need(t);
     if (in_page(target)) {
+        put_pending(t);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
         s = add_stub(t, STUB_FAR, put_jcc(&t->p, i->cc));
@@ -190,7 +215,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
         break;
     case STUB_EXIT:
         t->bt->exits[stub->number].stub = code_offset(t, *p);
-        if (!t->flags.memory)
+        if (t->bt->exits[stub->number].flags == EXIT_HOST)
             emit_flags_save(p);
         put_leave(t, BT_LINK, stub->number);
         break;
@@ -222,6 +247,40 @@ static enum first_use first_use(const struct translation *t)
             return FLAGS_OVERWRITTEN;
     }
     return FLAGS_CLOBBERED;
+}
+
+/*
+ * Whether the block may be entered with the flags as a pending recipe: all of them are made anew before
+ * anybody asks for them but for a fault, and no fault comes after a change of the recipe's registers.
+ */
+static void find_kept_regs(const struct translation *t, struct bt_block *b)
+{
+    u32 changed = 0;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        switch (i->op) {
+        case BT_PLAIN:
+        case BT_LEA:
+        case BT_NOP:
+        case BT_PUSH:
+        case BT_POP:
+        case BT_LEAVE:
+            break;
+        default:
+            return;
+        }
+        if (i->flags_in)
+            return;
+        if (insn_clobbers_flags(i))
+            b->kept_regs = changed;
+        if (i->flags_out) {
+            b->takes_recipe = true;
+            return;
+        }
+        changed |= insn_changed_regs(i);
+    }
 }
 
 /* From the jump cache: RIP is the block's own address. */
@@ -335,6 +394,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     b->bytes = (u16)decode_block(t, gpa, host);
     if (!b->bytes || !protect_block(t, b, host))
         return NULL;
+    find_kept_regs(t, b);
     t->block = b;
     t->p = bt_write_at(bt, bt->hot);
     put_entries(t, b);
