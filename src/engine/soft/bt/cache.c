@@ -107,11 +107,18 @@ static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, u32 mode)
     return (struct bt_block **)&bt->hash[key >> (64 - BT_HASH_BITS)];
 }
 
-static struct bt_block **page_slot(const struct bt *bt, gpa_t gpa)
+static unsigned page_hash(gpa_t gpa)
 {
-    u64 key = (gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL;
+    return (unsigned)(((gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_PAGES_BITS));
+}
 
-    return (struct bt_block **)&bt->pages[key >> (64 - BT_PAGES_BITS)];
+static struct bt_block **page_slot(struct bt *bt, gpa_t gpa)
+{
+    return &bt->pages[page_hash(gpa)];
+}
+static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
+{
+    return &bt->crossing[page_hash(gpa)];
 }
 
 struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa)
@@ -131,6 +138,11 @@ void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
     slot = page_slot(v->bt, b->gpa);
     b->page_next = *slot;
     *slot = b;
+    if (b->gpa2) {
+        slot = crossing_slot(v->bt, b->gpa2);
+        b->page2_next = *slot;
+        *slot = b;
+    }
 }
 
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
@@ -296,7 +308,12 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 {
     unsigned bit = filter_bit(lin), first = jump_slot(lin & ~(GUEST_PAGE_SIZE - 1));
 
-    if (!v->bt || !(v->bt->filter[bit / 64] & BIT(bit % 64)))
+    if (!v->bt)
+        return;
+    /* An instruction that goes on in this page begins in the last bytes of the one before. */
+    for (unsigned n = 1; n < 15; n++)
+        jump_empty(v, (first - n) & (JUMP_SIZE - 1));
+    if (!(v->bt->filter[bit / 64] & BIT(bit % 64)))
         return;
     for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
         jump_empty(v, slot);
@@ -337,26 +354,49 @@ static u64 line_mask(gpa_t gpa, u64 n)
     return (~0ULL >> (63 - (last - first))) << first;
 }
 
+/* Bytes of a block in its first page. */
+static u64 first_bytes(const struct bt_block *b)
+{
+    return MIN((u64)b->bytes, GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1)));
+}
+
+/* [start, start + size) are a block's bytes in the page of gpa: drops it, or adds its lines. */
+static void written_at(struct soft_vcpu *v, struct bt_block *b, gpa_t start, u64 size, gpa_t gpa,
+                       u64 n, u64 *left)
+{
+    if (((start ^ gpa) & ~(GUEST_PAGE_SIZE - 1)) || b->dropped)
+        return;
+    if (start < gpa + n && gpa < start + size)
+        block_drop(v, b);
+    else
+        *left |= line_mask(start, size);
+}
+
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
-    gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
     struct bt_block **link;
     u64 left = 0;
 
     if (!v->bt)
         return 0;
+    /* Both lists also hold what was dropped by way of the other. */
     for (link = page_slot(v->bt, gpa); *link;) {
         struct bt_block *b = *link;
 
-        if ((b->gpa & ~(GUEST_PAGE_SIZE - 1)) != page) {
-            link = &b->page_next;
-        } else if (b->gpa < gpa + n && gpa < b->gpa + b->bytes) {
-            block_drop(v, b);
+        written_at(v, b, b->gpa, first_bytes(b), gpa, n, &left);
+        if (b->dropped)
             *link = b->page_next;
-        } else {
-            left |= line_mask(b->gpa, b->bytes);
+        else
             link = &b->page_next;
-        }
+    }
+    for (link = crossing_slot(v->bt, gpa); *link;) {
+        struct bt_block *b = *link;
+
+        written_at(v, b, b->gpa2, b->bytes - first_bytes(b), gpa, n, &left);
+        if (b->dropped)
+            *link = b->page2_next;
+        else
+            link = &b->page2_next;
     }
     return left;
 }
@@ -416,6 +456,7 @@ void bt_flush(struct soft_vcpu *v)
     bt->cold = BT_COLD_START;
     memset(bt->hash, 0, sizeof(bt->hash));
     memset(bt->pages, 0, sizeof(bt->pages));
+    memset(bt->crossing, 0, sizeof(bt->crossing));
     bt_jump_clear(v);
 }
 

@@ -9,6 +9,10 @@
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
  * the page shares it.
  *
+ * An instruction that lies across two pages is a block of its own. It is right only where both pages are
+ * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
+ * page's mapping is dropped.
+ *
  * All of it belongs to one vCPU and its thread.
  */
 #ifndef DOPPEL_ENGINE_SOFT_BT_CACHE_H
@@ -68,6 +72,7 @@ struct bt_exit {
 
 struct bt_block {
     gpa_t gpa;
+    gpa_t gpa2; /* of the second page, when its one instruction lies across; else 0 */
     u32 mode;
     u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
@@ -79,7 +84,7 @@ struct bt_block {
     u32 kept_regs;
     u32 exits, nexits;
     u32 points, npoints;
-    struct bt_block *hash_next, *page_next;
+    struct bt_block *hash_next, *page_next, *page2_next;
     struct bt_exit *incoming;
 };
 
@@ -111,7 +116,8 @@ struct bt {
     struct bt_point *points;
     u32 nblocks, nexits, nsites, npoints;
     struct bt_block *hash[1u << BT_HASH_BITS];
-    struct bt_block *pages[1u << BT_PAGES_BITS];
+    struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
+    struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
 
     /* jump_key by mode; 0: to be given anew. */
     u16 contexts[BT_MODES];

@@ -22,19 +22,34 @@
 
 /* --- Finding --- */
 
-/* The code for the exact RIP, if there is any. Raises what the fetch raises. */
-static const u8 *find_code(struct soft_vcpu *v)
+static gva_t next_page(gva_t lin)
+{
+    return (lin | (GUEST_PAGE_SIZE - 1)) + 1;
+}
+
+/* The block for the exact RIP, or NULL. Raises what the fetch raises. */
+static struct bt_block *find_block(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
+    struct bt_block *b;
     gpa_t gpa;
 
     if (!soft_fetch(v, lin, &gpa))
         return NULL;
     b = bt_block_find(v, gpa);
+    if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
+        return NULL;
+    return b;
+}
+
+/* Its code. */
+static const u8 *find_code(struct soft_vcpu *v)
+{
+    const struct bt_block *b = find_block(v);
+
     if (!b)
         return NULL;
-    bt_jump_insert(v, lin, b);
+    bt_jump_insert(v, v->cpu.gpr[GPR_RIP], b);
     return bt_run_at(v->bt, b->memory_entry);
 }
 
@@ -61,10 +76,12 @@ static bool grows_hot(struct block *b)
 static bool translate(struct soft_vcpu *v, struct block *b)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    gpa_t gpa;
-    const u8 *host = soft_fetch(v, lin, &gpa);
+    struct bt_source s = {0};
 
-    if (host && bt_translate(v, gpa, host))
+    s.host = soft_fetch(v, lin, &s.gpa);
+    if (s.host && bt_goes_across(v, s.gpa, s.host))
+        s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
+    if (s.host && bt_translate(v, &s))
         return true;
     b->heat = NEVER_HOT;
     return false;
@@ -119,18 +136,12 @@ static const u8 *on_link(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
     struct bt_exit *e = &bt->exits[v->bt_shared.site];
-    gpa_t gpa;
 
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
     if (!e->to) {
-        struct bt_block *b;
+        struct bt_block *b = find_block(v);
 
-        if (!soft_fetch(v, v->cpu.gpr[GPR_RIP], &gpa))
-            return NULL;
-        b = bt_block_find(v, gpa);
-        if (!b)
-            return NULL;
-        if (v->journal)
+        if (!b || b->gpa2 || v->journal)
             return NULL;
         bt_exit_link(bt, e, b);
     }
@@ -227,17 +238,12 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 /* One block beside the interpreter. False: there is none for the exact RIP. */
 static bool verify_block(struct soft_vcpu *v)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
-    gpa_t gpa;
+    const struct bt_block *b = find_block(v);
     u32 reason;
 
-    if (!soft_fetch(v, lin, &gpa))
-        return false;
-    b = bt_block_find(v, gpa);
     if (!b)
         return false;
-    v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
+    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     bt_verify_begin(v, b);
     if (b->dropped)
         return true; /* the interpreter dropped it on its way: begin anew */

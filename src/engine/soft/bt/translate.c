@@ -332,7 +332,10 @@ static bool class_faults(const struct soft_vcpu *v, const struct bt_insn *i)
     return i->fpu_class != FPU_CLASSES && v->class_fault[i->fpu_class];
 }
 
-/* Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. */
+/*
+ * Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. An instruction
+ * that goes on in the next page isn't part of the block; it is reached by the jump cache.
+ */
 static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 {
     unsigned first = (unsigned)(gpa & (GUEST_PAGE_SIZE - 1)), offset = first;
@@ -342,8 +345,8 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 
         if (!bt_insn_decode(t->v, host + (offset - first), (unsigned)GUEST_PAGE_SIZE - offset,
                             (u16)offset, i)) {
-            i->op = BT_INTERP; /* it goes on in the next page */
-            i->len = 0;
+            t->goes_across = true;
+            break;
         }
         if (class_faults(t->v, i))
             i->op = BT_INTERP;
@@ -356,21 +359,47 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
     return offset - first;
 }
 
-/* From now on a store to the block's bytes is noticed. False: one came before that. */
-static bool protect_block(const struct translation *t, const struct bt_block *b, const u8 *host)
+/* One instruction that lies across two pages. */
+static unsigned decode_across(struct translation *t, gpa_t gpa, const u8 *bytes, unsigned n)
 {
-    block_cache_protect(t->v, b->gpa, b->bytes);
-    for (unsigned n = 0; n < t->count; n++) {
-        const struct bt_insn *i = &t->insns[n];
+    struct bt_insn *i = &t->insns[0];
 
-        if (i->op != BT_INTERP &&
-            memcmp(i->bytes, host + (i->offset - (b->gpa & (GUEST_PAGE_SIZE - 1))), i->len) != 0)
-            return false;
-    }
+    if (!bt_insn_decode(t->v, bytes, n, (u16)(gpa & (GUEST_PAGE_SIZE - 1)), i) ||
+        i->op == BT_INTERP || class_faults(t->v, i))
+        return 0;
+    t->count = 1;
+    return i->len;
+}
+
+/* From now on a store to the block's bytes is noticed. False: one came before that. */
+static bool protect_block(const struct translation *t, const struct bt_block *b,
+                          const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1))), at = 0;
+
+    block_cache_protect(t->v, b->gpa, MIN(b->bytes, first));
+    if (b->gpa2)
+        block_cache_protect(t->v, b->gpa2, b->bytes - first);
+    for (unsigned n = 0; n < t->count && at < b->bytes; n++)
+        for (unsigned k = 0; k < t->insns[n].len; k++, at++)
+            if (t->insns[n].bytes[k] != (at < first ? source->host[at] : source->host2[at - first]))
+                return false;
     return true;
 }
 
-struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+static unsigned decode(struct translation *t, const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (source->gpa & (GUEST_PAGE_SIZE - 1)));
+    u8 bytes[15];
+
+    if (!source->host2)
+        return decode_block(t, source->gpa, source->host);
+    for (unsigned k = 0; k < sizeof(bytes); k++)
+        bytes[k] = k < first ? source->host[k] : source->host2[k - first];
+    return decode_across(t, source->gpa, bytes, sizeof(bytes));
+}
+
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source)
 {
     static _Thread_local struct translation translation;
     struct translation *t = &translation;
@@ -383,16 +412,18 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     t->v = v;
     t->bt = bt;
     t->count = t->nstubs = 0;
+    t->goes_across = false;
     t->group = (struct access_group){0};
     b = &bt->blocks[bt->nblocks];
-    *b = (struct bt_block){.gpa = gpa,
+    *b = (struct bt_block){.gpa = source->gpa,
+                           .gpa2 = source->host2 ? source->gpa2 : 0,
                            .mode = v->bt_mode,
                            .hot = bt->hot,
                            .cold = bt->cold,
                            .exits = bt->nexits,
                            .points = bt->npoints};
-    b->bytes = (u16)decode_block(t, gpa, host);
-    if (!b->bytes || !protect_block(t, b, host))
+    b->bytes = (u16)decode(t, source);
+    if (!b->bytes || !protect_block(t, b, source))
         return NULL;
     find_kept_regs(t, b);
     t->block = b;
@@ -409,8 +440,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
         else
             emit_insn(t, i);
     }
-    if (!ends_block(last))
+    if (t->goes_across) {
+        flags_to_memory(t);
+        put_far_jump(t, last->offset + last->len);
+    } else if (!ends_block(last)) {
         put_direct(t, last->offset + last->len);
+    }
     b->hot_end = code_offset(t, t->p);
 
     t->p = bt_write_at(bt, bt->cold);
@@ -429,4 +464,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     bt_block_insert(v, b);
     v->stats.blocks_translated++;
     return b;
+}
+
+bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+{
+    unsigned left = (unsigned)(GUEST_PAGE_SIZE - (gpa & (GUEST_PAGE_SIZE - 1)));
+    struct bt_insn i;
+
+    return left < 15 && !bt_insn_decode(v, host, left, 0, &i);
 }

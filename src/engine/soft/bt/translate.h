@@ -54,6 +54,7 @@ struct translation {
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
     struct access_group group;
+    bool goes_across; /* behind the last instruction is one that lies across the page's end */
     struct bt_insn insns[BT_MAX_INSNS + 1];
     u32 pending;        /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
