@@ -172,7 +172,9 @@ struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
 
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 {
-    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->stub));
+    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->bridge));
+    if (e->at2)
+        patch_rel32(bt_write_at(bt, e->at2), bt_write_at(bt, e->stub));
 }
 
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
@@ -181,8 +183,12 @@ void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
     bool memory = e->flags == EXIT_MEMORY ||
                   (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
 
-    patch_rel32(bt_write_at(bt, e->at),
-                bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
+    if (to->perm[0] == e->perm[0] && to->perm[1] == e->perm[1])
+        patch_rel32(bt_write_at(bt, e->at),
+                    bt_write_at(bt, memory ? to->memory_native : to->host_native));
+    else /* by the bridge, if there is one */
+        patch_rel32(bt_write_at(bt, e->at2 ? e->at2 : e->at),
+                    bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
 }
 
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)

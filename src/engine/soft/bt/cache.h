@@ -62,9 +62,12 @@ enum exit_flags {
 
 struct bt_exit {
     u32 at;     /* code offset of the displacement to patch */
-    u32 stub;   /* code offset of where it leads when not linked */
+    u32 bridge; /* of code behind it that brings the registers in default order ... */
+    u32 at2;    /* and of the displacement at its end; 0: they are in order */
+    u32 stub;   /* code offset of where all that leads when not linked */
     u16 target; /* offset in the page */
     u8 flags;   /* enum exit_flags */
+    u8 perm[2];
     u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
@@ -82,6 +85,11 @@ struct bt_block {
     /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
     bool takes_recipe;
     u32 kept_regs;
+    /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), and the entries for who has
+     * them there already. */
+    u8 perm[2];
+    u32 memory_native, host_native;
+    u32 fault; /* code offset: leaves with BT_FAULT */
     u32 exits, nexits;
     u32 points, npoints;
     struct bt_block *hash_next, *page_next, *page2_next;
@@ -148,6 +156,7 @@ struct bt {
         int flags;
     } old_stack;
     void *signal_stack;
+    struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
     bool interp_next; /* the next instruction is the interpreter's */
 
     u64 translated, translated_insns, flushes;

@@ -15,11 +15,69 @@
 
 #include "engine/soft/flags.h"
 
-#define STOLEN (BIT32(S1) | BIT32(S2))
+/* --- Registers --- */
 
-static bool is_stolen(u8 reg)
+static bool in_memory(const struct translation *t, u8 reg)
 {
-    return reg != NO_REG && (reg == S1 || reg == S2);
+    return reg != NO_REG && t->home[reg] == NO_REG;
+}
+
+/* op reg, the guest's register in memory, and back */
+static void put_load_reg(struct translation *t, u8 to, u8 reg)
+{
+    if (in_memory(t, reg))
+        put_load_gs(&t->p, to, GS_GPR(reg));
+    else
+        put_mov_rr(&t->p, to, t->home[reg]);
+}
+static void put_store_reg(struct translation *t, u8 reg, u8 from)
+{
+    if (in_memory(t, reg))
+        put_store_gs(&t->p, GS_GPR(reg), from);
+    else
+        put_mov_rr(&t->p, t->home[reg], from);
+}
+
+void use_perm(struct translation *t, const u8 perm[2])
+{
+    for (u8 reg = 0; reg < 16; reg++)
+        t->home[reg] = reg < S1 ? reg : NO_REG;
+    for (u8 n = 0; n < 2; n++) {
+        t->perm[n] = perm[n];
+        t->memory_reg[n] = (u8)(S1 + n);
+        if (perm[n] == NO_REG)
+            continue;
+        t->home[S1 + n] = perm[n];
+        t->home[perm[n]] = NO_REG;
+        t->memory_reg[n] = perm[n];
+    }
+}
+
+void put_perm_in(struct translation *t)
+{
+    for (u8 n = 0; n < 2; n++)
+        if (t->perm[n] != NO_REG) {
+            put_store_gs(&t->p, GS_GPR(t->perm[n]), t->perm[n]);
+            put_load_gs(&t->p, t->perm[n], GS_GPR(S1 + n));
+        }
+}
+
+void put_perm_out(struct translation *t)
+{
+    for (u8 n = 0; n < 2; n++)
+        if (t->perm[n] != NO_REG) {
+            put_store_gs(&t->p, GS_GPR(S1 + n), t->perm[n]);
+            put_load_gs(&t->p, t->perm[n], GS_GPR(t->perm[n]));
+        }
+}
+
+void leave_perm(struct translation *t)
+{
+    static const u8 none[2] = {NO_REG, NO_REG};
+
+    put_perm_out(t);
+    use_perm(t, none);
+    t->group.valid = false;
 }
 
 /* --- Flags --- */
@@ -67,7 +125,7 @@ static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned
             put8(p, (u8)(r->imm >> 8));
         } else
             put32(p, (u32)r->imm);
-    } else if (is_stolen(r->b)) {
+    } else if (in_memory(t, r->b)) {
         put8(p, 0x65);
         put_rex(p, r->size == 8, S2, 0, 0);
         put8(p, r->size == 1 ? op - 1 : op);
@@ -75,9 +133,9 @@ static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned
         put8(p, 0x25);
         put32(p, GS_GPR(r->b));
     } else {
-        put_rex(p, r->size == 8, S2, 0, r->b);
+        put_rex(p, r->size == 8, S2, 0, t->home[r->b]);
         put8(p, r->size == 1 ? op - 1 : op);
-        put_modrm(p, 3, S2, r->b);
+        put_modrm(p, 3, S2, t->home[r->b]);
     }
 }
 
@@ -85,10 +143,8 @@ static void emit_recipe(struct translation *t, const struct bt_recipe *r)
 {
     if (r->a == NO_REG)
         put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.flag_source));
-    else if (is_stolen(r->a))
-        put_load_gs(&t->p, S2, GS_GPR(r->a));
     else
-        put_mov_rr(&t->p, S2, r->a);
+        put_load_reg(t, S2, r->a);
     switch (r->kind) {
     case RECIPE_CMP:
         recipe_op(t, r, OP_CMP, EXT_CMP);
@@ -206,7 +262,8 @@ struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
 {
     struct stub *s = &t->stubs[t->nstubs++];
 
-    *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags};
+    *s = (struct stub){
+        .kind = (u8)kind, .from = from, .flags = t->flags, .perm = {t->perm[0], t->perm[1]}};
     return s;
 }
 
@@ -259,8 +316,8 @@ static void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 
 /* A register for reading: the host's own, or `scratch` loaded from memory. */
 static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
 {
-    if (!is_stolen(reg))
-        return reg;
+    if (!in_memory(t, reg))
+        return t->home[reg];
     put_load_gs(&t->p, scratch, GS_GPR(reg));
     return scratch;
 }
@@ -359,9 +416,9 @@ static bool simple_access(const struct bt_insn *i, struct access *a)
 }
 
 /* Whether emitting it leaves S1 alone, its memory access aside. */
-static bool keeps_s1(const struct bt_insn *i)
+static bool keeps_s1(const struct translation *t, const struct bt_insn *i)
 {
-    u32 stolen = (i->read | i->written) & STOLEN;
+    u32 both = BIT32(t->memory_reg[0]) | BIT32(t->memory_reg[1]);
 
     switch (i->op) {
     case BT_NOP:
@@ -371,9 +428,9 @@ static bool keeps_s1(const struct bt_insn *i)
     case BT_PUSH:
         return !i->mem;
     case BT_LEA:
-        return !i->rip_relative && !((i->read & STOLEN));
+        return !i->rip_relative && !(i->read & both);
     case BT_PLAIN:
-        return i->mem ? true : stolen != STOLEN;
+        return i->mem ? true : ((i->read | i->written) & both) != both;
     default:
         return false;
     }
@@ -395,7 +452,7 @@ static void widen_group(struct translation *t, struct access_group *g)
         s32 by;
 
         if (n > t->at) {
-            if (!keeps_s1(i) && i->op != BT_RET && i->op != BT_CALL)
+            if (!keeps_s1(t, i) && i->op != BT_RET && i->op != BT_CALL)
                 return;
             if (simple_access(i, &a)) {
                 s32 lo = MIN(g->lo, a.disp + shift), hi = MAX(g->hi, a.disp + shift + (s32)a.size);
@@ -434,7 +491,7 @@ static void group_after(struct translation *t, const struct bt_insn *i)
 
     if (!g->valid)
         return;
-    if ((g->index != NO_REG && (changed & BIT32(g->index))) || !keeps_s1(i))
+    if ((g->index != NO_REG && (changed & BIT32(g->index))) || !keeps_s1(t, i))
         g->valid = false;
     else if (changed & BIT32(g->base)) {
         if (adds_constant(i, g->base, &by))
@@ -465,12 +522,12 @@ static void put_check(struct translation *t, const struct bt_insn *i, const u8 *
     put_op_gs_base(p, OP_XOR, S1, S2, tag);
     put_op_ri(p, true, EXT_CMP, S1, (s32)(GUEST_PAGE_SIZE - n));
     site = add_site(t, i);
-    t->bt->sites[site].resume = code_offset(t, start);
     t->bt->sites[site].size = (u16)n;
     t->bt->sites[site].write = write;
     s = add_stub(t, STUB_SLOW, put_jcc(p, CC_A));
     s->number = site;
     s->target = (s32)tag;
+    s->resume = start;
     put_op_gs_base(p, OP_ADD, S1, S2, entries + (u32)offsetof(struct tlb_entry, host));
 }
 
@@ -575,20 +632,29 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
         put8(p, i->bytes[i->imm_at + n]);
 }
 
-/* Where the guest's R14 and R15 are for the length of one instruction. */
-struct stolen_map {
-    u8 host[2]; /* of R14 and R15 */
+/* Where the guest's registers in memory are for the length of one instruction. */
+struct borrowed {
+    u8 host[2]; /* by t->memory_reg */
     u8 action[2];
 };
 
-static void note_stolen(struct stolen_map *m, u8 reg, u8 action)
+static void note_operand(const struct translation *t, struct borrowed *m, bool gpr, u8 reg,
+                         u8 action)
 {
-    m->action[reg - S1] |= action;
+    for (unsigned n = 0; n < 2; n++)
+        if (gpr && reg == t->memory_reg[n])
+            m->action[n] |= action;
 }
 
-static u8 mapped(const struct stolen_map *m, bool gpr, u8 reg)
+/* The host register for an operand of the encoding. */
+static u8 mapped(const struct translation *t, const struct borrowed *m, bool gpr, u8 reg)
 {
-    return gpr && is_stolen(reg) ? m->host[reg - S1] : reg;
+    if (!gpr)
+        return reg;
+    for (unsigned n = 0; n < 2; n++)
+        if (reg == t->memory_reg[n])
+            return m->host[n];
+    return t->home[reg];
 }
 
 /*
@@ -603,7 +669,7 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
     if (i->recipe.kind != RECIPE_CMP && i->recipe.kind != RECIPE_TEST)
         return false;
     if (i->recipe.a != NO_REG || !i->mem || i->encoding != ENC_LEGACY || i->map ||
-        (i->reg_gpr && is_stolen(i->reg)) || !flags_outlive(t, t->at))
+        (i->reg_gpr && in_memory(t, i->reg)) || !flags_outlive(t, t->at))
         return false;
     if (i->mem_size < 4) { /* movzx S2d, [S1 + disp] */
         put_rex(p, false, S2, 0, S1);
@@ -617,14 +683,14 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
     put_store_gs(p, GS_OFFSET(bt_shared.flag_source), S2);
     on_register.mem = false;
     on_register.rm_gpr = true;
-    put_plain(t, &on_register, i->reg, S2, 0, 0);
+    put_plain(t, &on_register, i->reg_gpr ? t->home[i->reg] : i->reg, S2, 0, 0);
     flags_made(t, i);
     return true;
 }
 
 static void emit_plain(struct translation *t, const struct bt_insn *i)
 {
-    struct stolen_map m = {{S2, S2}, {0, 0}};
+    struct borrowed m = {{S2, S2}, {0, 0}};
     struct bt_recipe recipe = i->recipe;
     s32 disp = 0;
 
@@ -636,30 +702,27 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
         flags_need(t);
     if (i->flags_in || !i->flags_out)
         flags_before_write(t, i->written);
-    if (i->reg_gpr && is_stolen(i->reg))
-        note_stolen(&m, i->reg, i->reg_action);
-    if (i->rm_gpr && is_stolen(i->rm))
-        note_stolen(&m, i->rm, i->rm_action);
-    if (i->vvvv_gpr && is_stolen(i->vvvv))
-        note_stolen(&m, i->vvvv, i->vvvv_action);
+    note_operand(t, &m, i->reg_gpr, i->reg, i->reg_action);
+    note_operand(t, &m, i->rm_gpr, i->rm, i->rm_action);
+    note_operand(t, &m, i->vvvv_gpr, i->vvvv, i->vvvv_action);
     /* Both: S1 serves too. With a memory operand there it is, until it is overwritten at the end, which
      * is what BMI instructions do to their first operand. */
     if (m.action[0] && m.action[1]) {
-        m.host[i->mem && i->vvvv_gpr && i->vvvv == S1 ? 1 : 0] = S1;
+        m.host[i->mem && i->vvvv_gpr && i->vvvv == t->memory_reg[0] ? 1 : 0] = S1;
         t->group.valid = false;
     }
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & (ACTION_READ | ACTION_PARTIAL))
-            put_load_gs(&t->p, m.host[n], GS_GPR(S1 + n));
+            put_load_gs(&t->p, m.host[n], GS_GPR(t->memory_reg[n]));
     if (i->faults)
         add_point(t, i);
     if (recipe.kind >= RECIPE_SHL)
-        keep_flag_source(t, &recipe, mapped(&m, i->rm_gpr, i->rm));
-    put_plain(t, i, mapped(&m, i->reg_gpr, i->reg), mapped(&m, i->rm_gpr, i->rm),
-              mapped(&m, i->vvvv_gpr, i->vvvv), disp);
+        keep_flag_source(t, &recipe, mapped(t, &m, i->rm_gpr, i->rm));
+    put_plain(t, i, mapped(t, &m, i->reg_gpr, i->reg), mapped(t, &m, i->rm_gpr, i->rm),
+              mapped(t, &m, i->vvvv_gpr, i->vvvv), disp);
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
-            put_store_gs(&t->p, GS_GPR(S1 + n), m.host[n]);
+            put_store_gs(&t->p, GS_GPR(t->memory_reg[n]), m.host[n]);
     flags_made(t, i);
     if (i->flags_out) {
         if (i->mem) /* its operand wasn't kept */
@@ -670,24 +733,17 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)
 {
-    bool wide = i->rex & 8, narrow = i->nprefixes && i->prefixes[0] == 0x66 && !wide;
-    u8 base, index, to = is_stolen(i->reg) ? S2 : i->reg;
+    bool wide = i->rex & 8, narrow = i->insn.osize == 2;
+    u8 base, index, to = in_memory(t, i->reg) ? S2 : t->home[i->reg];
 
     flags_before_write(t, i->written);
     if (narrow) {
         put_address(t, i, S1, i->base, i->disp);
-        to = S2;
-        if (is_stolen(i->reg))
-            put_load_gs(&t->p, S2, GS_GPR(i->reg));
-        else
-            put_mov_rr(&t->p, S2, i->reg);
+        put_load_reg(t, S2, i->reg);
         put8(&t->p, 0x66); /* mov S2w, S1w */
         put_op_rr(&t->p, false, OP_MOV, S2, S1);
         t->group.valid = false;
-        if (is_stolen(i->reg))
-            put_store_gs(&t->p, GS_GPR(i->reg), S2);
-        else
-            put_mov_rr(&t->p, i->reg, S2);
+        put_store_reg(t, i->reg, S2);
         return;
     }
     if (i->rip_relative) {
@@ -700,8 +756,8 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
         index = i->index == NO_REG ? NO_REG : read_reg(t, i->index, S2);
         put_lea_full(&t->p, wide && !i->address32, to, base, index, i->scale, i->disp);
     }
-    if (is_stolen(i->reg))
-        put_store_gs(&t->p, GS_GPR(i->reg), to);
+    if (in_memory(t, i->reg))
+        put_store_reg(t, i->reg, to);
 }
 
 /* --- The stack --- */
@@ -747,14 +803,14 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
 {
     u8 **p = &t->p;
     s32 disp = access(t, i, RSP, 0, 8, false);
-    u8 to = is_stolen(i->rm) ? S2 : i->rm;
+    u8 to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
 
     flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
     if (i->rm != RSP)
         put_lea(p, RSP, RSP, 8);
     put_load(p, to, S1, disp);
-    if (is_stolen(i->rm))
-        put_store_gs(p, GS_GPR(i->rm), to);
+    if (in_memory(t, i->rm))
+        put_store_reg(t, i->rm, to);
 }
 
 static void emit_leave(struct translation *t, const struct bt_insn *i)
@@ -804,10 +860,7 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
         put_load(&t->p, S1, S1, disp);
     } else {
         flags_to_memory(t);
-        if (is_stolen(i->rm))
-            put_load_gs(&t->p, S1, GS_GPR(i->rm));
-        else
-            put_mov_rr(&t->p, S1, i->rm);
+        put_load_reg(t, S1, i->rm);
     }
     t->group.valid = false;
 }
@@ -908,10 +961,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     put_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
         put_op_gs(p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
-    if (is_stolen(i->reg))
-        put_load_gs(p, S2, GS_GPR(i->reg));
-    else
-        put_mov_rr(p, S2, i->reg);
+    put_load_reg(t, S2, i->reg);
     if (!wide) { /* movsxd S2, S2d */
         put_rex(p, true, S2, 0, S2);
         put8(p, 0x63);
@@ -925,10 +975,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     put_op_rr(p, true, OP_ADD, S1, S2);
     put_check(t, i, start, i->mem_size, i->mem_write);
     /* Within the operand now. S2 is needed for the flags, so the offset waits in memory. */
-    if (is_stolen(i->reg))
-        put_load_gs(p, S2, GS_GPR(i->reg));
-    else
-        put_mov_rr(p, S2, i->reg);
+    put_load_reg(t, S2, i->reg);
     put_op_ri(p, false, EXT_AND, S2, wide ? 63 : 31);
     put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
     flags_need(t);

@@ -203,8 +203,10 @@ static bool take_operands(struct bt_insn *i, const struct decoded *raw)
                 return false;
             }
             number = gpr_number(op->reg.value);
-            if (is_high_byte(op->reg.value))
+            if (is_high_byte(op->reg.value)) {
                 i->high_byte = true;
+                i->fixed |= BIT32(number);
+            }
             if (action & ACTION_READ || action & ACTION_PARTIAL)
                 i->read |= BIT32(number);
             if (action & ACTION_WRITE)
@@ -221,6 +223,8 @@ static bool take_operands(struct bt_insn *i, const struct decoded *raw)
             } else if (op->encoding == ZYDIS_OPERAND_ENCODING_OPCODE) {
                 i->opcode_reg = i->rm_gpr = true;
                 i->rm_action |= action;
+            } else {
+                i->fixed |= BIT32(number);
             }
             break;
         default:
@@ -241,7 +245,7 @@ static u8 shift_count(const struct bt_insn *i, const struct decoded *raw)
     return (u8)last->imm.value.u & (raw->ops[0].size == 64 ? 63 : 31);
 }
 
-static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
+static void take_flags(struct bt_insn *i, const struct decoded *raw)
 {
     const ZydisDecodedInstruction *zi = &raw->zi;
     const ZydisAccessedFlags *f = zi->cpu_flags;
@@ -252,7 +256,8 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     tested = f->tested & FLAGS_ALL;
     out = (f->modified | f->set_0 | f->set_1 | f->undefined) & FLAGS_ALL;
     i->flags_out = out;
-    i->flags_in = tested || (out && out != FLAGS_ALL);
+    i->flags_in = tested;
+    i->flags_partial = out && out != FLAGS_ALL;
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_SHL:
     case ZYDIS_MNEMONIC_SHR:
@@ -261,29 +266,26 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     case ZYDIS_MNEMONIC_SHRD:
         /* A count of zero leaves all flags alone. */
         i->flags_out = true;
-        i->flags_in = !shift_count(i, raw);
+        i->flags_partial = !shift_count(i, raw);
         break;
     case ZYDIS_MNEMONIC_ROL:
     case ZYDIS_MNEMONIC_ROR:
     case ZYDIS_MNEMONIC_RCL:
     case ZYDIS_MNEMONIC_RCR:
-        i->flags_in = i->flags_out = true;
-        break;
+    /* The manual leaves some of their flags undefined; processors leave them alone. */
     case ZYDIS_MNEMONIC_BT:
     case ZYDIS_MNEMONIC_BTS:
     case ZYDIS_MNEMONIC_BTR:
     case ZYDIS_MNEMONIC_BTC:
     case ZYDIS_MNEMONIC_BSF:
     case ZYDIS_MNEMONIC_BSR:
-    case ZYDIS_MNEMONIC_DIV:
-    case ZYDIS_MNEMONIC_IDIV:
-        /* Flags that the manual leaves undefined, and processors alone. */
-        i->flags_in = i->flags_out = true;
-        break;
+    case ZYDIS_MNEMONIC_LZCNT:
+    case ZYDIS_MNEMONIC_TZCNT:
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_IMUL:
-        /* The same, but too common to care, if not for the comparison with the interpreter. */
-        i->flags_in = v->journal != NULL;
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV:
+        i->flags_out = i->flags_partial = true;
         break;
     default:
         break;
@@ -541,6 +543,7 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_POP:
         return push_or_pop(i, raw);
     case ZYDIS_MNEMONIC_LEAVE:
+        i->fixed = BIT32(RBP);
         return i->insn.osize == 8 && is_wide(zi) ? BT_LEAVE : BT_INTERP;
     case ZYDIS_MNEMONIC_CLI:
         return v->mode & MODE_USER ? BT_INTERP : BT_CLI;
@@ -575,7 +578,15 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     if (zi->meta.category == ZYDIS_CATEGORY_NOP || zi->meta.category == ZYDIS_CATEGORY_WIDENOP ||
         zi->meta.category == ZYDIS_CATEGORY_PREFETCH)
         return zi->mnemonic == ZYDIS_MNEMONIC_PAUSE ? BT_PLAIN : BT_NOP;
-    take_flags(v, i, raw);
+    if (i->high_byte) { /* numbers 4 to 7 mean AH to BH there */
+        i->fixed |= i->read | i->written;
+        i->reg_gpr = i->rm_gpr = i->vvvv_gpr = false;
+    }
+    if (zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR) {
+        i->reg_action |= ACTION_PARTIAL; /* of zero, they leave it alone */
+        i->read |= i->written;
+    }
+    take_flags(i, raw);
     if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
         return BT_INTERP; /* the page's offset is added to it */
     if (zi->mnemonic == ZYDIS_MNEMONIC_LEA)

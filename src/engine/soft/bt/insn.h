@@ -89,11 +89,13 @@ struct bt_insn {
     s64 imm;      /* immediate, or displacement of a branch */
     u8 cc;        /* condition of BT_JCC */
     u32 read, written;     /* general registers, one bit each, implicit ones too */
+    u32 fixed;             /* those that can't be substituted */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */
-    bool flags_in;  /* needs the flags there were: reads some, or writes not all */
-    bool flags_out; /* writes some */
+    bool flags_in;      /* reads some; or writes not all, and somebody may ask for the others */
+    bool flags_out;     /* writes some */
+    bool flags_partial; /* but not all */
     struct bt_recipe recipe;
 
     u8 fpu_class; /* enum fpu_class; FPU_CLASSES: none */

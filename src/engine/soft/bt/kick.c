@@ -128,7 +128,7 @@ static bool on_exception(void *opaque, void *context)
         if (point->host_flags)
             v->aflags = aflags_from_eflags((u64)regs[REG_EFL]);
         v->bt_shared.site = n;
-        regs[REG_RIP] = (greg_t)bt_run_at(bt, bt->glue[BT_FAULT]);
+        regs[REG_RIP] = (greg_t)bt_run_at(bt, b->fault);
         return true;
     }
     return false;

@@ -81,8 +81,10 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     s.host = soft_fetch(v, lin, &s.gpa);
     if (s.host && bt_goes_across(v, s.gpa, s.host))
         s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
-    if (s.host && bt_translate(v, &s))
+    if (s.host && bt_translate(v, &s)) {
+        v->bt->from = NULL;
         return true;
+    }
     b->heat = NEVER_HOT;
     return false;
 }
@@ -99,6 +101,7 @@ static void interpret(struct soft_vcpu *v)
     if (v->bt_possible && !v->bt->interp_next && grows_hot(b) && translate(v, b))
         return;
     v->bt->interp_next = false;
+    v->bt->from = NULL;
     v->poll--;
     soft_run_block(v, b);
 }
@@ -141,6 +144,7 @@ static const u8 *on_link(struct soft_vcpu *v)
     if (!e->to) {
         struct bt_block *b = find_block(v);
 
+        bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
         if (!b || b->gpa2 || v->journal)
             return NULL;
         bt_exit_link(bt, e, b);

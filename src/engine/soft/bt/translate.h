@@ -43,7 +43,9 @@ struct stub {
     u8 *from;  /* the displacement that leads to it */
     u32 number; /* of its site or exit */
     bool write;
-    s32 target;  /* STUB_FAR: offset from the page's start, outside it */
+    s32 target;  /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
+    const u8 *resume; /* STUB_SLOW: where the access begins */
+    u8 perm[2];
     struct flag_state flags;
 };
 
@@ -54,6 +56,12 @@ struct translation {
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
     struct access_group group;
+    /*
+     * Registers. home: the host register of each of the guest's, or NO_REG for the two in memory
+     * (memory_reg). By default these are R14 and R15; perm[n] is one that is in memory in the place of
+     * R14 + n, whose host register is perm[n]'s then.
+     */
+    u8 home[16], memory_reg[2], perm[2];
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
     struct bt_insn insns[BT_MAX_INSNS + 1];
     u32 pending;        /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
@@ -77,6 +85,12 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i);
 void emit_push_return(struct translation *t, const struct bt_insn *i);
 /* RET's load of its target into S1, with RSP moved. */
 void emit_pop_return(struct translation *t, const struct bt_insn *i);
+
+/* Registers: makes `perm` the current one; changes between it and the default; ends it for good. */
+void use_perm(struct translation *t, const u8 perm[2]);
+void put_perm_in(struct translation *t);
+void put_perm_out(struct translation *t);
+void leave_perm(struct translation *t);
 
 void flags_need(struct translation *t);
 void flags_to_memory(struct translation *t);
