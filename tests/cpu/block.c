@@ -159,6 +159,12 @@ static struct block_insn *add_constant(struct unit *u, unsigned reg, u32 value)
     return i;
 }
 
+/* LOOPNE, LOOPE, LOOP, JRCXZ */
+static bool is_short_only(const struct block_insn *i)
+{
+    return (i->bytes[0] & 0xfc) == 0xe0;
+}
+
 static void add_jump(struct maker *m, struct unit *u, unsigned opcode, unsigned target)
 {
     struct block_insn *i = add_insn(u);
@@ -166,7 +172,7 @@ static void add_jump(struct maker *m, struct unit *u, unsigned opcode, unsigned 
     put(i, opcode);
     put(i, 0);
     i->fix = FIX_JUMP;
-    i->far = percent(m, 30);
+    i->far = !is_short_only(i) && percent(m, 30);
     i->target = (u16)target;
 }
 
@@ -458,7 +464,6 @@ static void make_branch(struct maker *m, struct unit *u)
         break;
     case 1: /* JRCXZ */
         add_jump(m, u, 0xe3, AHEAD);
-        u->insns[0].far = false;
         break;
     case 2:
         add_code_address(m, u, a, AHEAD);
@@ -961,7 +966,7 @@ static bool stretch_jumps(struct layout *l, bool *changed)
             distance = (int)target_of(l, n, i) - (int)at;
             if (distance >= -128 && distance <= 127)
                 continue;
-            if ((i->bytes[0] & 0xfc) == 0xe0)
+            if (is_short_only(i))
                 return false;
             l->far[n][k] = *changed = true;
         }

@@ -147,6 +147,7 @@ static void run_range(struct runner *r, const void *argument)
         unsigned blocks = (unsigned)MIN((u64)BLOCKS, range->end - n);
 
         r->progress->number = n;
+        alarm(0);
         for (unsigned k = 0; k < blocks; k++) {
             make_block(r, n + k, &b);
             for (unsigned v = 0; v < VARIANTS; v++)
