@@ -667,7 +667,7 @@ static void make_string(struct maker *m, struct unit *u)
 static void make_loop_head(struct maker *m, struct unit *u)
 {
     if (percent(m, 40)) {
-        add_constant(u, m->counter, 1 + below(m, 6));
+        add_constant(u, m->counter, 1 + below(m, percent(m, 85) ? 6 : 50));
         return;
     }
     /* As many times as another register's low bits say, and once more. */
