@@ -213,6 +213,9 @@ static u32 written(const struct candidate *c)
 {
     u32 set = 0;
 
+    /* With REX.B it is XCHG R8, RAX, whatever the decoder says. */
+    if (c->zi.mnemonic == ZYDIS_MNEMONIC_PAUSE && c->zi.raw.rex.B)
+        return (u32)(BIT(RAX) | BIT(8));
     for (unsigned n = 0; n < c->zi.operand_count; n++) {
         const ZydisDecodedOperand *op = &c->ops[n];
 
