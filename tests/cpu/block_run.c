@@ -25,12 +25,13 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BLOCKS (BATCH / VARIANTS) /* of a batch */
 #define HANG_SECONDS 10
 #define TRY_HANG_SECONDS 3
-#define TRIES 400u
+#define SHRINK_SECONDS 90
 #define PROBES 4u /* of each form */
 
 /* What a child says. */
@@ -286,17 +287,17 @@ static bool leave_out(struct attempt *a, unsigned from, unsigned n)
 /* Leaves out what the difference doesn't need: halves of the block, quarters, ... single units. */
 static void shrink(struct runner *r, struct attempt *a)
 {
-    unsigned tries = 0, chunk = (a->block->nunits + 1) / 2;
+    unsigned chunk = (a->block->nunits + 1) / 2;
+    time_t enough = time(NULL) + SHRINK_SECONDS;
 
-    while (chunk && tries < TRIES) {
+    while (chunk && time(NULL) < enough) {
         bool smaller = false;
 
-        for (unsigned from = 0; from < a->block->nunits && tries < TRIES; from += chunk) {
+        for (unsigned from = 0; from < a->block->nunits && time(NULL) < enough; from += chunk) {
             struct attempt next = *a;
 
             if (!leave_out(&next, from, chunk))
                 continue;
-            tries++;
             if (still_differs(r, &next)) {
                 *a = next;
                 smaller = true;
