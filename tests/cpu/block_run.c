@@ -420,8 +420,9 @@ unsigned run_blocks(const struct block_options *o)
            (unsigned long long)r->progress->translated);
     if (o->coverage)
         print_coverage(r);
-    if (!r->progress->translated && !strncmp(o->engine, "bt", 2) && !differ) {
-        printf("not ok %u-bit blocks are translated\n", o->mode);
+    /* bt may leave 32-bit code to the interpreter. */
+    if (!r->progress->translated && !strncmp(o->engine, "bt", 2) && o->mode == 64 && !differ) {
+        printf("not ok 64-bit blocks are translated\n");
         differ++;
     }
     if (differ)
