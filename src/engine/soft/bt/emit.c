@@ -460,8 +460,7 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     } else {
         put_address(t, i, S1, base, wide.lo);
         if (i->seg != NO_REG)
-            put_op_gs(&t->p, true, OP_ADD, S1,
-                      GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+            put_op_gs(&t->p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
     put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
     *g = wide;
@@ -584,7 +583,7 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)
 {
-    bool wide = i->rex & 8, narrow = i->nprefixes && i->prefixes[0] == 0x66 && !wide;
+    bool wide = i->rex & 8, narrow = i->insn.osize == 2;
     u8 base, index, to = is_stolen(i->reg) ? S2 : i->reg;
 
     flags_before_write(t, i->written);

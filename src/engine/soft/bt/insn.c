@@ -110,8 +110,8 @@ static bool take_encoding(struct bt_insn *i, const ZydisDecodedInstruction *zi)
     } else if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_VEX && i->has_modrm) {
         /* A register in the immediate byte (is4), which Zydis shows as none. */
         u8 end = i->len;
-        u8 start = (u8)(zi->raw.modrm.offset + 1 +
-                        (zi->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) + zi->raw.disp.size / 8);
+        u8 start = (u8)(zi->raw.modrm.offset + 1 + (zi->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) +
+                        zi->raw.disp.size / 8);
 
         if (end > start) {
             i->imm_at = start;
@@ -279,6 +279,9 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     case ZYDIS_MNEMONIC_IDIV:
         /* Flags that the manual leaves undefined, and processors alone. */
         i->flags_in = i->flags_out = true;
+        /* BSF and BSR leave their destination alone when the source is zero. */
+        if (i->reg_action & ACTION_WRITE)
+            i->reg_action |= ACTION_PARTIAL;
         break;
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_IMUL:
@@ -416,7 +419,6 @@ static bool is_plain_integer(ZydisMnemonic mnemonic)
     case ZYDIS_MNEMONIC_CLC:
     case ZYDIS_MNEMONIC_STC:
     case ZYDIS_MNEMONIC_CMC:
-    case ZYDIS_MNEMONIC_PAUSE:
     case ZYDIS_MNEMONIC_LFENCE:
     case ZYDIS_MNEMONIC_MFENCE:
     case ZYDIS_MNEMONIC_SFENCE:
@@ -501,7 +503,8 @@ static enum bt_op branch_op(struct bt_insn *i, const struct decoded *raw)
         break;
     }
     if (zi->meta.category == ZYDIS_CATEGORY_COND_BR &&
-        ((i->map == 0 && (i->opcode & 0xf0) == 0x70) || (i->map == 1 && (i->opcode & 0xf0) == 0x80))) {
+        ((i->map == 0 && (i->opcode & 0xf0) == 0x70) ||
+         (i->map == 1 && (i->opcode & 0xf0) == 0x80))) {
         i->imm = op->imm.value.s;
         i->cc = i->opcode & 15;
         i->flags_in = true;
@@ -539,6 +542,8 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDTSC:
         return BT_FAST;
+    case ZYDIS_MNEMONIC_PAUSE: /* with REX.B it is XCHG R8, RAX */
+        return i->rex & 1 ? BT_INTERP : BT_PLAIN;
     case ZYDIS_MNEMONIC_CALL:
     case ZYDIS_MNEMONIC_JMP:
     case ZYDIS_MNEMONIC_RET:
@@ -552,7 +557,7 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
         return BT_INTERP;
     if (zi->meta.category == ZYDIS_CATEGORY_NOP || zi->meta.category == ZYDIS_CATEGORY_WIDENOP ||
         zi->meta.category == ZYDIS_CATEGORY_PREFETCH)
-        return zi->mnemonic == ZYDIS_MNEMONIC_PAUSE ? BT_PLAIN : BT_NOP;
+        return BT_NOP;
     take_flags(v, i, raw);
     if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
         return BT_INTERP; /* the page's offset is added to it */
