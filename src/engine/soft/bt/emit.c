@@ -172,14 +172,21 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
         .offset = i->offset,
         .flags = t->flags.memory ? SITE_FLAGS_MEMORY : SITE_FLAGS_RECIPE,
         .recipe = t->flags.recipe,
+        .x87 = t->x87,
     };
     return t->bt->nsites++;
 }
 
 static void add_point(struct translation *t, const struct bt_insn *i)
 {
-    t->bt->points[t->bt->npoints++] = (struct bt_point){
-        .at = code_offset(t, t->p), .offset = i->offset, .host_flags = !t->flags.memory};
+    t->bt->points[t->bt->npoints++] =
+        (struct bt_point){.at = code_offset(t, t->p),
+                          .offset = i->offset,
+                          .flags = t->flags.memory ? SITE_FLAGS_MEMORY
+                                   : t->flags.host ? SITE_FLAGS_HOST
+                                                   : SITE_FLAGS_RECIPE,
+                          .recipe = t->flags.recipe,
+                          .x87 = t->x87};
 }
 
 /* --- Memory --- */
@@ -219,9 +226,7 @@ static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
     return scratch;
 }
 
-/* The operand's address, without a segment's base, into `to`. Uses S1 and S2. */
-static void put_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg,
-                        s32 disp)
+void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg, s32 disp)
 {
     u8 base, index;
 
@@ -458,7 +463,7 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     if (i->op != BT_PLAIN) {
         put_lea(&t->p, S1, base, wide.lo); /* the stack */
     } else {
-        put_address(t, i, S1, base, wide.lo);
+        emit_address(t, i, S1, base, wide.lo);
         if (i->seg != NO_REG)
             put_op_gs(&t->p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
@@ -550,9 +555,11 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
     struct stolen_map m = {{S2, S2}, {0, 0}};
     s32 disp = 0;
 
+    if (i->x87 && !t->x87_live)
+        x87_make_live(t, i);
     if (i->mem)
         disp = access_operand(t, i);
-    if (i->flags_in || (i->faults && !t->flags.memory))
+    if (i->flags_in)
         flags_need(t);
     if (i->flags_in || !i->flags_out)
         flags_before_write(t, i->written);
@@ -578,6 +585,7 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
             put_store_gs(&t->p, GS_GPR(S1 + n), m.host[n]);
+    x87_note(t, i);
     flags_made(t, i);
 }
 
@@ -588,7 +596,7 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
 
     flags_before_write(t, i->written);
     if (narrow) {
-        put_address(t, i, S1, i->base, i->disp);
+        emit_address(t, i, S1, i->base, i->disp);
         to = S2;
         if (is_stolen(i->reg))
             put_load_gs(&t->p, S2, GS_GPR(i->reg));
@@ -818,7 +826,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_clobber(t);
     t->group.valid = false;
     start = *p;
-    put_address(t, i, S1, i->base, i->disp);
+    emit_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
         put_op_gs(p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     if (is_stolen(i->reg))
@@ -854,6 +862,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
 
 void emit_insn(struct translation *t, const struct bt_insn *i)
 {
+    x87_before_write(t, changed_regs(i));
     switch (i->op) {
     case BT_PLAIN:
         emit_plain(t, i);

@@ -22,7 +22,8 @@ static bool is_vector(ZydisRegister reg)
 {
     ZydisRegisterClass class = ZydisRegisterGetClass(reg);
 
-    return class == ZYDIS_REGCLASS_XMM || class == ZYDIS_REGCLASS_YMM;
+    return class == ZYDIS_REGCLASS_XMM || class == ZYDIS_REGCLASS_YMM ||
+           class == ZYDIS_REGCLASS_MMX || class == ZYDIS_REGCLASS_X87;
 }
 
 static bool is_high_byte(ZydisRegister reg)
@@ -434,17 +435,19 @@ static bool is_bit_test(ZydisMnemonic mnemonic)
            mnemonic == ZYDIS_MNEMONIC_BTR || mnemonic == ZYDIS_MNEMONIC_BTC;
 }
 
-/* SIMD on vector registers, if it runs as it is. */
+/* x87, MMX, and SIMD on vector registers, if it runs as it is. */
 static bool take_vector(struct bt_insn *i)
 {
     const struct thunk_spec *s = host_exec_spec(&i->insn);
 
     if (!s || s->masking != MASKING_NONE || s->k_in || s->k_out || s->vec_size > 32 ||
-        (s->fpu_class != FPU_SSE && s->fpu_class != FPU_AVX) ||
-        (i->mem && i->mem_size != s->mem_size))
+        s->fpu_class == FPU_AVX512 || (i->mem && i->mem_size != s->mem_size))
         return false;
     i->fpu_class = s->fpu_class;
-    i->faults = (s->flags & THUNK_MXCSR) || s->mem_align;
+    i->x87 = s->flags & THUNK_X87;
+    i->x87_points = s->flags & THUNK_POINTERS;
+    i->fop = s->fop;
+    i->faults = (s->flags & (THUNK_MXCSR | THUNK_X87)) || s->mem_align;
     return true;
 }
 
@@ -542,6 +545,10 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDTSC:
         return BT_FAST;
+    case ZYDIS_MNEMONIC_FWAIT:
+        i->fpu_class = FPU_X87; /* more than need be: CR0.EM doesn't stop it */
+        i->x87 = i->faults = true;
+        return BT_PLAIN;
     case ZYDIS_MNEMONIC_PAUSE: /* with REX.B it is XCHG R8, RAX */
         return i->rex & 1 ? BT_INTERP : BT_PLAIN;
     case ZYDIS_MNEMONIC_CALL:

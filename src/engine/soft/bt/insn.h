@@ -63,7 +63,7 @@ struct bt_insn {
     u8 imm_at, imm_len; /* immediate bytes in `bytes` */
 
     /* Operands */
-    u8 reg, rm, vvvv;             /* numbers in the encoding */
+    u8 reg, rm, vvvv;               /* numbers in the encoding */
     bool reg_gpr, rm_gpr, vvvv_gpr; /* whether they are general registers */
     bool opcode_reg;                /* the register is in the opcode: `rm` */
     bool high_byte;                 /* AH, CH, DH or BH is an operand */
@@ -73,9 +73,9 @@ struct bt_insn {
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */
     s32 disp;
-    s64 imm;      /* immediate, or displacement of a branch */
-    u8 cc;        /* condition of BT_JCC */
-    u32 read, written;     /* general registers, one bit each, implicit ones too */
+    s64 imm;                               /* immediate, or displacement of a branch */
+    u8 cc;                                 /* condition of BT_JCC */
+    u32 read, written;                     /* general registers, one bit each, implicit ones too */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */
@@ -83,8 +83,11 @@ struct bt_insn {
     bool flags_out; /* writes some */
     struct bt_recipe recipe;
 
-    u8 fpu_class; /* enum fpu_class; FPU_CLASSES: none */
-    bool faults;  /* may fault on the host by itself: #DE, #XM, alignment */
+    u8 fpu_class;    /* enum fpu_class; FPU_CLASSES: none */
+    bool faults;     /* may fault on the host by itself: #DE, #MF, #XM, alignment */
+    bool x87;        /* uses the x87 or MMX registers */
+    bool x87_points; /* sets FIP, FOP, and FDP if there is a memory operand */
+    u16 fop;
     struct insn insn; /* the interpreter's */
 };
 

@@ -79,9 +79,8 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
     struct bt *bt = t->bt;
     u32 number = bt->nexits++;
 
-    bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
-                                         .target = (u16)target,
-                                         .host_flags = !t->flags.memory};
+    bt->exits[number] = (struct bt_exit){
+        .at = code_offset(t, from), .target = (u16)target, .host_flags = !t->flags.memory};
     add_stub(t, STUB_EXIT, from)->number = number;
 }
 
@@ -102,6 +101,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     struct stub *s;
 
+    x87_store_pointers(t);
     flags_need(t);
     if (in_page(target)) {
         add_exit(t, put_jcc(&t->p, i->cc), target);
@@ -138,6 +138,8 @@ static void put_end(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     u32 site;
 
+    if (i->op != BT_FAST && i->op != BT_INTERP)
+        x87_store_pointers(t);
     switch (i->op) {
     case BT_JMP:
         put_direct(t, target);
@@ -325,6 +327,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     t->bt = bt;
     t->count = t->nstubs = 0;
     t->group = (struct access_group){0};
+    t->x87 = 0;
+    t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = gpa,
                            .mode = v->bt_mode,
@@ -349,8 +353,10 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
         else
             emit_insn(t, i);
     }
-    if (!ends_block(last))
+    if (!ends_block(last)) {
+        x87_store_pointers(t);
         put_direct(t, last->offset + last->len);
+    }
     b->hot_end = code_offset(t, t->p);
 
     t->p = bt_write_at(bt, bt->cold);
