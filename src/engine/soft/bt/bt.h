@@ -1,7 +1,7 @@
 /*
  * The binary translator: what the rest of the software processor knows of it.
  *
- * Guest code of 64-bit mode that is run often is translated, block by block, to host code that runs on
+ * Guest code of 64-bit mode, and of 32 bits with flat segments, that is run often is translated, block by block, to host code that runs on
  * the host's own registers (translate.c tells how); all else is the interpreter's. The two run one
  * struct soft_vcpu and alternate at block boundaries.
  */
@@ -16,6 +16,10 @@
 #define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
 #define BT_MODE_NO_AVX 0x08u
 #define BT_MODE_NO_X87 0x10u /* x87 and MMX */
+#define BT_MODE_CODE32 0x20u
+/* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
+#define BT_MODE_FS 0x40u
+#define BT_MODE_GS 0x80u
 
 /* 0, or an error that names what this host's processor lacks. */
 int bt_probe(struct error *err);

@@ -255,17 +255,44 @@ static void update_key(struct soft_vcpu *v)
     v->bt_shared.jump_key = bt->contexts[v->bt_mode];
 }
 
+/* Whether a segment lets every address through, for reading and writing. */
+static bool is_unlimited(const struct segment *s)
+{
+    return !(s->attr & SEG_ATTR_UNUSABLE) && s->limit == UINT32_MAX &&
+           (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN | SEG_ATTR_WRITABLE)) == SEG_ATTR_WRITABLE;
+}
+
+static bool is_flat(const struct segment *s)
+{
+    return s->base == 0 && is_unlimited(s);
+}
+
+/* 32-bit protected-mode code whose addresses are linear addresses. */
+static bool is_flat32(const struct soft_vcpu *v)
+{
+    const struct segment *seg = v->cpu.seg;
+
+    return (v->mode & (MODE_CODE_MASK | MODE_STACK32 | MODE_PROTECTED)) ==
+               (MODE_CODE32 | MODE_STACK32 | MODE_PROTECTED) &&
+           seg[SEG_CS].base == 0 && seg[SEG_CS].limit == UINT32_MAX && is_flat(&seg[SEG_DS]) &&
+           is_flat(&seg[SEG_ES]) && is_flat(&seg[SEG_SS]);
+}
+
 void bt_mode_changed(struct soft_vcpu *v)
 {
+    bool code64 = soft_code64(v);
     unsigned cpl = soft_cpl(v);
 
     if (!v->bt)
         return;
-    v->bt_possible = soft_code64(v) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
+    v->bt_possible = (code64 || is_flat32(v)) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
     v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) | (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
                  (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
                  (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
                  (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
+    if (!code64)
+        v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
+                      (is_unlimited(&v->cpu.seg[SEG_GS]) ? BT_MODE_GS : 0);
     update_key(v);
 }
 

@@ -98,7 +98,7 @@ struct bt_block {
 #define BT_HASH_BITS 16
 #define BT_PAGES_BITS 13
 #define BT_FILTER_BITS 12
-#define BT_MODES 32
+#define BT_MODES 256
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
 

@@ -48,8 +48,10 @@ struct bt_recipe {
 
 struct bt_insn {
     u8 bytes[15], len;
-    u16 offset; /* in its page */
-    u8 op;      /* enum bt_op */
+    u16 offset;  /* in its page */
+    u8 op;       /* enum bt_op */
+    bool code32; /* it is 32-bit code */
+    u8 word;     /* bytes that the stack and branch targets have: 4 or 8 */
 
     /* Encoding */
     u8 encoding; /* enum bt_encoding */

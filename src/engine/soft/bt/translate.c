@@ -1,6 +1,11 @@
 /*
  * Translation of a block, from x86-64 to x86-64.
  *
+ * 32-bit code is translated where its segments are flat: then an effective address, cut to 32 bits, is
+ * the linear address, and all registers are as in 64-bit code. What differs stands in struct bt_insn
+ * (code32, word); instructions that 64-bit mode has not, or has otherwise, are re-encoded or left to the
+ * interpreter (insn.c).
+ *
  * Registers. Each guest register but two lives in the host register of the same number, RSP included;
  * so do all vector registers and MXCSR. R14 and R15, which compilers take last, live in memory
  * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. GS holds the vCPU. No C
@@ -64,7 +69,7 @@ static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 static void put_far_jump(struct translation *t, s32 target)
 {
     put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S1, S1, target);
+    put_lea_word(&t->p, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8, S1, S1, target);
     put_jump(t, BT_JUMP, 0);
 }
 
@@ -159,7 +164,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
     case BT_RET:
         emit_pop_return(t, i);
         site = add_site(t, i);
-        t->bt->sites[site].size = (u16)(8 + i->imm);
+        t->bt->sites[site].size = (u16)(i->word + i->imm);
         put_jump(t, BT_BRANCH, site);
         break;
     case BT_FAST:
