@@ -30,26 +30,43 @@ enum bt_reason {
     BT_BRANCH, /* as BT_JUMP, behind an indirect branch: site */
     BT_STOP,   /* at an instruction for the interpreter: site */
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
+    BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
     BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
 };
 
-enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE };
+enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE, SITE_FLAGS_HOST };
 
 /* Where translated code may leave for C, besides its direct exits. */
 struct bt_site {
-    u32 resume;  /* BT_SLOW: code offset at which the access begins anew */
-    u16 offset;  /* of the guest's instruction in its page */
-    u16 size;    /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
+    u32 resume; /* BT_SLOW: code offset at which the access begins anew */
+    u16 offset; /* of the guest's instruction in its page */
+    u16 size;   /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
     bool write;
     u8 flags; /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
+    u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
+};
+
+/*
+ * An x87 instruction whose effect on FIP, FOP, FCS and, with a memory operand, FDP and FDS is kept back:
+ * the operand's address is still to be had from the registers.
+ */
+struct bt_x87 {
+    u16 offset; /* of the instruction in its page */
+    u16 fop;
+    bool memory, address32;
+    bool rip_relative; /* disp counts from the page's start */
+    u8 base, index, scale, seg;
+    s32 disp;
 };
 
 /* A host instruction that may raise an exception. */
 struct bt_point {
     u32 at;     /* code offset */
     u16 offset; /* of the guest's instruction in its page */
-    bool host_flags; /* the arithmetic flags are the host's, else in v->aflags */
+    u8 flags;   /* enum site_flags */
+    struct bt_recipe recipe;
+    u32 x87; /* as in a site */
 };
 
 /* Where an exit leaves the arithmetic flags. */
@@ -102,10 +119,11 @@ struct bt_block {
 #define BT_EXITS (1u << 19)
 #define BT_SITES (1u << 20)
 #define BT_POINTS (1u << 19)
+#define BT_X87S (1u << 18)
 #define BT_HASH_BITS 16
 #define BT_PAGES_BITS 13
 #define BT_FILTER_BITS 12
-#define BT_MODES 16
+#define BT_MODES 256
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
@@ -113,16 +131,17 @@ struct bt_block {
 struct bt {
     u8 *writable;
     const u8 *executable;
-    u32 hot, cold;             /* code offsets: the next free bytes */
-    u32 glue_end;              /* where blocks begin */
-    u32 glue[BT_FAULT + 1];    /* code offsets of the ways out, by reason */
-    u32 (*enter)(void);        /* runs v->bt_shared.entry; returns enum bt_reason */
+    u32 hot, cold;          /* code offsets: the next free bytes */
+    u32 glue_end;           /* where blocks begin */
+    u32 glue[BT_FAULT + 1]; /* code offsets of the ways out, by reason */
+    u32 (*enter)(void);     /* runs v->bt_shared.entry; returns enum bt_reason */
 
     struct bt_block *blocks;
     struct bt_exit *exits;
     struct bt_site *sites;
     struct bt_point *points;
-    u32 nblocks, nexits, nsites, npoints;
+    struct bt_x87 *x87s; /* the first is none */
+    u32 nblocks, nexits, nsites, npoints, nx87s;
     struct bt_block *hash[1u << BT_HASH_BITS];
     struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
     struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */

@@ -275,14 +275,21 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
         .offset = i->offset,
         .flags = t->flags.memory ? SITE_FLAGS_MEMORY : SITE_FLAGS_RECIPE,
         .recipe = t->flags.recipe,
+        .x87 = t->x87,
     };
     return t->bt->nsites++;
 }
 
 static void add_point(struct translation *t, const struct bt_insn *i)
 {
-    t->bt->points[t->bt->npoints++] = (struct bt_point){
-        .at = code_offset(t, t->p), .offset = i->offset, .host_flags = !t->flags.memory};
+    t->bt->points[t->bt->npoints++] =
+        (struct bt_point){.at = code_offset(t, t->p),
+                          .offset = i->offset,
+                          .flags = t->flags.memory ? SITE_FLAGS_MEMORY
+                                   : t->flags.host ? SITE_FLAGS_HOST
+                                                   : SITE_FLAGS_RECIPE,
+                          .recipe = t->flags.recipe,
+                          .x87 = t->x87};
 }
 
 /* --- Memory --- */
@@ -322,9 +329,7 @@ static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
     return scratch;
 }
 
-/* The operand's address, without a segment's base, into `to`. Uses S1 and S2. */
-static void put_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg,
-                        s32 disp)
+void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg, s32 disp)
 {
     u8 base, index;
 
@@ -348,19 +353,19 @@ static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
 {
     switch (i->op) {
     case BT_PUSH:
-        *by = -8;
+        *by = -i->word;
         return base == RSP;
     case BT_POP:
-        *by = 8;
+        *by = i->word;
         return base == RSP && i->rm != RSP;
     case BT_LEA:
         *by = i->disp;
-        return i->reg == base && i->base == base && i->index == NO_REG && !i->address32 &&
-               (i->rex & 8);
+        return i->reg == base && i->base == base && i->index == NO_REG &&
+               i->address32 == i->code32 && i->insn.osize == i->word;
     case BT_PLAIN:
         *by = i->recipe.kind == RECIPE_SUB ? -i->recipe.imm : i->recipe.imm;
         return (i->recipe.kind == RECIPE_ADD || i->recipe.kind == RECIPE_SUB) &&
-               i->recipe.size == 8 && i->recipe.b == NO_REG && i->recipe.a == base &&
+               i->recipe.size == i->word && i->recipe.b == NO_REG && i->recipe.a == base &&
                i->recipe.imm > -4096 && i->recipe.imm < 4096;
     default:
         return false;
@@ -392,21 +397,22 @@ struct access {
 
 static bool simple_access(const struct bt_insn *i, struct access *a)
 {
-    *a = (struct access){RSP, NO_REG, 0, 0, 8, false};
+    *a = (struct access){RSP, NO_REG, 0, 0, i->word, false};
     switch (i->op) {
     case BT_PUSH:
-        a->disp = -8;
+        a->disp = -i->word;
         a->write = true;
         return !i->mem;
     case BT_CALL:
-        a->disp = -8;
+        a->disp = -i->word;
         a->write = true;
         return true;
     case BT_POP:
     case BT_RET:
         return true;
     case BT_PLAIN:
-        if (!i->mem || i->seg != NO_REG || i->rip_relative || i->address32 || i->base == NO_REG)
+        if (!i->mem || i->seg != NO_REG || i->rip_relative || i->address32 != i->code32 ||
+            i->base == NO_REG)
             return false;
         *a = (struct access){i->base, i->index, i->scale, i->disp, i->mem_size, i->mem_write};
         return true;
@@ -558,12 +564,11 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
         widen_group(t, &wide);
     }
     if (i->op != BT_PLAIN) {
-        put_lea(&t->p, S1, base, wide.lo); /* the stack */
+        put_lea_word(&t->p, i->word, S1, base, wide.lo); /* the stack */
     } else {
-        put_address(t, i, S1, base, wide.lo);
+        emit_address(t, i, S1, base, wide.lo);
         if (i->seg != NO_REG)
-            put_op_gs(&t->p, true, OP_ADD, S1,
-                      GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+            put_op_gs(&t->p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
     put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
     *g = wide;
@@ -694,11 +699,13 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
     struct bt_recipe recipe = i->recipe;
     s32 disp = 0;
 
+    if (i->x87 && !t->x87_live)
+        x87_make_live(t, i);
     if (i->mem)
         disp = access_operand(t, i);
     if (emit_compare_memory(t, i, disp))
         return;
-    if (i->flags_in || (i->faults && !t->flags.memory))
+    if (i->flags_in)
         flags_need(t);
     if (i->flags_in || !i->flags_out)
         flags_before_write(t, i->written);
@@ -723,6 +730,7 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
             put_store_gs(&t->p, GS_GPR(t->memory_reg[n]), m.host[n]);
+    x87_note(t, i);
     flags_made(t, i);
     if (i->flags_out) {
         if (i->mem) /* its operand wasn't kept */
@@ -738,7 +746,7 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
 
     flags_before_write(t, i->written);
     if (narrow) {
-        put_address(t, i, S1, i->base, i->disp);
+        emit_address(t, i, S1, i->base, i->disp);
         put_load_reg(t, S2, i->reg);
         put8(&t->p, 0x66); /* mov S2w, S1w */
         put_op_rr(&t->p, false, OP_MOV, S2, S1);
@@ -773,75 +781,75 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
 
         /* Two accesses: the value waits in memory for the second. */
         load.op = BT_PLAIN;
-        load.mem_size = 8;
+        load.mem_size = i->word;
         load.mem_read = true;
         load.mem_write = false;
         t->group.valid = false;
-        disp = access(t, &load, i->base, i->disp, 8, false);
-        put_load(p, S2, S1, disp);
+        disp = access(t, &load, i->base, i->disp, i->word, false);
+        put_load_word(p, i->word, S2, S1, disp);
         put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
         t->group.valid = false;
-        disp = access(t, i, RSP, -8, 8, true);
+        disp = access(t, i, RSP, -i->word, i->word, true);
         put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
-        put_store(p, S1, disp, S2);
+        put_store_word(p, i->word, S1, disp, S2);
         t->group.valid = false;
     } else {
-        disp = access(t, i, RSP, -8, 8, true);
+        disp = access(t, i, RSP, -i->word, i->word, true);
         if (i->rm == NO_REG) {
-            put_rex(p, true, 0, 0, S1);
+            put_rex(p, i->word == 8, 0, 0, S1);
             put8(p, 0xc7);
             put_base_disp(p, 0, S1, disp);
             put32(p, (u32)i->imm);
         } else {
-            put_store(p, S1, disp, read_reg(t, i->rm, S2));
+            put_store_word(p, i->word, S1, disp, read_reg(t, i->rm, S2));
         }
     }
-    put_lea(p, RSP, RSP, -8);
+    put_lea_word(p, i->word, RSP, RSP, -i->word);
 }
 
 static void emit_pop(struct translation *t, const struct bt_insn *i)
 {
     u8 **p = &t->p;
-    s32 disp = access(t, i, RSP, 0, 8, false);
+    s32 disp = access(t, i, RSP, 0, i->word, false);
     u8 to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
 
     flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
     if (i->rm != RSP)
-        put_lea(p, RSP, RSP, 8);
-    put_load(p, to, S1, disp);
+        put_lea_word(p, i->word, RSP, RSP, i->word);
+    put_load_word(p, i->word, to, S1, disp);
     if (in_memory(t, i->rm))
         put_store_reg(t, i->rm, to);
 }
 
 static void emit_leave(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RBP, 0, 8, false);
+    s32 disp = access(t, i, RBP, 0, i->word, false);
 
     flags_before_write(t, BIT32(RSP) | BIT32(RBP));
-    put_lea(&t->p, RSP, RBP, 8);
-    put_load(&t->p, RBP, S1, disp);
+    put_lea_word(&t->p, i->word, RSP, RBP, i->word);
+    put_load_word(&t->p, i->word, RBP, S1, disp);
 }
 
 void emit_push_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, -8, 8, true);
+    s32 disp = access(t, i, RSP, -i->word, i->word, true);
 
     flags_before_write(t, BIT32(RSP));
     put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S2, S2, i->offset + i->len);
-    put_store(&t->p, S1, disp, S2);
-    put_lea(&t->p, RSP, RSP, -8);
+    put_lea_word(&t->p, i->word, S2, S2, i->offset + i->len);
+    put_store_word(&t->p, i->word, S1, disp, S2);
+    put_lea_word(&t->p, i->word, RSP, RSP, -i->word);
     t->group.valid = false;
 }
 
 void emit_pop_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, 0, 8, false);
+    s32 disp = access(t, i, RSP, 0, i->word, false);
 
     flags_before_write(t, BIT32(RSP));
     flags_to_memory(t);
-    put_load(&t->p, S1, S1, disp);
-    put_lea(&t->p, RSP, RSP, 8 + (s32)i->imm);
+    put_load_word(&t->p, i->word, S1, S1, disp);
+    put_lea_word(&t->p, i->word, RSP, RSP, i->word + (s32)i->imm);
     t->group.valid = false;
 }
 
@@ -852,15 +860,17 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
         s32 disp;
 
         load.op = BT_PLAIN;
-        load.mem_size = 8;
+        load.mem_size = i->word;
         load.mem_read = true;
         load.mem_write = false;
-        disp = access(t, &load, i->base, i->disp, 8, false);
+        disp = access(t, &load, i->base, i->disp, i->word, false);
         flags_to_memory(t);
-        put_load(&t->p, S1, S1, disp);
+        put_load_word(&t->p, i->word, S1, S1, disp);
     } else {
         flags_to_memory(t);
         put_load_reg(t, S1, i->rm);
+        if (i->word == 4)
+            put_op_rr(&t->p, false, OP_MOV, S1, S1);
     }
     t->group.valid = false;
 }
@@ -872,7 +882,7 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     s32 disp;
 
     flags_to_memory(t);
-    disp = access(t, i, RSP, -8, 8, true);
+    disp = access(t, i, RSP, -i->word, i->word, true);
     put8(p, 0x65); /* movzx S2d, byte gs:[aflags + 1] */
     put_rex(p, false, S2, 0, 0);
     put8(p, 0x0f);
@@ -883,7 +893,7 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     put_op_ri(p, false, EXT_AND, S2, 0xd5);
     put_op_gs(p, true, 0x0b, S2, GS_OFFSET(cpu.rflags));
     put_op_ri(p, true, EXT_OR, S2, EFLAGS_FIXED);
-    put_store(p, S1, disp, S2);
+    put_store_word(p, i->word, S1, disp, S2);
     put_op_gs(p, false, OP_MOV, S2, GS_OFFSET(aflags));
     put_op_ri(p, false, EXT_AND, S2, 1);
     put_rex(p, false, 0, 0, S2); /* shl S2d, 11 */
@@ -958,9 +968,9 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_clobber(t);
     t->group.valid = false;
     start = *p;
-    put_address(t, i, S1, i->base, i->disp);
+    emit_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
-        put_op_gs(p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+        put_op_gs(p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     put_load_reg(t, S2, i->reg);
     if (!wide) { /* movsxd S2, S2d */
         put_rex(p, true, S2, 0, S2);
@@ -972,7 +982,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     put_modrm(p, 3, 7, S2);
     put8(p, 3);
     put_op_ri(p, true, EXT_AND, S2, wide ? -8 : -4);
-    put_op_rr(p, true, OP_ADD, S1, S2);
+    put_op_rr(p, !i->code32, OP_ADD, S1, S2);
     put_check(t, i, start, i->mem_size, i->mem_write);
     /* Within the operand now. S2 is needed for the flags, so the offset waits in memory. */
     put_load_reg(t, S2, i->reg);
@@ -988,6 +998,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
 
 void emit_insn(struct translation *t, const struct bt_insn *i)
 {
+    x87_before_write(t, insn_changed_regs(i));
     switch (i->op) {
     case BT_PLAIN:
         emit_plain(t, i);

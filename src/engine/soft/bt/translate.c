@@ -1,6 +1,11 @@
 /*
  * Translation of a block, from x86-64 to x86-64.
  *
+ * 32-bit code is translated where its segments are flat: then an effective address, cut to 32 bits, is
+ * the linear address, and all registers are as in 64-bit code. What differs stands in struct bt_insn
+ * (code32, word); instructions that 64-bit mode has not, or has otherwise, are re-encoded or left to the
+ * interpreter (insn.c).
+ *
  * Registers. Each guest register but two lives in the host register of the same number, RSP included;
  * so do all vector registers and MXCSR. R14 and R15, which compilers take last, live in memory
  * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. A block that uses them
@@ -67,7 +72,7 @@ static void put_far_jump(struct translation *t, s32 target)
 {
     leave_perm(t);
     put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S1, S1, target);
+    put_lea_word(&t->p, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8, S1, S1, target);
     put_jump(t, BT_JUMP, 0);
 }
 
@@ -130,6 +135,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     struct stub *s;
 
+    x87_store_pointers(t);
     flags_need(t);
     if (in_page(target)) {
         put_pending(t);
@@ -168,6 +174,8 @@ static void put_end(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     u32 site;
 
+    if (i->op != BT_FAST && i->op != BT_INTERP)
+        x87_store_pointers(t);
     switch (i->op) {
     case BT_JMP:
         put_direct(t, target);
@@ -189,7 +197,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         emit_pop_return(t, i);
         leave_perm(t);
         site = add_site(t, i);
-        t->bt->sites[site].size = (u16)(8 + i->imm);
+        t->bt->sites[site].size = (u16)(i->word + i->imm);
         put_jump(t, BT_BRANCH, site);
         break;
     case BT_FAST:
@@ -215,6 +223,21 @@ static bool has_perm(const struct translation *t)
     return t->perm[0] != NO_REG || t->perm[1] != NO_REG;
 }
 
+/* Where C goes on in the block, if it does. */
+static void put_resume(struct translation *t, const struct stub *stub)
+{
+    u32 *resume = &t->bt->sites[stub->number].resume;
+
+    if (!stub->resume)
+        return;
+    *resume = code_offset(t, stub->resume);
+    if (has_perm(t)) {
+        *resume = code_offset(t, t->p);
+        put_perm_in(t);
+        patch_rel32(put_jmp(&t->p), stub->resume);
+    }
+}
+
 static void put_stub(struct translation *t, const struct stub *stub)
 {
     u8 **p = &t->p;
@@ -229,12 +252,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
         put_store_gs(p, GS_OFFSET(bt_shared.linear), S1);
         put_perm_out(t);
         put_leave(t, BT_SLOW, stub->number);
-        t->bt->sites[stub->number].resume = code_offset(t, stub->resume);
-        if (has_perm(t)) {
-            t->bt->sites[stub->number].resume = code_offset(t, *p);
-            put_perm_in(t);
-            patch_rel32(put_jmp(p), stub->resume);
-        }
+        put_resume(t, stub);
         break;
     case STUB_EXIT:
         e = &t->bt->exits[stub->number];
@@ -255,6 +273,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
     default: /* STUB_SITE */
         put_perm_out(t);
         put_leave(t, (enum bt_reason)stub->reason, stub->number);
+        put_resume(t, stub);
         break;
     }
 }
@@ -579,6 +598,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->count = t->nstubs = 0;
     t->goes_across = false;
     t->group = (struct access_group){0};
+    t->x87 = 0;
+    t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
@@ -608,6 +629,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
         else
             emit_insn(t, i);
     }
+    if (!ends_block(last))
+        x87_store_pointers(t);
     if (t->goes_across) {
         flags_to_memory(t);
         put_far_jump(t, last->offset + last->len);
