@@ -16,8 +16,6 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* Runs of an interpreted block before it is translated. */
-#define HOT_RUNS (getenv("HOT") ? atoi(getenv("HOT")) : 12)
 #define NEVER_HOT UINT16_MAX
 
 /* --- Finding --- */
@@ -53,9 +51,9 @@ static const u8 *look_up(struct soft_vcpu *v)
 /* --- Cold code --- */
 
 /* Whether this run of a block is one too many to be interpreted. */
-static bool grows_hot(struct block *b)
+static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 {
-    return b->heat < NEVER_HOT && ++b->heat > HOT_RUNS;
+    return b->heat < NEVER_HOT && ++b->heat > v->bt->choices.hot_runs;
 }
 
 static bool translate(struct soft_vcpu *v, struct block *b)
@@ -79,7 +77,7 @@ static void interpret(struct soft_vcpu *v)
     if (unlikely(bt_is_full(v->bt)))
         block_cache_flush(v);
     b = block_cache_find(v);
-    if (v->bt_possible && !v->bt->interp_next && grows_hot(b) && translate(v, b))
+    if (v->bt_possible && !v->bt->interp_next && grows_hot(v, b) && translate(v, b))
         return;
     v->bt->interp_next = false;
     v->poll--;
@@ -298,7 +296,7 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     bt_glue_emit(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
-    if (!ret && v->engine->config.verify)
+    if (!ret && v->engine->config.checks.verify)
         ret = bt_verify_create(v, err);
     if (ret < 0)
         bt_cache_destroy(v);
