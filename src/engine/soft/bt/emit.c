@@ -356,7 +356,7 @@ static void widen_group(struct translation *t, struct access_group *g)
                 s32 lo = MIN(g->lo, a.disp + shift), hi = MAX(g->hi, a.disp + shift + (s32)a.size);
 
                 if (a.base != g->base || a.index != g->index ||
-                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > BT_GROUP_SPAN ||
+                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > t->bt->choices.group_span ||
                     (a.write && branched))
                     return;
                 g->lo = lo;
@@ -584,7 +584,7 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)
 {
-    bool wide = i->rex & 8, narrow = i->nprefixes && i->prefixes[0] == 0x66 && !wide;
+    bool wide = i->rex & 8, narrow = i->insn.osize == 2;
     u8 base, index, to = is_stolen(i->reg) ? S2 : i->reg;
 
     flags_before_write(t, i->written);

@@ -4,6 +4,7 @@
  */
 #include "engine/soft/bt/insn.h"
 
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/host_exec.h"
 
@@ -275,6 +276,8 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     case ZYDIS_MNEMONIC_BTC:
     case ZYDIS_MNEMONIC_BSF:
     case ZYDIS_MNEMONIC_BSR:
+    case ZYDIS_MNEMONIC_TZCNT:
+    case ZYDIS_MNEMONIC_LZCNT:
     case ZYDIS_MNEMONIC_DIV:
     case ZYDIS_MNEMONIC_IDIV:
         /* Flags that the manual leaves undefined, and processors alone. */
@@ -282,8 +285,8 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
         break;
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_IMUL:
-        /* The same, but too common to care, if not for the comparison with the interpreter. */
-        i->flags_in = v->journal != NULL;
+        /* The same, but too common to care, if not for comparisons. */
+        i->flags_in = v->bt->choices.exact_mul;
         break;
     default:
         break;
@@ -550,9 +553,13 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
         return branch_op(i, raw);
     if (!take_operands(i, raw))
         return BT_INTERP;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_PAUSE && (i->rex & 1))
+        return BT_INTERP; /* an XCHG with R8 in truth */
     if (zi->meta.category == ZYDIS_CATEGORY_NOP || zi->meta.category == ZYDIS_CATEGORY_WIDENOP ||
         zi->meta.category == ZYDIS_CATEGORY_PREFETCH)
         return zi->mnemonic == ZYDIS_MNEMONIC_PAUSE ? BT_PLAIN : BT_NOP;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR)
+        i->reg_action |= ACTION_PARTIAL; /* for a source of zero it stays */
     take_flags(v, i, raw);
     if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
         return BT_INTERP; /* the page's offset is added to it */
