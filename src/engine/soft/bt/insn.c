@@ -174,6 +174,8 @@ static bool take_memory(struct bt_insn *i, const ZydisDecodedInstruction *zi,
         i->disp = (s32)m->disp.value;
     else if (baseless)
         i->disp = (s32)zi->raw.disp.value;
+    if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
+        return false; /* the instruction's offset in its page is added to it */
     if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
         i->seg = m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS;
     return true;
@@ -561,8 +563,6 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     if (zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR)
         i->reg_action |= ACTION_PARTIAL; /* for a source of zero it stays */
     take_flags(v, i, raw);
-    if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
-        return BT_INTERP; /* the page's offset is added to it */
     if (zi->mnemonic == ZYDIS_MNEMONIC_LEA)
         return BT_LEA;
     if (i->mem && (i->high_byte || !i->mem_size))

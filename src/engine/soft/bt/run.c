@@ -20,14 +20,21 @@
 
 /* --- Finding --- */
 
-/* The code for the exact RIP, if there is any. Raises what the fetch raises. */
+/* Where the exact RIP is in memory. Raises what the fetch raises, at RIP. */
+static const u8 *fetch(struct soft_vcpu *v, gpa_t *gpa)
+{
+    v->cur = &insn_none;
+    return soft_fetch(v, v->cpu.gpr[GPR_RIP], gpa);
+}
+
+/* The code for the exact RIP, if there is any. */
 static const u8 *find_code(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
     const struct bt_block *b;
     gpa_t gpa;
 
-    if (!soft_fetch(v, lin, &gpa))
+    if (!fetch(v, &gpa))
         return NULL;
     b = bt_block_find(v, gpa);
     if (!b)
@@ -58,9 +65,8 @@ static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 
 static bool translate(struct soft_vcpu *v, struct block *b)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP];
     gpa_t gpa;
-    const u8 *host = soft_fetch(v, lin, &gpa);
+    const u8 *host = fetch(v, &gpa);
 
     if (host && bt_translate(v, gpa, host))
         return true;
@@ -123,7 +129,7 @@ static const u8 *on_link(struct soft_vcpu *v)
     if (!e->to) {
         struct bt_block *b;
 
-        if (!soft_fetch(v, v->cpu.gpr[GPR_RIP], &gpa))
+        if (!fetch(v, &gpa))
             return NULL;
         b = bt_block_find(v, gpa);
         if (!b)
@@ -220,7 +226,7 @@ static bool verify_block(struct soft_vcpu *v)
     gpa_t gpa;
     u32 reason;
 
-    if (!soft_fetch(v, lin, &gpa))
+    if (!fetch(v, &gpa))
         return false;
     b = bt_block_find(v, gpa);
     if (!b)
@@ -237,13 +243,13 @@ static bool verify_block(struct soft_vcpu *v)
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
             v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
-            bt_verify_end(v, b);
+            bt_verify_end(v, b, false);
             on_quick(v);
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
     } while (reason == BT_SLOW && v->bt_shared.entry);
-    bt_verify_end(v, b);
+    bt_verify_end(v, b, reason == BT_FAULT);
     return true;
 }
 

@@ -31,7 +31,8 @@ struct flag_state {
 struct access_group {
     bool valid, write;
     u8 base, index, scale;
-    s32 lo, hi, shift;
+    s64 lo, hi; /* lo is one that an instruction can have */
+    s32 shift;
 };
 
 enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE };
