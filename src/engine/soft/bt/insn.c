@@ -576,6 +576,10 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
                     zi->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B;
         return BT_PLAIN;
     }
+    if (zi->mnemonic == ZYDIS_MNEMONIC_VZEROUPPER || zi->mnemonic == ZYDIS_MNEMONIC_VZEROALL) {
+        i->fpu_class = FPU_AVX;
+        return BT_PLAIN;
+    }
     return take_vector(i) ? BT_PLAIN : BT_INTERP;
 }
 
