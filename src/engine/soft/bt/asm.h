@@ -138,6 +138,20 @@ static inline void put_op_ri(u8 **p, bool w, unsigned ext, unsigned rm, s32 imm)
     else
         put32(p, (u32)imm);
 }
+/* The unary group F7 (3: NEG), and shifts by an immediate (4 SHL, 5 SHR, 7 SAR). */
+static inline void put_unary(u8 **p, bool w, unsigned ext, unsigned rm)
+{
+    put_rex(p, w, 0, 0, rm);
+    put8(p, 0xf7);
+    put_modrm(p, 3, ext, rm);
+}
+static inline void put_shift(u8 **p, bool w, unsigned ext, unsigned rm, unsigned count)
+{
+    put_rex(p, w, 0, 0, rm);
+    put8(p, 0xc1);
+    put_modrm(p, 3, ext, rm);
+    put8(p, count);
+}
 /* lea reg, [base + disp] */
 static inline void put_lea(u8 **p, unsigned reg, unsigned base, s32 disp)
 {

@@ -55,8 +55,17 @@ _Noreturn void bt_journal_stop(struct soft_vcpu *v);
 
 /* --- between the files of this module --- */
 
-/* translate.c: the block whose first byte is at gpa (host: where that is); NULL: none can be made. */
-struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
+/*
+ * translate.c: the block whose first byte is at gpa, and at host; NULL: none can be made. With host2, one
+ * instruction that goes on at gpa2, the start of a page.
+ */
+struct bt_source {
+    gpa_t gpa, gpa2;
+    const u8 *host, *host2;
+};
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source);
+/* Whether the instruction at gpa goes on in the next page. */
+bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
 /* verify.c: round the run of one block. */
 int bt_verify_create(struct soft_vcpu *v, struct error *err);
 void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b);

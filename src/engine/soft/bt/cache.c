@@ -141,11 +141,18 @@ static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, u32 mode)
     return (struct bt_block **)&bt->hash[key >> (64 - BT_HASH_BITS)];
 }
 
-static struct bt_block **page_slot(const struct bt *bt, gpa_t gpa)
+static unsigned page_hash(gpa_t gpa)
 {
-    u64 key = (gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL;
+    return (unsigned)(((gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_PAGES_BITS));
+}
 
-    return (struct bt_block **)&bt->pages[key >> (64 - BT_PAGES_BITS)];
+static struct bt_block **page_slot(struct bt *bt, gpa_t gpa)
+{
+    return &bt->pages[page_hash(gpa)];
+}
+static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
+{
+    return &bt->crossing[page_hash(gpa)];
 }
 
 struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa)
@@ -165,6 +172,11 @@ void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
     slot = page_slot(v->bt, b->gpa);
     b->page_next = *slot;
     *slot = b;
+    if (b->gpa2) {
+        slot = crossing_slot(v->bt, b->gpa2);
+        b->page2_next = *slot;
+        *slot = b;
+    }
 }
 
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
@@ -199,8 +211,12 @@ void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
 {
+    const struct bt_block *to = e->to;
+    bool memory = e->flags == EXIT_MEMORY ||
+                  (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
+
     patch_rel32(bt_write_at(bt, e->at),
-                bt_write_at(bt, e->host_flags ? e->to->host_entry : e->to->memory_entry));
+                bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
 }
 
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
@@ -241,7 +257,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
     v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
     v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
     v->bt->filter[bit / 64] |= BIT(bit % 64);
-    if (!(v->bt_mode & BT_MODE_USER) && !soft_fetch_is_global(v, lin))
+    if (!(v->bt_mode & BT_MODE_USER) &&
+        (!soft_fetch_is_global(v, lin) || (b->gpa2 && !soft_fetch_is_global(v, lin + GUEST_PAGE_SIZE))))
         v->bt->kernel_nonglobal = true;
 }
 
@@ -326,7 +343,12 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 {
     unsigned bit = filter_bit(lin), first = jump_slot(lin & ~(GUEST_PAGE_SIZE - 1));
 
-    if (!v->bt || !(v->bt->filter[bit / 64] & BIT(bit % 64)))
+    if (!v->bt)
+        return;
+    /* An instruction that goes on in this page begins in the last bytes of the one before. */
+    for (unsigned n = 1; n < 15; n++)
+        jump_empty(v, (first - n) & (JUMP_SIZE - 1));
+    if (!(v->bt->filter[bit / 64] & BIT(bit % 64)))
         return;
     for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
         jump_empty(v, slot);
@@ -367,28 +389,74 @@ static u64 line_mask(gpa_t gpa, u64 n)
     return (~0ULL >> (63 - (last - first))) << first;
 }
 
+/* Bytes of a block in its first page. */
+static u64 first_bytes(const struct bt_block *b)
+{
+    return MIN((u64)b->bytes, GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1)));
+}
+
+/* [start, start + size) are a block's bytes in the page of gpa: drops it, or adds its lines. */
+static void written_at(struct soft_vcpu *v, struct bt_block *b, gpa_t start, u64 size, gpa_t gpa,
+                       u64 n, u64 *left)
+{
+    if (((start ^ gpa) & ~(GUEST_PAGE_SIZE - 1)) || b->dropped)
+        return;
+    if (start < gpa + n && gpa < start + size)
+        block_drop(v, b);
+    else
+        *left |= line_mask(start, size);
+}
+
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
-    gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
     struct bt_block **link;
     u64 left = 0;
 
     if (!v->bt)
         return 0;
+    /* Both lists also hold what was dropped by way of the other. */
     for (link = page_slot(v->bt, gpa); *link;) {
         struct bt_block *b = *link;
 
-        if ((b->gpa & ~(GUEST_PAGE_SIZE - 1)) != page) {
-            link = &b->page_next;
-        } else if (b->gpa < gpa + n && gpa < b->gpa + b->bytes) {
-            block_drop(v, b);
+        written_at(v, b, b->gpa, first_bytes(b), gpa, n, &left);
+        if (b->dropped)
             *link = b->page_next;
-        } else {
-            left |= line_mask(b->gpa, b->bytes);
+        else
             link = &b->page_next;
-        }
+    }
+    for (link = crossing_slot(v->bt, gpa); *link;) {
+        struct bt_block *b = *link;
+
+        written_at(v, b, b->gpa2, b->bytes - first_bytes(b), gpa, n, &left);
+        if (b->dropped)
+            *link = b->page2_next;
+        else
+            link = &b->page2_next;
     }
     return left;
+}
+
+u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r)
+{
+    u64 key;
+    u16 *slot;
+
+    _Static_assert(sizeof(*r) == sizeof(key), "recipes are compared as numbers");
+    memcpy(&key, r, sizeof(key));
+    key *= 0x9e3779b97f4a7c15ULL;
+    for (u32 n = 0; n < 64; n++) {
+        slot = &bt->recipe_hash[((key >> 48) + n) % BT_RECIPES];
+        if (!*slot) {
+            if (bt->nrecipes + 1 >= BT_RECIPES)
+                return 0;
+            *slot = (u16)++bt->nrecipes;
+            bt->recipes[*slot] = *r;
+            return *slot;
+        }
+        if (!memcmp(&bt->recipes[*slot], r, sizeof(*r)))
+            return *slot;
+    }
+    return 0;
 }
 
 static void leave_kept(struct soft_vcpu *v, const struct insn *i)
@@ -424,6 +492,7 @@ void bt_flush(struct soft_vcpu *v)
     bt->cold = BT_COLD_START;
     memset(bt->hash, 0, sizeof(bt->hash));
     memset(bt->pages, 0, sizeof(bt->pages));
+    memset(bt->crossing, 0, sizeof(bt->crossing));
     bt_jump_clear(v);
 }
 

@@ -9,6 +9,10 @@
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
  * the page shares it.
  *
+ * An instruction that lies across two pages is a block of its own. It is right only where both pages are
+ * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
+ * page's mapping is dropped.
+ *
  * All of it belongs to one vCPU and its thread.
  */
 #ifndef DOPPEL_ENGINE_SOFT_BT_CACHE_H
@@ -48,26 +52,39 @@ struct bt_point {
     bool host_flags; /* the arithmetic flags are the host's, else in v->aflags */
 };
 
+/* Where an exit leaves the arithmetic flags. */
+enum exit_flags {
+    EXIT_HOST,
+    EXIT_MEMORY,
+    /* In the host's register, and as a recipe whose number is in the upper half of v->aflags. */
+    EXIT_RECIPE,
+};
+
 struct bt_exit {
     u32 at;     /* code offset of the displacement to patch */
     u32 stub;   /* code offset of where it leads when not linked */
     u16 target; /* offset in the page */
-    bool host_flags;
+    u8 flags;   /* enum exit_flags */
+    u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
 };
 
 struct bt_block {
     gpa_t gpa;
+    gpa_t gpa2; /* of the second page, when its one instruction lies across; else 0 */
     u32 mode;
     u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
     u32 hot, hot_end, cold, cold_end; /* code offsets */
     /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */
     u32 jump_entry, memory_entry, host_entry;
+    /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
+    bool takes_recipe;
+    u32 kept_regs;
     u32 exits, nexits;
     u32 points, npoints;
-    struct bt_block *hash_next, *page_next;
+    struct bt_block *hash_next, *page_next, *page2_next;
     struct bt_exit *incoming;
 };
 
@@ -83,6 +100,7 @@ struct bt_block {
 #define BT_MODES 16
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
+#define BT_RECIPES (1u << 16)
 
 /* What is chosen freely: it changes the speed, and nothing that the manual promises a guest. */
 struct bt_choices {
@@ -108,7 +126,8 @@ struct bt {
     struct bt_point *points;
     u32 nblocks, nexits, nsites, npoints;
     struct bt_block *hash[1u << BT_HASH_BITS];
-    struct bt_block *pages[1u << BT_PAGES_BITS];
+    struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
+    struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
 
     /* jump_key by mode; 0: to be given anew. */
     u16 contexts[BT_MODES];
@@ -119,6 +138,11 @@ struct bt {
     /* Instructions of BT_QUICK, each with one behind it that leaves. */
     struct insn (*kept)[2];
     u32 nkept;
+
+    /* By number; 0 is none. They are few: equal ones share a number for good. */
+    struct bt_recipe recipes[BT_RECIPES];
+    u32 nrecipes;
+    u16 recipe_hash[BT_RECIPES];
 
     /* Leaving on request: see kick.c */
     volatile bool armed;
@@ -177,6 +201,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b);
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
 /* Drops everything. Not while translated code runs. */
 void bt_flush(struct soft_vcpu *v);
+/* The number of a recipe; 0: there are too many. */
+u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r);
 /* Keeps an instruction for BT_QUICK; returns its number. */
 u32 bt_keep_insn(struct bt *bt, const struct insn *i);
 /* Whether there may not be room for one more block. */

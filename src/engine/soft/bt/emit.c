@@ -24,6 +24,7 @@ static bool is_stolen(u8 reg)
 
 /* --- Flags --- */
 
+/* The upper half of v->aflags becomes zero: no recipe is pending. */
 void emit_flags_save(u8 **p)
 {
     put_mov_rr(p, S2, RAX);
@@ -31,7 +32,9 @@ void emit_flags_save(u8 **p)
     put8(p, 0x0f); /* seto al */
     put8(p, 0x90);
     put8(p, 0xc0);
-    put8(p, 0x66); /* mov gs:[aflags], ax */
+    put8(p, 0x0f); /* movzx eax, ax */
+    put8(p, 0xb7);
+    put8(p, 0xc0);
     put_op_gs(p, false, 0x89, RAX, GS_OFFSET(aflags));
     put_mov_rr(p, RAX, S2);
 }
@@ -80,7 +83,9 @@ static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned
 
 static void emit_recipe(struct translation *t, const struct bt_recipe *r)
 {
-    if (is_stolen(r->a))
+    if (r->a == NO_REG)
+        put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.flag_source));
+    else if (is_stolen(r->a))
         put_load_gs(&t->p, S2, GS_GPR(r->a));
     else
         put_mov_rr(&t->p, S2, r->a);
@@ -98,6 +103,19 @@ static void emit_recipe(struct translation *t, const struct bt_recipe *r)
     case RECIPE_SUB:
         recipe_op(t, r, OP_ADD, EXT_ADD);
         recipe_op(t, r, OP_CMP, EXT_CMP);
+        break;
+    case RECIPE_NEG:
+        put_unary(&t->p, r->size == 8, 3, S2);
+        put_unary(&t->p, r->size == 8, 3, S2);
+        break;
+    case RECIPE_SHL:
+        put_shift(&t->p, r->size == 8, 4, S2, (u8)r->imm);
+        break;
+    case RECIPE_SHR:
+        put_shift(&t->p, r->size == 8, 5, S2, (u8)r->imm);
+        break;
+    case RECIPE_SAR:
+        put_shift(&t->p, r->size == 8, 7, S2, (u8)r->imm);
         break;
     default: /* RECIPE_LOGIC */
         put_op_rr(&t->p, r->size == 8, 0x85, S2, S2);
@@ -134,7 +152,7 @@ void flags_clobber(struct translation *t)
 
 static bool recipe_uses(const struct bt_recipe *r, u32 regs)
 {
-    return r->kind && ((regs & BIT32(r->a)) || (r->b != NO_REG && (regs & BIT32(r->b))));
+    return r->kind && ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
 }
 
 /* The registers are about to change; the flags stay. */
@@ -145,6 +163,34 @@ static void flags_before_write(struct translation *t, u32 regs)
     if (!t->flags.memory)
         flags_need(t);
     t->flags.recipe.kind = RECIPE_NONE;
+}
+
+/*
+ * Whether somebody may ask for the flags that instruction `at` makes after the host's are gone: a clobber
+ * comes before the next instruction that makes all of them anew.
+ */
+static bool flags_outlive(const struct translation *t, unsigned at)
+{
+    for (unsigned n = at + 1; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (insn_clobbers_flags(i))
+            return true;
+        if (i->flags_out && !i->flags_in)
+            return false;
+    }
+    return true;
+}
+
+/* Before i, which makes flags of a register that it overwrites: keeps what it was. */
+static void keep_flag_source(struct translation *t, struct bt_recipe *r, u8 host_reg)
+{
+    if (r->kind < RECIPE_SHL || r->a != NO_REG)
+        return;
+    if (flags_outlive(t, t->at))
+        put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), host_reg);
+    else
+        r->kind = RECIPE_NONE;
 }
 
 static void flags_made(struct translation *t, const struct bt_insn *i)
@@ -264,8 +310,7 @@ static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
     }
 }
 
-/* General registers that emit_insn changes. */
-static u32 changed_regs(const struct bt_insn *i)
+u32 insn_changed_regs(const struct bt_insn *i)
 {
     switch (i->op) {
     case BT_PUSH:
@@ -345,7 +390,7 @@ static void widen_group(struct translation *t, struct access_group *g)
 
     for (unsigned n = t->at; n < t->count; n++) {
         const struct bt_insn *i = &t->insns[n];
-        u32 changed = changed_regs(i);
+        u32 changed = insn_changed_regs(i);
         struct access a;
         s32 by;
 
@@ -385,7 +430,7 @@ static void widen_group(struct translation *t, struct access_group *g)
 static void group_after(struct translation *t, const struct bt_insn *i)
 {
     struct access_group *g = &t->group;
-    u32 changed = changed_regs(i);
+    u32 changed = insn_changed_regs(i);
     s32 by;
 
     if (!g->valid)
@@ -547,13 +592,47 @@ static u8 mapped(const struct stolen_map *m, bool gpr, u8 reg)
     return gpr && is_stolen(reg) ? m->host[reg - S1] : reg;
 }
 
+/*
+ * CMP and TEST of memory: their operand goes through S2, so that it can be kept, if somebody may ask for
+ * the flags. False: not such an instruction.
+ */
+static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, s32 disp)
+{
+    struct bt_insn on_register = *i;
+    u8 **p = &t->p;
+
+    if (i->recipe.kind != RECIPE_CMP && i->recipe.kind != RECIPE_TEST)
+        return false;
+    if (i->recipe.a != NO_REG || !i->mem || i->encoding != ENC_LEGACY || i->map ||
+        (i->reg_gpr && is_stolen(i->reg)) || !flags_outlive(t, t->at))
+        return false;
+    if (i->mem_size < 4) { /* movzx S2d, [S1 + disp] */
+        put_rex(p, false, S2, 0, S1);
+        put8(p, 0x0f);
+        put8(p, i->mem_size == 1 ? 0xb6 : 0xb7);
+    } else {
+        put_rex(p, i->mem_size == 8, S2, 0, S1);
+        put8(p, 0x8b);
+    }
+    put_base_disp(p, S2, S1, disp);
+    put_store_gs(p, GS_OFFSET(bt_shared.flag_source), S2);
+    on_register.mem = false;
+    on_register.rm_gpr = true;
+    put_plain(t, &on_register, i->reg, S2, 0, 0);
+    flags_made(t, i);
+    return true;
+}
+
 static void emit_plain(struct translation *t, const struct bt_insn *i)
 {
     struct stolen_map m = {{S2, S2}, {0, 0}};
+    struct bt_recipe recipe = i->recipe;
     s32 disp = 0;
 
     if (i->mem)
         disp = access_operand(t, i);
+    if (emit_compare_memory(t, i, disp))
+        return;
     if (i->flags_in || (i->faults && !t->flags.memory))
         flags_need(t);
     if (i->flags_in || !i->flags_out)
@@ -575,12 +654,19 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
             put_load_gs(&t->p, m.host[n], GS_GPR(S1 + n));
     if (i->faults)
         add_point(t, i);
+    if (recipe.kind >= RECIPE_SHL)
+        keep_flag_source(t, &recipe, mapped(&m, i->rm_gpr, i->rm));
     put_plain(t, i, mapped(&m, i->reg_gpr, i->reg), mapped(&m, i->rm_gpr, i->rm),
               mapped(&m, i->vvvv_gpr, i->vvvv), disp);
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
             put_store_gs(&t->p, GS_GPR(S1 + n), m.host[n]);
     flags_made(t, i);
+    if (i->flags_out) {
+        if (i->mem) /* its operand wasn't kept */
+            recipe.kind = RECIPE_NONE;
+        t->flags.recipe = recipe;
+    }
 }
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)

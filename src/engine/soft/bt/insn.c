@@ -300,11 +300,22 @@ static void take_recipe(struct bt_insn *i, const struct decoded *raw)
     const ZydisDecodedOperand *a = &raw->ops[0], *b = &raw->ops[1];
     struct bt_recipe r = {.b = NO_REG};
 
-    if (i->mem || i->high_byte || raw->zi.operand_count_visible < 2 ||
-        a->type != ZYDIS_OPERAND_TYPE_REGISTER || !is_gpr(a->reg.value))
+    if (i->high_byte || raw->zi.operand_count_visible < 1)
         return;
     r.size = (u8)(a->size / 8);
-    r.a = gpr_number(a->reg.value);
+    if (a->type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(a->reg.value) && !i->mem)
+        r.a = gpr_number(a->reg.value);
+    else if (a->type == ZYDIS_OPERAND_TYPE_MEMORY && !i->mem_write)
+        r.a = NO_REG;
+    else
+        return;
+    if (raw->zi.mnemonic == ZYDIS_MNEMONIC_NEG && r.size >= 4) {
+        r.kind = RECIPE_NEG;
+        i->recipe = r;
+        return;
+    }
+    if (raw->zi.operand_count_visible != 2)
+        return;
     if (b->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
         if (i->imm != (s32)i->imm && r.size == 8)
             return;
@@ -331,6 +342,17 @@ static void take_recipe(struct bt_insn *i, const struct decoded *raw)
     case ZYDIS_MNEMONIC_OR:
     case ZYDIS_MNEMONIC_XOR:
         r.kind = RECIPE_LOGIC;
+        break;
+    case ZYDIS_MNEMONIC_SHL:
+    case ZYDIS_MNEMONIC_SHR:
+    case ZYDIS_MNEMONIC_SAR:
+        if (!shift_count(i, raw))
+            return;
+        r.kind = raw->zi.mnemonic == ZYDIS_MNEMONIC_SHL   ? RECIPE_SHL
+                 : raw->zi.mnemonic == ZYDIS_MNEMONIC_SHR ? RECIPE_SHR
+                                                          : RECIPE_SAR;
+        r.a = NO_REG;
+        r.imm &= r.size == 8 ? 63 : 31;
         break;
     default:
         break;

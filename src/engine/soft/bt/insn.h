@@ -37,11 +37,24 @@ enum bt_encoding { ENC_LEGACY, ENC_VEX };
 #define NO_REG 0xff
 
 /* How arithmetic flags can be had again from registers, after the host's own are gone. */
-enum recipe_kind { RECIPE_NONE, RECIPE_CMP, RECIPE_TEST, RECIPE_ADD, RECIPE_SUB, RECIPE_LOGIC };
+enum recipe_kind {
+    RECIPE_NONE,
+    RECIPE_CMP,
+    RECIPE_TEST,
+    RECIPE_ADD,
+    RECIPE_SUB,
+    RECIPE_LOGIC,
+    RECIPE_NEG,
+    /* By an immediate count that isn't 0. */
+    RECIPE_SHL,
+    RECIPE_SHR,
+    RECIPE_SAR,
+};
 struct bt_recipe {
     u8 kind; /* enum recipe_kind */
     u8 size; /* of its operands in bytes */
-    u8 a;    /* register: the first operand, or the result (ADD, SUB, LOGIC) */
+    u8 a;    /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
+              * it was, in v->bt_shared.flag_source */
     u8 b;    /* register, or NO_REG: imm */
     s32 imm;
 };

@@ -20,6 +20,11 @@
 
 /* --- Finding --- */
 
+static gva_t next_page(gva_t lin)
+{
+    return (lin | (GUEST_PAGE_SIZE - 1)) + 1;
+}
+
 /* Where the exact RIP is in memory. Raises what the fetch raises, at RIP. */
 static const u8 *fetch(struct soft_vcpu *v, gpa_t *gpa)
 {
@@ -27,19 +32,29 @@ static const u8 *fetch(struct soft_vcpu *v, gpa_t *gpa)
     return soft_fetch(v, v->cpu.gpr[GPR_RIP], gpa);
 }
 
-/* The code for the exact RIP, if there is any. */
-static const u8 *find_code(struct soft_vcpu *v)
+/* The block for the exact RIP, or NULL. */
+static struct bt_block *find_block(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
+    struct bt_block *b;
     gpa_t gpa;
 
     if (!fetch(v, &gpa))
         return NULL;
     b = bt_block_find(v, gpa);
+    if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
+        return NULL;
+    return b;
+}
+
+/* Its code. */
+static const u8 *find_code(struct soft_vcpu *v)
+{
+    const struct bt_block *b = find_block(v);
+
     if (!b)
         return NULL;
-    bt_jump_insert(v, lin, b);
+    bt_jump_insert(v, v->cpu.gpr[GPR_RIP], b);
     return bt_run_at(v->bt, b->memory_entry);
 }
 
@@ -65,10 +80,13 @@ static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 
 static bool translate(struct soft_vcpu *v, struct block *b)
 {
-    gpa_t gpa;
-    const u8 *host = fetch(v, &gpa);
+    gva_t lin = v->cpu.gpr[GPR_RIP];
+    struct bt_source s = {0};
 
-    if (host && bt_translate(v, gpa, host))
+    s.host = fetch(v, &s.gpa);
+    if (s.host && bt_goes_across(v, s.gpa, s.host))
+        s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
+    if (s.host && bt_translate(v, &s))
         return true;
     b->heat = NEVER_HOT;
     return false;
@@ -123,18 +141,12 @@ static const u8 *on_link(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
     struct bt_exit *e = &bt->exits[v->bt_shared.site];
-    gpa_t gpa;
 
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
     if (!e->to) {
-        struct bt_block *b;
+        struct bt_block *b = find_block(v);
 
-        if (!fetch(v, &gpa))
-            return NULL;
-        b = bt_block_find(v, gpa);
-        if (!b)
-            return NULL;
-        if (v->journal)
+        if (!b || b->gpa2 || v->journal)
             return NULL;
         bt_exit_link(bt, e, b);
     }
@@ -187,6 +199,16 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
     }
 }
 
+/* Runs v->bt_shared.entry; the arithmetic flags are in v->aflags afterwards. */
+static u32 enter(struct soft_vcpu *v)
+{
+    u32 reason = v->bt->enter();
+
+    if (unlikely(v->aflags >> 16))
+        v->aflags = bt_recipe_flags(v, &v->bt->recipes[v->aflags >> 16]);
+    return reason;
+}
+
 /* Enters code and goes on for as long as what comes back is seen to here. */
 static void run_code(struct soft_vcpu *v, const u8 *code)
 {
@@ -208,7 +230,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
             }
             return;
         }
-        reason = bt->enter();
+        reason = enter(v);
         bt->armed = false;
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
@@ -221,24 +243,19 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 /* One block beside the interpreter. False: there is none for the exact RIP. */
 static bool verify_block(struct soft_vcpu *v)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
-    gpa_t gpa;
+    const struct bt_block *b = find_block(v);
     u32 reason;
 
-    if (!fetch(v, &gpa))
-        return false;
-    b = bt_block_find(v, gpa);
     if (!b)
         return false;
-    v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
+    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     bt_verify_begin(v, b);
     if (b->dropped)
         return true; /* the interpreter dropped it on its way: begin anew */
     bt_vectors_load(v);
     v->bt_shared.entry = bt_run_at(v->bt, b->memory_entry);
     do {
-        reason = v->bt->enter();
+        reason = enter(v);
         if (reason == BT_QUICK) { /* not undone, so not compared */
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
@@ -276,7 +293,8 @@ void bt_run(struct soft_vcpu *v)
     struct bt *bt = v->bt;
 
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
-    atomic_store(&bt->running, true);
+    if (!atomic_exchange(&bt->running, true)) /* until now no timer was set for it */
+        bt_set_deadline(v, v->timer_deadline);
     while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
         run_once(v);
 }

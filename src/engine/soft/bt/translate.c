@@ -81,8 +81,31 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
 
     bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
                                          .target = (u16)target,
-                                         .host_flags = !t->flags.memory};
+                                         .flags = t->flags.memory ? EXIT_MEMORY
+                                                  : t->pending    ? EXIT_RECIPE
+                                                                  : EXIT_HOST,
+                                         .recipe_regs = t->pending};
     add_stub(t, STUB_EXIT, from)->number = number;
+}
+
+/* Before a branch: lets its target have the flags as a recipe, for one store. */
+static void put_pending(struct translation *t)
+{
+    const struct bt_recipe *r = &t->flags.recipe;
+    u16 number;
+
+    t->pending = 0;
+    if (t->flags.memory || !r->kind)
+        return;
+    number = bt_recipe_number(t->bt, r);
+    if (!number)
+        return;
+    put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
+    t->pending = PENDING_NO_REGS;
+    if (r->a != NO_REG)
+        t->pending |= BIT32(r->a);
+    if (r->b != NO_REG)
+        t->pending |= BIT32(r->b);
 }
 
 static void put_direct(struct translation *t, s64 target)
@@ -90,6 +113,7 @@ static void put_direct(struct translation *t, s64 target)
     if (in_page(target)) {
         if (!t->flags.memory)
             flags_need(t);
+        put_pending(t);
         add_exit(t, put_jmp(&t->p), target);
     } else {
         flags_to_memory(t);
@@ -104,6 +128,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
 
     flags_need(t);
     if (in_page(target)) {
+        put_pending(t);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
         s = add_stub(t, STUB_FAR, put_jcc(&t->p, i->cc));
@@ -190,7 +215,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
         break;
     case STUB_EXIT:
         t->bt->exits[stub->number].stub = code_offset(t, *p);
-        if (!t->flags.memory)
+        if (t->bt->exits[stub->number].flags == EXIT_HOST)
             emit_flags_save(p);
         put_leave(t, BT_LINK, stub->number);
         break;
@@ -222,6 +247,40 @@ static enum first_use first_use(const struct translation *t)
             return FLAGS_OVERWRITTEN;
     }
     return FLAGS_CLOBBERED;
+}
+
+/*
+ * Whether the block may be entered with the flags as a pending recipe: all of them are made anew before
+ * anybody asks for them but for a fault, and no fault comes after a change of the recipe's registers.
+ */
+static void find_kept_regs(const struct translation *t, struct bt_block *b)
+{
+    u32 changed = 0;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        switch (i->op) {
+        case BT_PLAIN:
+        case BT_LEA:
+        case BT_NOP:
+        case BT_PUSH:
+        case BT_POP:
+        case BT_LEAVE:
+            break;
+        default:
+            return;
+        }
+        if (i->flags_in)
+            return;
+        if (insn_clobbers_flags(i))
+            b->kept_regs = changed;
+        if (i->flags_out) {
+            b->takes_recipe = true;
+            return;
+        }
+        changed |= insn_changed_regs(i);
+    }
 }
 
 /* From the jump cache: RIP is the block's own address. */
@@ -273,7 +332,10 @@ static bool class_faults(const struct soft_vcpu *v, const struct bt_insn *i)
     return i->fpu_class != FPU_CLASSES && v->class_fault[i->fpu_class];
 }
 
-/* Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. */
+/*
+ * Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. An instruction
+ * that goes on in the next page isn't part of the block; it is reached by the jump cache.
+ */
 static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 {
     unsigned first = (unsigned)(gpa & (GUEST_PAGE_SIZE - 1)), offset = first;
@@ -284,8 +346,8 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 
         if (!bt_insn_decode(t->v, host + (offset - first), (unsigned)GUEST_PAGE_SIZE - offset,
                             (u16)offset, i)) {
-            i->op = BT_INTERP; /* it goes on in the next page */
-            i->len = 0;
+            t->goes_across = true;
+            break;
         }
         if (class_faults(t->v, i))
             i->op = BT_INTERP;
@@ -298,21 +360,47 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
     return offset - first;
 }
 
-/* From now on a store to the block's bytes is noticed. False: one came before that. */
-static bool protect_block(const struct translation *t, const struct bt_block *b, const u8 *host)
+/* One instruction that lies across two pages. */
+static unsigned decode_across(struct translation *t, gpa_t gpa, const u8 *bytes, unsigned n)
 {
-    block_cache_protect(t->v, b->gpa, b->bytes);
-    for (unsigned n = 0; n < t->count; n++) {
-        const struct bt_insn *i = &t->insns[n];
+    struct bt_insn *i = &t->insns[0];
 
-        if (i->op != BT_INTERP &&
-            memcmp(i->bytes, host + (i->offset - (b->gpa & (GUEST_PAGE_SIZE - 1))), i->len) != 0)
-            return false;
-    }
+    if (!bt_insn_decode(t->v, bytes, n, (u16)(gpa & (GUEST_PAGE_SIZE - 1)), i) ||
+        i->op == BT_INTERP || class_faults(t->v, i))
+        return 0;
+    t->count = 1;
+    return i->len;
+}
+
+/* From now on a store to the block's bytes is noticed. False: one came before that. */
+static bool protect_block(const struct translation *t, const struct bt_block *b,
+                          const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1))), at = 0;
+
+    block_cache_protect(t->v, b->gpa, MIN(b->bytes, first));
+    if (b->gpa2)
+        block_cache_protect(t->v, b->gpa2, b->bytes - first);
+    for (unsigned n = 0; n < t->count && at < b->bytes; n++)
+        for (unsigned k = 0; k < t->insns[n].len; k++, at++)
+            if (t->insns[n].bytes[k] != (at < first ? source->host[at] : source->host2[at - first]))
+                return false;
     return true;
 }
 
-struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+static unsigned decode(struct translation *t, const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (source->gpa & (GUEST_PAGE_SIZE - 1)));
+    u8 bytes[15];
+
+    if (!source->host2)
+        return decode_block(t, source->gpa, source->host);
+    for (unsigned k = 0; k < sizeof(bytes); k++)
+        bytes[k] = k < first ? source->host[k] : source->host2[k - first];
+    return decode_across(t, source->gpa, bytes, sizeof(bytes));
+}
+
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source)
 {
     static _Thread_local struct translation translation;
     struct translation *t = &translation;
@@ -325,17 +413,20 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     t->v = v;
     t->bt = bt;
     t->count = t->nstubs = 0;
+    t->goes_across = false;
     t->group = (struct access_group){0};
     b = &bt->blocks[bt->nblocks];
-    *b = (struct bt_block){.gpa = gpa,
+    *b = (struct bt_block){.gpa = source->gpa,
+                           .gpa2 = source->host2 ? source->gpa2 : 0,
                            .mode = v->bt_mode,
                            .hot = bt->hot,
                            .cold = bt->cold,
                            .exits = bt->nexits,
                            .points = bt->npoints};
-    b->bytes = (u16)decode_block(t, gpa, host);
-    if (!b->bytes || !protect_block(t, b, host))
+    b->bytes = (u16)decode(t, source);
+    if (!b->bytes || !protect_block(t, b, source))
         return NULL;
+    find_kept_regs(t, b);
     t->block = b;
     t->p = bt_write_at(bt, bt->hot);
     put_entries(t, b);
@@ -350,8 +441,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
         else
             emit_insn(t, i);
     }
-    if (!ends_block(last))
+    if (t->goes_across) {
+        flags_to_memory(t);
+        put_far_jump(t, last->offset + last->len);
+    } else if (!ends_block(last)) {
         put_direct(t, last->offset + last->len);
+    }
     b->hot_end = code_offset(t, t->p);
 
     t->p = bt_write_at(bt, bt->cold);
@@ -370,4 +465,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     bt_block_insert(v, b);
     v->stats.blocks_translated++;
     return b;
+}
+
+bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+{
+    unsigned left = (unsigned)(GUEST_PAGE_SIZE - (gpa & (GUEST_PAGE_SIZE - 1)));
+    struct bt_insn i;
+
+    return left < 15 && !bt_insn_decode(v, host, left, 0, &i);
 }

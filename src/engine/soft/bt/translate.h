@@ -12,6 +12,7 @@
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
+#define PENDING_NO_REGS BIT32(31)
 
 /*
  * Where the guest's arithmetic flags are at a point of the code. At least one holds:
@@ -55,7 +56,9 @@ struct translation {
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
     struct access_group group;
+    bool goes_across; /* behind the last instruction is one that lies across the page's end */
     struct bt_insn insns[BT_MAX_INSNS + 1];
+    u32 pending;        /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
     struct stub stubs[BT_MAX_STUBS];
     unsigned nstubs;
@@ -90,5 +93,7 @@ u32 add_site(struct translation *t, const struct bt_insn *i);
 
 /* Whether a memory access or another clobber of the host's flags comes with the instruction. */
 bool insn_clobbers_flags(const struct bt_insn *i);
+/* General registers that it changes, one bit each. */
+u32 insn_changed_regs(const struct bt_insn *i);
 
 #endif
