@@ -18,7 +18,7 @@ struct vm {
     const struct vm_config *config;
     u64 begin_ns;
     const struct engine_ops *engine;
-    bool verify;
+    struct engine_checks checks;
     struct event_loop *loop;
     struct chardev *serial;
     FILE *stats;
@@ -78,7 +78,7 @@ static int open_loop(struct vm *vm, struct error *err)
 
 static int choose_engine(struct vm *vm, struct error *err)
 {
-    vm->engine = engine_choose(vm->config->engine, &vm->verify, err);
+    vm->engine = engine_choose(vm->config->engine, &vm->checks, err);
     if (vm->engine)
         return 0;
     if (err->class == ERROR_INPUT)
@@ -114,7 +114,7 @@ static int create_machine(struct vm *vm, struct error *err)
     const struct vm_config *c = vm->config;
     struct machine_config config = {
         .engine = vm->engine,
-        .verify = vm->verify,
+        .checks = vm->checks,
         .cpu = c->cpu,
         .memory = c->memory,
         .cpus = c->cpus,

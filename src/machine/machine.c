@@ -170,7 +170,7 @@ static int create_engine(struct machine *m, struct error *err)
         .machine = {engine_ack_extint, engine_eoi_broadcast, m},
         .cpuid = m->cpuid,
         .ncpus = m->config.cpus,
-        .verify = m->config.verify,
+        .checks = m->config.checks,
     };
 
     m->engine = m->ops->create(&config, err);

@@ -20,7 +20,7 @@ struct state_writer;
 /* Strings and the stream are borrowed, and must outlive the machine. */
 struct machine_config {
     const struct engine_ops *engine;
-    bool verify;     /* the engine checks itself */
+    struct engine_checks checks;
     const char *cpu; /* name of the CPUID model */
     u64 memory;      /* bytes */
     unsigned cpus;

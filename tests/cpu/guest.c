@@ -203,13 +203,13 @@ struct guest *guest_create(const char *engine, const struct host *host, const u8
 {
     struct guest *g = calloc(1, sizeof(*g));
     struct engine_config config;
-    bool verify = false;
+    struct engine_checks checks;
 
     if (!g) {
         error_host(err, ENOMEM, "can't make the guest");
         return NULL;
     }
-    g->ops = engine_choose(engine, &verify, err);
+    g->ops = engine_choose(engine, &checks, err);
     if (!g->ops || create_machine(g, err) < 0)
         goto fail;
     config = (struct engine_config){
@@ -220,7 +220,7 @@ struct guest *guest_create(const char *engine, const struct host *host, const u8
         .machine = {no_interrupt, no_eoi, g},
         .cpuid = g->cpuid,
         .ncpus = 1,
-        .verify = verify,
+        .checks = checks,
     };
     g->engine = g->ops->create(&config, err);
     g->vcpu = g->engine ? g->ops->vcpu_create(g->engine, 0, err) : NULL;

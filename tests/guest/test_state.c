@@ -1,5 +1,6 @@
 /*
- * A guest doesn't notice that its machine is paused, saved, and restored into another one.
+ * A guest doesn't notice that its machine is paused, saved, and restored into another one, by this
+ * software engine or that.
  *
  *     test_state ROOT [SEED]
  *
@@ -140,7 +141,7 @@ static void console_path(char *buf, size_t len, unsigned n)
 static struct machine *create_machine(struct chardev *console, u64 memory)
 {
     struct machine_config config = {
-        .engine = &engine_interp,
+        .engine = random_below(2) ? &engine_bt : &engine_interp,
         .cpu = "host",
         .memory = memory,
         .cpus = 1,

@@ -74,8 +74,8 @@ bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
 /* verify.c: round the run of one block. */
 int bt_verify_create(struct soft_vcpu *v, struct error *err);
 void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b);
-/* fault: it was left where the host raised an exception. */
-void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b, bool fault);
+/* faulted: it ended by an exception of the host. */
+void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b, bool faulted);
 /* glue.c */
 void bt_glue_emit(struct bt *bt);
 void bt_vectors_load(struct soft_vcpu *v);

@@ -14,6 +14,7 @@
 
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/bt/translate.h"
 #include "engine/soft/mmu.h"
 
 #include <errno.h>
@@ -21,8 +22,39 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define COLD_END (BT_CODE_SIZE - KIB(64))
-#define HOT_END (BT_COLD_START - KIB(64))
+/* Room for a block, in each half of the code. */
+#define BLOCK_ROOM KIB(64)
+
+/* --- Choices --- */
+
+/* splitmix64's output function, which makes anything of neighbouring seeds. */
+static u64 scramble(u64 n)
+{
+    n += 0x9e3779b97f4a7c15ULL;
+    n = (n ^ (n >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    n = (n ^ (n >> 27)) * 0x94d049bb133111ebULL;
+    return n ^ (n >> 31);
+}
+
+struct bt_choices bt_choose(const struct engine_checks *checks)
+{
+    static const s32 spans[] = {0, 16, 64, BT_GROUP_SPAN};
+    struct bt_choices c = {
+        .hot_runs = BT_HOT_RUNS,
+        .max_insns = BT_MAX_INSNS,
+        .group_span = BT_GROUP_SPAN,
+        .code_size = BT_COLD_START - BLOCK_ROOM,
+    };
+    u64 random = scramble(checks->seed);
+
+    if (!checks->seed)
+        return c;
+    c.hot_runs = random & 3 ? 0 : random >> 2 & 15;
+    c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
+    c.group_span = spans[random >> 14 & 3];
+    c.code_size = MIN(c.code_size, (u32)KIB(64) << (random >> 16) % 10);
+    return c;
+}
 
 /* --- Life --- */
 
@@ -67,6 +99,7 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     if (!bt)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
     v->bt = bt;
+    bt->choices = bt_choose(&v->engine->config.checks);
     bt->blocks = map_array(BT_BLOCKS * sizeof(*bt->blocks));
     bt->exits = map_array(BT_EXITS * sizeof(*bt->exits));
     bt->sites = map_array(BT_SITES * sizeof(*bt->sites));
@@ -232,7 +265,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
     v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
     v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
     v->bt->filter[bit / 64] |= BIT(bit % 64);
-    if (!(v->bt_mode & BT_MODE_USER) && !soft_fetch_is_global(v, lin))
+    if (!(v->bt_mode & BT_MODE_USER) &&
+        (!soft_fetch_is_global(v, lin) || (b->gpa2 && !soft_fetch_is_global(v, lin + GUEST_PAGE_SIZE))))
         v->bt->kernel_nonglobal = true;
 }
 
@@ -474,10 +508,10 @@ u32 bt_keep_insn(struct bt *bt, const struct insn *i)
 
 bool bt_is_full(const struct bt *bt)
 {
-    return bt->nkept + 1 > BT_KEPT || bt->hot > HOT_END || bt->cold > COLD_END ||
-           bt->nblocks + 1 > BT_BLOCKS || bt->nexits + 256 > BT_EXITS ||
-           bt->nsites + 512 > BT_SITES || bt->npoints + 256 > BT_POINTS ||
-           bt->nx87s + 256 > BT_X87S;
+    return bt->nkept + 1 > BT_KEPT || bt->hot > bt->choices.code_size ||
+           bt->cold > BT_COLD_START + bt->choices.code_size || bt->nblocks + 1 > BT_BLOCKS ||
+           bt->nexits + 256 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
+           bt->npoints + 256 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
 }
 
 void bt_flush(struct soft_vcpu *v)

@@ -128,7 +128,16 @@ struct bt_block {
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
 
+/* What is chosen freely: it changes the speed, and nothing that the manual promises a guest. */
+struct bt_choices {
+    unsigned hot_runs;  /* of an interpreted block, before it is translated */
+    unsigned max_insns; /* of a block */
+    s32 group_span;     /* bytes that the check for a group of accesses covers at most */
+    u32 code_size;      /* bytes of hot code, and of cold, at which the cache is full */
+};
+
 struct bt {
+    struct bt_choices choices;
     u8 *writable;
     const u8 *executable;
     u32 hot, cold;          /* code offsets: the next free bytes */
@@ -180,6 +189,10 @@ struct bt {
 
     u64 translated, translated_insns, flushes;
 };
+
+/* The best, or for a seed other than 0 random ones: many runs, each with a seed, try out what the best
+ * choices don't come to. */
+struct bt_choices bt_choose(const struct engine_checks *checks);
 
 int bt_cache_create(struct soft_vcpu *v, struct error *err);
 void bt_cache_destroy(struct soft_vcpu *v);

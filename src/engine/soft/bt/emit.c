@@ -461,11 +461,12 @@ static void widen_group(struct translation *t, struct access_group *g)
             if (!keeps_s1(t, i) && i->op != BT_RET && i->op != BT_CALL)
                 return;
             if (simple_access(i, &a)) {
-                s32 lo = MIN(g->lo, a.disp + shift), hi = MAX(g->hi, a.disp + shift + (s32)a.size);
+                s64 at = (s64)a.disp + shift; /* displacements may be 4 GiB apart */
+                s64 lo = MIN(g->lo, at), hi = MAX(g->hi, at + a.size);
 
                 if (a.base != g->base || a.index != g->index ||
-                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > BT_GROUP_SPAN ||
-                    (a.write && branched))
+                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > t->bt->choices.group_span ||
+                    lo < INT32_MIN || (a.write && branched))
                     return;
                 g->lo = lo;
                 g->hi = hi;
@@ -550,13 +551,13 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
 
     if (g->valid && simple_access(i, &a) && a.base == g->base && a.index == g->index &&
         (a.index == NO_REG || a.scale == g->scale) && (!write || g->write) &&
-        disp + g->shift >= g->lo && disp + g->shift + (s32)size <= g->hi)
-        return disp + g->shift - g->lo;
+        (s64)disp + g->shift >= g->lo && (s64)disp + g->shift + size <= g->hi)
+        return (s32)(disp + g->shift - g->lo);
 
     flags_clobber(t);
     start = t->p;
     wide = (struct access_group){
-        .base = base, .index = NO_REG, .lo = disp, .hi = disp + (s32)size, .write = write};
+        .base = base, .index = NO_REG, .lo = disp, .hi = (s64)disp + size, .write = write};
     if (simple_access(i, &a)) {
         wide.index = a.index;
         wide.scale = a.scale;
@@ -564,15 +565,15 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
         widen_group(t, &wide);
     }
     if (i->op != BT_PLAIN) {
-        put_lea_word(&t->p, i->word, S1, base, wide.lo); /* the stack */
+        put_lea_word(&t->p, i->word, S1, base, (s32)wide.lo); /* the stack */
     } else {
-        emit_address(t, i, S1, base, wide.lo);
+        emit_address(t, i, S1, base, (s32)wide.lo);
         if (i->seg != NO_REG)
             put_op_gs(&t->p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
     put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
     *g = wide;
-    return disp - wide.lo;
+    return (s32)(disp - wide.lo);
 }
 
 /* The access of i's explicit memory operand. */

@@ -202,6 +202,8 @@ static bool take_memory(struct bt_insn *i, const ZydisDecodedInstruction *zi,
         i->disp = (s32)m->disp.value;
     else if (baseless)
         i->disp = (s32)zi->raw.disp.value;
+    if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
+        return false; /* the instruction's offset in its page is added to it */
     if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
         i->seg = m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS;
     return true;

@@ -229,6 +229,7 @@ void bt_thread_end(struct soft_vcpu *v)
     stack_t old = {
         .ss_sp = bt->old_stack.sp, .ss_size = bt->old_stack.size, .ss_flags = bt->old_stack.flags};
 
+    atomic_store(&bt->running, false);
     timer_delete(bt->timer);
     current = NULL;
     sigaltstack(&old, NULL);

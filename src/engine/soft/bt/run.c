@@ -17,8 +17,6 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* Runs of an interpreted block before it is translated. */
-#define HOT_RUNS (getenv("HOT") ? atoi(getenv("HOT")) : 12)
 #define NEVER_HOT UINT16_MAX
 
 /* --- Finding --- */
@@ -28,14 +26,21 @@ static gva_t next_page(gva_t lin)
     return (lin | (GUEST_PAGE_SIZE - 1)) + 1;
 }
 
-/* The block for the exact RIP, or NULL. Raises what the fetch raises. */
+/* Where the exact RIP is in memory. Raises what the fetch raises, at RIP. */
+static const u8 *fetch(struct soft_vcpu *v, gpa_t *gpa)
+{
+    v->cur = &insn_none;
+    return soft_fetch(v, v->cpu.gpr[GPR_RIP], gpa);
+}
+
+/* The block for the exact RIP, or NULL. */
 static struct bt_block *find_block(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
     struct bt_block *b;
     gpa_t gpa;
 
-    if (!soft_fetch(v, lin, &gpa))
+    if (!fetch(v, &gpa))
         return NULL;
     b = bt_block_find(v, gpa);
     if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
@@ -69,9 +74,9 @@ static const u8 *look_up(struct soft_vcpu *v)
 /* --- Cold code --- */
 
 /* Whether this run of a block is one too many to be interpreted. */
-static bool grows_hot(struct block *b)
+static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 {
-    return b->heat < NEVER_HOT && ++b->heat > HOT_RUNS;
+    return b->heat < NEVER_HOT && ++b->heat > v->bt->choices.hot_runs;
 }
 
 static bool translate(struct soft_vcpu *v, struct block *b)
@@ -79,7 +84,7 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     gva_t lin = v->cpu.gpr[GPR_RIP];
     struct bt_source s = {0};
 
-    s.host = soft_fetch(v, lin, &s.gpa);
+    s.host = fetch(v, &s.gpa);
     if (s.host && bt_goes_across(v, s.gpa, s.host))
         s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
     if (s.host && bt_translate(v, &s)) {
@@ -99,7 +104,7 @@ static void interpret(struct soft_vcpu *v)
     if (unlikely(bt_is_full(v->bt)))
         block_cache_flush(v);
     b = block_cache_find(v);
-    if (v->bt_possible && !v->bt->interp_next && grows_hot(b) && translate(v, b))
+    if (v->bt_possible && !v->bt->interp_next && grows_hot(v, b) && translate(v, b))
         return;
     v->bt->interp_next = false;
     v->bt->from = NULL;
@@ -307,7 +312,8 @@ void bt_run(struct soft_vcpu *v)
     struct bt *bt = v->bt;
 
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
-    atomic_store(&bt->running, true);
+    if (!atomic_exchange(&bt->running, true)) /* until now no timer was set for it */
+        bt_set_deadline(v, v->timer_deadline);
     while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
         run_once(v);
 }
@@ -334,7 +340,7 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     bt_glue_emit(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
-    if (!ret && v->engine->config.verify)
+    if (!ret && v->engine->config.checks.verify)
         ret = bt_verify_create(v, err);
     if (ret < 0)
         bt_cache_destroy(v);

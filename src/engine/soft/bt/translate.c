@@ -498,8 +498,9 @@ static bool class_faults(const struct soft_vcpu *v, const struct bt_insn *i)
 static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 {
     unsigned first = (unsigned)(gpa & (GUEST_PAGE_SIZE - 1)), offset = first;
+    const struct bt *bt = t->bt;
 
-    while (t->count < BT_MAX_INSNS && offset < GUEST_PAGE_SIZE) {
+    while (t->count < bt->choices.max_insns && offset < GUEST_PAGE_SIZE) {
         struct bt_insn *i = &t->insns[t->count];
 
         if (!bt_insn_decode(t->v, host + (offset - first), (unsigned)GUEST_PAGE_SIZE - offset,

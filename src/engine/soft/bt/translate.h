@@ -8,6 +8,7 @@
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
 
+#define BT_HOT_RUNS 12
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
@@ -31,7 +32,8 @@ struct flag_state {
 struct access_group {
     bool valid, write;
     u8 base, index, scale;
-    s32 lo, hi, shift;
+    s64 lo, hi; /* lo is one that an instruction can have */
+    s32 shift;
 };
 
 enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE };
