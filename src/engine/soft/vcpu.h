@@ -123,6 +123,7 @@ struct bt_shared {
     u64 jump_key;
     u64 linear; /* of the access that missed */
     u64 temp;
+    u64 kept_address[2]; /* host addresses in borrowed registers, while C fills the TLB */
     u64 flag_source; /* an operand of what made the flags: see struct bt_recipe */
     u32 site;   /* which exit or access left the code */
     u32 reason; /* enum bt_reason */

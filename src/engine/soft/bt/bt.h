@@ -15,6 +15,7 @@
 #define BT_MODE_AC 0x02u     /* supervisor accesses under EFLAGS.AC: TLB_KERNEL_AC */
 #define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
 #define BT_MODE_NO_AVX 0x08u
+#define BT_MODE_NARROW 0x80000000u /* of blocks only: each access has a check of its own */
 #define BT_MODE_NO_X87 0x10u /* x87 and MMX */
 #define BT_MODE_CODE32 0x20u
 /* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
@@ -61,14 +62,15 @@ _Noreturn void bt_journal_stop(struct soft_vcpu *v);
 /* --- between the files of this module --- */
 
 /*
- * translate.c: the block whose first byte is at gpa, and at host; NULL: none can be made. With host2, one
+ * translate.c: the block whose first byte is at gpa, and at host, for v->bt_mode, maybe with
+ * BT_MODE_NARROW; NULL: none can be made. With host2, one
  * instruction that goes on at gpa2, the start of a page.
  */
 struct bt_source {
     gpa_t gpa, gpa2;
     const u8 *host, *host2;
 };
-struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source);
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode);
 /* Whether the instruction at gpa goes on in the next page. */
 bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
 /* verify.c: round the run of one block. */

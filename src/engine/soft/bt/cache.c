@@ -157,10 +157,10 @@ static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
     return &bt->crossing[page_hash(gpa)];
 }
 
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa)
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode)
 {
-    for (struct bt_block *b = *hash_slot(v->bt, gpa, v->bt_mode); b; b = b->hash_next)
-        if (b->gpa == gpa && b->mode == v->bt_mode)
+    for (struct bt_block *b = *hash_slot(v->bt, gpa, mode); b; b = b->hash_next)
+        if (b->gpa == gpa && b->mode == mode)
             return b;
     return NULL;
 }
@@ -219,7 +219,7 @@ void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
     bool memory = e->flags == EXIT_MEMORY ||
                   (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
 
-    if (to->perm[0] == e->perm[0] && to->perm[1] == e->perm[1])
+    if (!memcmp(to->perm, e->perm, sizeof(to->perm)))
         patch_rel32(bt_write_at(bt, e->at),
                     bt_write_at(bt, memory ? to->memory_native : to->host_native));
     else /* by the bridge, if there is one */

@@ -42,6 +42,7 @@ struct bt_site {
     u16 offset; /* of the guest's instruction in its page */
     u16 size;   /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
     bool write;
+    bool grouped; /* the check covers more than the instruction's own access */
     u8 flags; /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
     u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
@@ -69,6 +70,9 @@ struct bt_point {
     u32 x87; /* as in a site */
 };
 
+#define BT_BORROWED 2
+#define BT_PERM (2 + BT_BORROWED)
+
 /* Where an exit leaves the arithmetic flags. */
 enum exit_flags {
     EXIT_HOST,
@@ -84,7 +88,7 @@ struct bt_exit {
     u32 stub;   /* code offset of where all that leads when not linked */
     u16 target; /* offset in the page */
     u8 flags;   /* enum exit_flags */
-    u8 perm[2];
+    u8 perm[BT_PERM];
     u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
@@ -102,9 +106,9 @@ struct bt_block {
     /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
     bool takes_recipe;
     u32 kept_regs;
-    /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), and the entries for who has
-     * them there already. */
-    u8 perm[2];
+    /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), those that are borrowed for
+     * host addresses (NO_REG: none), and the entries for who has all that already. */
+    u8 perm[BT_PERM];
     u32 memory_native, host_native;
     u32 fault; /* code offset: leaves with BT_FAULT */
     u32 exits, nexits;
@@ -213,8 +217,8 @@ static inline const u8 *bt_run_at(const struct bt *bt, u32 offset)
     return bt->executable + offset;
 }
 
-/* The block of the current mode at gpa, or NULL. */
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa);
+/* The block of a mode at gpa, or NULL. */
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode);
 /* Makes a finished block known; its bytes' lines are protected by the caller. */
 void bt_block_insert(struct soft_vcpu *v, struct bt_block *b);
 /* The block that a host address lies in, or NULL. Async-signal-safe. */

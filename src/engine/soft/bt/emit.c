@@ -38,12 +38,12 @@ static void put_store_reg(struct translation *t, u8 reg, u8 from)
         put_mov_rr(&t->p, t->home[reg], from);
 }
 
-void use_perm(struct translation *t, const u8 perm[2])
+void use_perm(struct translation *t, const u8 perm[BT_PERM])
 {
+    memcpy(t->perm, perm, BT_PERM);
     for (u8 reg = 0; reg < 16; reg++)
         t->home[reg] = reg < S1 ? reg : NO_REG;
     for (u8 n = 0; n < 2; n++) {
-        t->perm[n] = perm[n];
         t->memory_reg[n] = (u8)(S1 + n);
         if (perm[n] == NO_REG)
             continue;
@@ -60,6 +60,9 @@ void put_perm_in(struct translation *t)
             put_store_gs(&t->p, GS_GPR(t->perm[n]), t->perm[n]);
             put_load_gs(&t->p, t->perm[n], GS_GPR(S1 + n));
         }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            put_store_gs(&t->p, GS_GPR(t->perm[n]), t->perm[n]);
 }
 
 void put_perm_out(struct translation *t)
@@ -69,15 +72,33 @@ void put_perm_out(struct translation *t)
             put_store_gs(&t->p, GS_GPR(S1 + n), t->perm[n]);
             put_load_gs(&t->p, t->perm[n], GS_GPR(t->perm[n]));
         }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            put_load_gs(&t->p, t->perm[n], GS_GPR(t->perm[n]));
+}
+
+void put_keep_addresses(struct translation *t, bool again)
+{
+    for (u8 n = 0; n < BT_BORROWED; n++) {
+        u32 slot = GS_OFFSET(bt_shared.kept_address) + 8u * n;
+
+        if (t->perm[2 + n] == NO_REG)
+            continue;
+        if (again)
+            put_load_gs(&t->p, t->perm[2 + n], slot);
+        else
+            put_store_gs(&t->p, slot, t->perm[2 + n]);
+    }
 }
 
 void leave_perm(struct translation *t)
 {
-    static const u8 none[2] = {NO_REG, NO_REG};
+    static const u8 none[BT_PERM] = {NO_REG, NO_REG, NO_REG, NO_REG};
 
     put_perm_out(t);
     use_perm(t, none);
-    t->group.valid = false;
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++)
+        t->groups[n].valid = false;
 }
 
 /* --- Flags --- */
@@ -292,8 +313,8 @@ struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
 {
     struct stub *s = &t->stubs[t->nstubs++];
 
-    *s = (struct stub){
-        .kind = (u8)kind, .from = from, .flags = t->flags, .perm = {t->perm[0], t->perm[1]}};
+    *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags};
+    memcpy(s->perm, t->perm, sizeof(s->perm));
     return s;
 }
 
@@ -483,10 +504,14 @@ static bool keeps_s1(const struct translation *t, const struct bt_insn *i)
 
 /*
  * Looks ahead for accesses that the check for the current one can serve too, and widens the group's
- * bounds. Its first write behind a conditional branch is not one of them.
+ * bounds. Its first write behind a conditional branch is not one of them. borrowed: its register survives
+ * what changes S1, and accesses off as many other bases as there are borrowed registers. Returns how many
+ * accesses it serves.
  */
-static void widen_group(struct translation *t, struct access_group *g)
+static unsigned widen_group(struct translation *t, struct access_group *g, unsigned borrowed)
 {
+    struct access others[BT_BORROWED];
+    unsigned nothers = 0, served = 1;
     s32 shift = 0;
     bool branched = false;
 
@@ -497,59 +522,77 @@ static void widen_group(struct translation *t, struct access_group *g)
         s32 by;
 
         if (n > t->at) {
-            if (!keeps_s1(t, i) && i->op != BT_RET && i->op != BT_CALL)
-                return;
-            if (simple_access(i, &a)) {
+            bool simple = simple_access(i, &a);
+
+            if (!borrowed && !keeps_s1(t, i) && i->op != BT_RET && i->op != BT_CALL)
+                return served;
+            if (simple && a.base == g->base && a.index == g->index &&
+                (a.index == NO_REG || a.scale == g->scale)) {
                 s64 at = (s64)a.disp + shift; /* displacements may be 4 GiB apart */
                 s64 lo = MIN(g->lo, at), hi = MAX(g->hi, at + a.size);
 
-                if (a.base != g->base || a.index != g->index ||
-                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > t->bt->choices.group_span ||
-                    lo < INT32_MIN || (a.write && branched))
-                    return;
+                if (hi - lo > t->bt->choices.group_span || lo < INT32_MIN || (a.write && branched))
+                    return served;
                 g->lo = lo;
                 g->hi = hi;
                 g->write |= a.write;
-            } else if (i->op == BT_PLAIN && i->mem) {
-                return;
+                served++;
+            } else if (simple && borrowed) {
+                unsigned k = 0;
+
+                while (k < nothers && (others[k].base != a.base || others[k].index != a.index))
+                    k++;
+                if (k == nothers) {
+                    if (nothers == borrowed)
+                        return served;
+                    others[nothers++] = a;
+                }
+            } else if (!borrowed && (simple || (i->op == BT_PLAIN && i->mem))) {
+                return served;
             }
         }
         if (i->op == BT_JCC)
             branched = true;
         else if (i->op == BT_RET || i->op == BT_CALL)
-            return;
+            return served;
         if (g->index != NO_REG && (changed & BIT32(g->index)))
-            return;
+            return served;
         if (changed & BIT32(g->base)) {
             if (!adds_constant(i, g->base, &by) || by < -4096 || by > 4096)
-                return;
+                return served;
             shift += by;
         }
     }
+    return served;
 }
 
-/* An instruction was emitted: does S1 still serve? */
+/* An instruction was emitted: which groups still serve? */
 static void group_after(struct translation *t, const struct bt_insn *i)
 {
-    struct access_group *g = &t->group;
     u32 changed = insn_changed_regs(i);
     s32 by;
 
-    if (!g->valid)
-        return;
-    if ((g->index != NO_REG && (changed & BIT32(g->index))) || !keeps_s1(t, i))
-        g->valid = false;
-    else if (changed & BIT32(g->base)) {
-        if (adds_constant(i, g->base, &by))
-            g->shift += by;
-        else
+    if (!keeps_s1(t, i))
+        t->groups[0].valid = false;
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
+        struct access_group *g = &t->groups[n];
+
+        if (!g->valid)
+            continue;
+        if (g->index != NO_REG && (changed & BIT32(g->index))) {
             g->valid = false;
+        } else if (changed & BIT32(g->base)) {
+            if (adds_constant(i, g->base, &by))
+                g->shift += by;
+            else
+                g->valid = false;
+        }
     }
 }
 
 /* S1 = linear address: checks an access of n bytes, and makes it the host address. */
 static void put_check(struct translation *t, const struct bt_insn *i, const u8 *start, unsigned n,
-                      bool write)
+                      bool write, bool grouped)
 {
     u8 **p = &t->p;
     enum tlb_kind kind = t->v->bt_mode & BT_MODE_USER ? TLB_USER
@@ -570,6 +613,7 @@ static void put_check(struct translation *t, const struct bt_insn *i, const u8 *
     site = add_site(t, i);
     t->bt->sites[site].size = (u16)n;
     t->bt->sites[site].write = write;
+    t->bt->sites[site].grouped = grouped;
     s = add_stub(t, STUB_SLOW, put_jcc(p, CC_A));
     s->number = site;
     s->target = (s32)tag;
@@ -577,14 +621,46 @@ static void put_check(struct translation *t, const struct bt_insn *i, const u8 *
     put_op_gs_base(p, OP_ADD, S1, S2, entries + (u32)offsetof(struct tlb_entry, host));
 }
 
+/* A group that serves the access, or NULL. */
+static struct access_group *serving_group(struct translation *t, const struct access *a)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
+        struct access_group *g = &t->groups[n];
+        s64 at = (s64)a->disp + g->shift;
+
+        if (g->valid && a->base == g->base && a->index == g->index &&
+            (a->index == NO_REG || a->scale == g->scale) && (!a->write || g->write) &&
+            at >= g->lo && at + a->size <= g->hi)
+            return g;
+    }
+    return NULL;
+}
+
+/* The borrowed register's group that was used least lately. */
+static unsigned oldest_group(const struct translation *t, unsigned borrowed)
+{
+    unsigned oldest = 1;
+
+    for (unsigned n = 1; n <= borrowed; n++)
+        if (!t->groups[n].valid || (t->groups[oldest].valid && t->groups[n].used < t->groups[oldest].used))
+            oldest = n;
+    return oldest;
+}
+
+static u8 group_reg(const struct translation *t, unsigned n)
+{
+    return n ? t->perm[1 + n] : S1;
+}
+
 /*
  * Emits what an access of `size` bytes at base + disp (and i's index, segment) needs. Returns n: the
- * operand is [S1 + n]. S2 is free afterwards.
+ * operand is [t->operand + n]. S2 is free afterwards.
  */
 static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp, unsigned size,
                   bool write)
 {
-    struct access_group *g = &t->group, wide;
+    unsigned borrowed = (t->perm[2] != NO_REG) + (t->perm[3] != NO_REG), slot = 0;
+    struct access_group *g, wide;
     struct access a;
     const u8 *start;
     bool simple = simple_access(i, &a);
@@ -592,21 +668,27 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     if (simple) {
         base = a.base;
         disp = a.disp;
+        g = serving_group(t, &a);
+        if (g) {
+            g->used = t->at;
+            t->operand = group_reg(t, (unsigned)(g - t->groups));
+            return (s32)(disp + g->shift - g->lo);
+        }
     }
-    if (g->valid && simple && a.base == g->base && a.index == g->index &&
-        (a.index == NO_REG || a.scale == g->scale) && (!write || g->write) &&
-        (s64)disp + g->shift >= g->lo && (s64)disp + g->shift + size <= g->hi)
-        return (s32)(disp + g->shift - g->lo);
-
     flags_clobber(t);
     start = t->p;
-    wide = (struct access_group){
-        .base = base, .index = NO_REG, .lo = disp, .hi = (s64)disp + size, .write = write};
-    if (simple) {
+    wide = (struct access_group){.base = base,
+                                 .index = NO_REG,
+                                 .lo = disp,
+                                 .hi = (s64)disp + size,
+                                 .write = write,
+                                 .used = t->at};
+    if (simple && !(t->block->mode & BT_MODE_NARROW)) {
         wide.index = a.index;
         wide.scale = a.scale;
         wide.valid = true;
-        widen_group(t, &wide);
+        if (widen_group(t, &wide, borrowed) > 1 && borrowed)
+            slot = oldest_group(t, borrowed);
     }
     if (i->op != BT_PLAIN) {
         put_lea_word(&t->p, i->word, S1, base, (s32)wide.lo); /* the stack */
@@ -618,8 +700,12 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
         if (i->seg != NO_REG)
             put_op_gs(&t->p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
-    put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
-    *g = wide;
+    put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write, wide.hi - wide.lo > size);
+    t->groups[0].valid = false;
+    t->groups[slot] = wide;
+    t->operand = group_reg(t, slot);
+    if (slot)
+        put_mov_rr(&t->p, t->operand, S1);
     return (s32)(disp - wide.lo);
 }
 
@@ -650,7 +736,7 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
                       s32 disp)
 {
     u8 **p = &t->p;
-    u8 b = i->mem ? S1 : rm;
+    u8 b = i->mem ? t->operand : rm;
 
     if (i->encoding == ENC_LEGACY) {
         unsigned rex = i->rex & 8u;
@@ -677,7 +763,7 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
     }
     if (i->has_modrm) {
         if (i->mem)
-            put_base_disp(p, reg, S1, disp);
+            put_base_disp(p, reg, t->operand, disp);
         else
             put_modrm(p, 3, reg, rm);
     }
@@ -725,14 +811,14 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
         (i->reg_gpr && in_memory(t, i->reg)) || !flags_outlive(t, t->at))
         return false;
     if (i->mem_size < 4) { /* movzx S2d, [S1 + disp] */
-        put_rex(p, false, S2, 0, S1);
+        put_rex(p, false, S2, 0, t->operand);
         put8(p, 0x0f);
         put8(p, i->mem_size == 1 ? 0xb6 : 0xb7);
     } else {
-        put_rex(p, i->mem_size == 8, S2, 0, S1);
+        put_rex(p, i->mem_size == 8, S2, 0, t->operand);
         put8(p, 0x8b);
     }
-    put_base_disp(p, S2, S1, disp);
+    put_base_disp(p, S2, t->operand, disp);
     put_store_gs(p, GS_OFFSET(bt_shared.flag_source), S2);
     on_register.mem = false;
     on_register.rm_gpr = true;
@@ -764,7 +850,7 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
      * is what BMI instructions do to their first operand. */
     if (m.action[0] && m.action[1]) {
         m.host[i->mem && i->vvvv_gpr && i->vvvv == t->memory_reg[0] ? 1 : 0] = S1;
-        t->group.valid = false;
+        t->groups[0].valid = false;
     }
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & (ACTION_READ | ACTION_PARTIAL))
@@ -795,7 +881,7 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
         put_load_reg(t, S2, i->reg);
         put8(&t->p, 0x66); /* mov S2w, S1w */
         put_op_rr(&t->p, false, OP_MOV, S2, S1);
-        t->group.valid = false;
+        t->groups[0].valid = false;
         put_store_reg(t, i->reg, S2);
         return;
     }
@@ -829,24 +915,24 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
         load.mem_size = i->word;
         load.mem_read = true;
         load.mem_write = false;
-        t->group.valid = false;
+        t->groups[0].valid = false;
         disp = access(t, &load, i->base, i->disp, i->word, false);
-        put_load_word(p, i->word, S2, S1, disp);
+        put_load_word(p, i->word, S2, t->operand, disp);
         put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
-        t->group.valid = false;
+        t->groups[0].valid = false;
         disp = access(t, i, RSP, -i->word, i->word, true);
         put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
-        put_store_word(p, i->word, S1, disp, S2);
-        t->group.valid = false;
+        put_store_word(p, i->word, t->operand, disp, S2);
+        t->groups[0].valid = false;
     } else {
         disp = access(t, i, RSP, -i->word, i->word, true);
         if (i->rm == NO_REG) {
-            put_rex(p, i->word == 8, 0, 0, S1);
+            put_rex(p, i->word == 8, 0, 0, t->operand);
             put8(p, 0xc7);
-            put_base_disp(p, 0, S1, disp);
+            put_base_disp(p, 0, t->operand, disp);
             put32(p, (u32)i->imm);
         } else {
-            put_store_word(p, i->word, S1, disp, read_reg(t, i->rm, S2));
+            put_store_word(p, i->word, t->operand, disp, read_reg(t, i->rm, S2));
         }
     }
     put_lea_word(p, i->word, RSP, RSP, -i->word);
@@ -861,7 +947,7 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
     flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
     if (i->rm != RSP)
         put_lea_word(p, i->word, RSP, RSP, i->word);
-    put_load_word(p, i->word, to, S1, disp);
+    put_load_word(p, i->word, to, t->operand, disp);
     if (in_memory(t, i->rm))
         put_store_reg(t, i->rm, to);
 }
@@ -872,7 +958,7 @@ static void emit_leave(struct translation *t, const struct bt_insn *i)
 
     flags_before_write(t, BIT32(RSP) | BIT32(RBP));
     put_lea_word(&t->p, i->word, RSP, RBP, i->word);
-    put_load_word(&t->p, i->word, RBP, S1, disp);
+    put_load_word(&t->p, i->word, RBP, t->operand, disp);
 }
 
 void emit_push_return(struct translation *t, const struct bt_insn *i)
@@ -882,9 +968,9 @@ void emit_push_return(struct translation *t, const struct bt_insn *i)
     flags_before_write(t, BIT32(RSP));
     put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
     put_lea_word(&t->p, i->word, S2, S2, i->offset + i->len);
-    put_store_word(&t->p, i->word, S1, disp, S2);
+    put_store_word(&t->p, i->word, t->operand, disp, S2);
     put_lea_word(&t->p, i->word, RSP, RSP, -i->word);
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 void emit_pop_return(struct translation *t, const struct bt_insn *i)
@@ -893,9 +979,9 @@ void emit_pop_return(struct translation *t, const struct bt_insn *i)
 
     flags_before_write(t, BIT32(RSP));
     flags_to_memory(t);
-    put_load_word(&t->p, i->word, S1, S1, disp);
+    put_load_word(&t->p, i->word, S1, t->operand, disp);
     put_lea_word(&t->p, i->word, RSP, RSP, i->word + (s32)i->imm);
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 void emit_branch_target(struct translation *t, const struct bt_insn *i)
@@ -910,14 +996,14 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
         load.mem_write = false;
         disp = access(t, &load, i->base, i->disp, i->word, false);
         flags_to_memory(t);
-        put_load_word(&t->p, i->word, S1, S1, disp);
+        put_load_word(&t->p, i->word, S1, t->operand, disp);
     } else {
         flags_to_memory(t);
         put_load_reg(t, S1, i->rm);
         if (i->word == 4)
             put_op_rr(&t->p, false, OP_MOV, S1, S1);
     }
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 /* PUSHFQ: the parts of RFLAGS come from v->cpu.rflags and v->aflags (flags.h). */
@@ -938,19 +1024,19 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     put_op_ri(p, false, EXT_AND, S2, 0xd5);
     put_op_gs(p, true, 0x0b, S2, GS_OFFSET(cpu.rflags));
     put_op_ri(p, true, EXT_OR, S2, EFLAGS_FIXED);
-    put_store_word(p, i->word, S1, disp, S2);
+    put_store_word(p, i->word, t->operand, disp, S2);
     put_op_gs(p, false, OP_MOV, S2, GS_OFFSET(aflags));
     put_op_ri(p, false, EXT_AND, S2, 1);
     put_rex(p, false, 0, 0, S2); /* shl S2d, 11 */
     put8(p, 0xc1);
     put_modrm(p, 3, 4, S2);
     put8(p, 11);
-    put_rex(p, true, S2, 0, S1); /* or [S1 + disp], S2 */
+    put_rex(p, true, S2, 0, t->operand); /* or [operand + disp], S2 */
     put8(p, 0x09);
-    put_base_disp(p, S2, S1, disp);
+    put_base_disp(p, S2, t->operand, disp);
     put_lea(p, RSP, RSP, -8);
     t->flags.host = false;
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 /* --- Flags that aren't arithmetic --- */
@@ -1011,7 +1097,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     const u8 *start;
 
     flags_clobber(t);
-    t->group.valid = false;
+    t->groups[0].valid = false;
     start = *p;
     emit_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
@@ -1028,13 +1114,14 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     put8(p, 3);
     put_op_ri(p, true, EXT_AND, S2, wide ? -8 : -4);
     put_op_rr(p, !i->code32, OP_ADD, S1, S2);
-    put_check(t, i, start, i->mem_size, i->mem_write);
+    put_check(t, i, start, i->mem_size, i->mem_write, false);
     /* Within the operand now. S2 is needed for the flags, so the offset waits in memory. */
     put_load_reg(t, S2, i->reg);
     put_op_ri(p, false, EXT_AND, S2, wide ? 63 : 31);
     put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
     flags_need(t);
     put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
+    t->operand = S1;
     put_plain(t, i, S2, 0, 0, 0);
     flags_made(t, i, i->recipe);
 }

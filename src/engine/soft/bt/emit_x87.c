@@ -18,7 +18,7 @@ void x87_make_live(struct translation *t, const struct bt_insn *i)
     u32 site;
 
     flags_clobber(t);
-    t->group.valid = false; /* C doesn't keep S1 */
+    t->groups[0].valid = false; /* C doesn't keep S1 */
     put8(p, 0x65);          /* cmp byte gs:[fpu_live], 0 */
     put8(p, 0x80);
     put_modrm(p, 0, EXT_CMP, 4);
@@ -81,7 +81,7 @@ void x87_store_pointers(struct translation *t)
 
         emit_address(t, &i, S2, x->base, x->disp);
         if (x->rip_relative || (x->base != NO_REG && t->home[x->base] == NO_REG))
-            t->group.valid = false; /* it took S1 */
+            t->groups[0].valid = false; /* it took S1 */
         put_store_gs(p, GS_OFFSET(cpu.fdp), S2);
         put_selector(t, GS_OFFSET(cpu.fds), x->seg);
     }

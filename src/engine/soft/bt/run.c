@@ -42,7 +42,7 @@ static struct bt_block *find_block(struct soft_vcpu *v)
 
     if (!fetch(v, &gpa))
         return NULL;
-    b = bt_block_find(v, gpa);
+    b = bt_block_find(v, gpa, v->bt_mode);
     if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
         return NULL;
     return b;
@@ -87,7 +87,7 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     s.host = fetch(v, &s.gpa);
     if (s.host && bt_goes_across(v, s.gpa, s.host))
         s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
-    if (s.host && bt_translate(v, &s)) {
+    if (s.host && bt_translate(v, &s, v->bt_mode)) {
         v->bt->from = NULL;
         return true;
     }
@@ -136,17 +136,46 @@ static void stop_at_point(struct soft_vcpu *v, const struct bt_point *point)
     stop_at(v, point->offset);
 }
 
+/*
+ * The check of a group of accesses met the end of a page: code for the same instructions with a check for
+ * each access. NULL: there is none.
+ */
+static const u8 *narrow_code(struct soft_vcpu *v)
+{
+    u32 mode = v->bt_mode | BT_MODE_NARROW;
+    struct bt_source s = {0};
+    struct bt_block *b;
+
+    s.host = fetch(v, &s.gpa);
+    if (!s.host || v->journal)
+        return NULL;
+    b = bt_block_find(v, s.gpa, mode);
+    if (!b) {
+        soft_vectors_sync(v);
+        if (!bt_goes_across(v, s.gpa, s.host))
+            b = bt_translate(v, &s, mode);
+    }
+    return b ? bt_run_at(v->bt, b->memory_entry) : NULL;
+}
+
 /* An access missed. Returns where to go on, or NULL: by the interpreter. */
 static const u8 *on_slow(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     gva_t lin = v->bt_shared.linear;
+    const u8 *code;
 
-    if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE &&
-        bt_tlb_fill(v, lin, site->write))
-        return bt_run_at(v->bt, site->resume);
+    if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE) {
+        if (bt_tlb_fill(v, lin, site->write))
+            return bt_run_at(v->bt, site->resume);
+        stop_at_site(v, site);
+        return NULL;
+    }
     stop_at_site(v, site);
-    return NULL;
+    code = site->grouped ? narrow_code(v) : NULL;
+    if (code)
+        v->bt->interp_next = false;
+    return code;
 }
 
 /* A direct exit that isn't linked, or was undone by a kick. */
@@ -234,9 +263,9 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
     const struct bt_site *site = NULL;
     u32 reason;
 
-    if (!v->vectors_live)
-        bt_vectors_load(v);
     do {
+        if (unlikely(!v->vectors_live))
+            bt_vectors_load(v);
         v->bt_shared.entry = code;
         bt->armed = true;
         atomic_signal_fence(memory_order_seq_cst);

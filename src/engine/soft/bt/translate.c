@@ -92,8 +92,8 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
                                          .flags = t->flags.memory ? EXIT_MEMORY
                                                   : t->pending    ? EXIT_RECIPE
                                                                   : EXIT_HOST,
-                                         .perm = {t->perm[0], t->perm[1]},
                                          .recipe_regs = t->pending};
+    memcpy(bt->exits[number].perm, t->perm, sizeof(t->perm));
     add_stub(t, STUB_EXIT, from)->number = number;
 }
 
@@ -220,7 +220,10 @@ static void put_end(struct translation *t, const struct bt_insn *i)
 
 static bool has_perm(const struct translation *t)
 {
-    return t->perm[0] != NO_REG || t->perm[1] != NO_REG;
+    for (unsigned n = 0; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            return true;
+    return false;
 }
 
 /* Where C goes on in the block, if it does. */
@@ -234,6 +237,7 @@ static void put_resume(struct translation *t, const struct stub *stub)
     if (has_perm(t)) {
         *resume = code_offset(t, t->p);
         put_perm_in(t);
+        put_keep_addresses(t, true);
         patch_rel32(put_jmp(&t->p), stub->resume);
     }
 }
@@ -250,6 +254,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
     case STUB_SLOW:
         put_op_gs_base(p, OP_XOR, S1, S2, (u32)stub->target); /* the linear address again */
         put_store_gs(p, GS_OFFSET(bt_shared.linear), S1);
+        put_keep_addresses(t, false);
         put_perm_out(t);
         put_leave(t, BT_SLOW, stub->number);
         put_resume(t, stub);
@@ -271,6 +276,8 @@ static void put_stub(struct translation *t, const struct stub *stub)
         put_far_jump(t, stub->target);
         break;
     default: /* STUB_SITE */
+        if (stub->resume)
+            put_keep_addresses(t, false);
         put_perm_out(t);
         put_leave(t, (enum bt_reason)stub->reason, stub->number);
         put_resume(t, stub);
@@ -445,7 +452,7 @@ static bool is_loop(const struct translation *t)
 }
 
 /* The weight of what is in memory under perm; UINT32_MAX: impossible. */
-static u32 perm_weight(const u32 weight[16], const u8 perm[2])
+static u32 perm_weight(const u32 weight[16], const u8 perm[BT_PERM])
 {
     u32 sum = 0;
 
@@ -456,19 +463,56 @@ static u32 perm_weight(const u32 weight[16], const u8 perm[2])
             return UINT32_MAX;
         sum += w;
     }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (perm[n] != NO_REG && weight[perm[n]])
+            return UINT32_MAX;
     return sum;
 }
 
+/* How many registers are worth borrowing for host addresses. */
+static unsigned wanted_addresses(const struct translation *t, bool loop)
+{
+    u32 bases = 0;
+    unsigned accesses = 0, nbases;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (i->op == BT_PUSH || i->op == BT_POP)
+            bases |= BIT32(RSP);
+        else if (i->op == BT_PLAIN && i->mem)
+            bases |= BIT32(i->rip_relative || i->base == NO_REG ? GPR_ZERO : i->base);
+        else
+            continue;
+        accesses++;
+    }
+    nbases = (unsigned)__builtin_popcount(bases);
+    if (nbases < 2 || accesses < nbases + (loop ? 1 : 3))
+        return 0;
+    return MIN(nbases, BT_BORROWED);
+}
+
+static void borrow(const struct translation *t, struct bt_block *b, const u32 weight[16], bool loop)
+{
+    unsigned wanted = wanted_addresses(t, loop), n = 2;
+
+    for (u8 reg = S1; reg-- > 0 && n < 2 + wanted;)
+        if (!weight[reg] && reg != b->perm[0] && reg != b->perm[1])
+            b->perm[n++] = reg;
+}
+
 /*
- * Chooses the registers that are in memory while the block runs. A change costs two loads and two stores
- * for each, there and back, if it isn't a loop; none at all if the block before has the same ones.
+ * Chooses the registers that are in memory while the block runs, and those borrowed. A change costs two
+ * loads and two stores for each, there and back, if it isn't a loop; none at all if the block before has
+ * the same ones.
  */
 static void choose_perm(const struct translation *t, struct bt_block *b)
 {
     const struct bt_block *from = t->bt->from;
-    u32 weight[16], change = is_loop(t) ? 1 : 5, best;
+    bool loop = is_loop(t);
+    u32 weight[16], change = loop ? 1 : 5, best;
 
-    b->perm[0] = b->perm[1] = NO_REG;
+    memset(b->perm, NO_REG, sizeof(b->perm));
     weigh_registers(t, weight);
     if (weight[S1] == UINT32_MAX || weight[S2] == UINT32_MAX)
         return;
@@ -487,6 +531,8 @@ static void choose_perm(const struct translation *t, struct bt_block *b)
         best += change;
     if (from && perm_weight(weight, from->perm) <= best)
         memcpy(b->perm, from->perm, sizeof(b->perm));
+    if (b->perm[2] == NO_REG && !(b->mode & BT_MODE_NARROW))
+        borrow(t, b, weight, loop);
 }
 
 /* --- Blocks --- */
@@ -594,7 +640,7 @@ static unsigned decode(struct translation *t, const struct bt_source *source)
     return decode_across(t, source->gpa, bytes, sizeof(bytes));
 }
 
-struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source)
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode)
 {
     static _Thread_local struct translation translation;
     struct translation *t = &translation;
@@ -608,13 +654,13 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->bt = bt;
     t->count = t->nstubs = 0;
     t->goes_across = false;
-    t->group = (struct access_group){0};
+    memset(t->groups, 0, sizeof(t->groups));
     t->x87 = 0;
     t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
-                           .mode = v->bt_mode,
+                           .mode = mode,
                            .hot = bt->hot,
                            .cold = bt->cold,
                            .exits = bt->nexits,

@@ -26,11 +26,12 @@ struct flag_state {
 };
 
 /*
- * One check serves accesses at [lo, hi) off one base: S1 holds the host address of base + index + lo.
- * `shift` is what was added to the base since.
+ * One check serves accesses at [lo, hi) off one base: a register holds the host address of base + index
+ * + lo, S1 for group 0, a borrowed one for the others. `shift` is what was added to the base since.
  */
 struct access_group {
     bool valid, write;
+    unsigned used; /* when last, as an instruction's number */
     u8 base, index, scale;
     s64 lo, hi; /* lo is one that an instruction can have */
     s32 shift;
@@ -47,7 +48,7 @@ struct stub {
     bool write;
     s32 target;  /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
-    u8 perm[2];
+    u8 perm[BT_PERM];
     struct flag_state flags;
 };
 
@@ -57,13 +58,15 @@ struct translation {
     struct bt_block *block;
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
-    struct access_group group;
+    struct access_group groups[1 + BT_BORROWED];
+    u8 operand; /* the register that access() left the operand's host address in */
     /*
      * Registers. home: the host register of each of the guest's, or NO_REG for the two in memory
      * (memory_reg). By default these are R14 and R15; perm[n] is one that is in memory in the place of
-     * R14 + n, whose host register is perm[n]'s then.
+     * R14 + n, whose host register is perm[n]'s then. perm[2] and perm[3] aren't used by the block, and
+     * are borrowed for host addresses.
      */
-    u8 home[16], memory_reg[2], perm[2];
+    u8 home[16], memory_reg[2], perm[BT_PERM];
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
     u32 x87;       /* as in a site */
     bool x87_live; /* the x87 registers were made live in this block */
@@ -91,8 +94,10 @@ void emit_push_return(struct translation *t, const struct bt_insn *i);
 void emit_pop_return(struct translation *t, const struct bt_insn *i);
 
 /* Registers: makes `perm` the current one; changes between it and the default; ends it for good. */
-void use_perm(struct translation *t, const u8 perm[2]);
+void use_perm(struct translation *t, const u8 perm[BT_PERM]);
 void put_perm_in(struct translation *t);
+/* For a way out that comes back: keeps host addresses in borrowed registers, and has them again. */
+void put_keep_addresses(struct translation *t, bool again);
 void put_perm_out(struct translation *t);
 void leave_perm(struct translation *t);
 
