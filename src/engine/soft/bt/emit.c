@@ -208,7 +208,8 @@ void flags_clobber(struct translation *t)
 
 static bool recipe_uses(const struct bt_recipe *r, u32 regs)
 {
-    return r->kind && ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
+    return r->kind &&
+           ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
 }
 
 /* The registers are about to change; the flags stay. */
@@ -465,8 +466,8 @@ static void widen_group(struct translation *t, struct access_group *g)
                 s64 lo = MIN(g->lo, at), hi = MAX(g->hi, at + a.size);
 
                 if (a.base != g->base || a.index != g->index ||
-                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > t->bt->choices.group_span ||
-                    lo < INT32_MIN || (a.write && branched))
+                    (a.index != NO_REG && a.scale != g->scale) ||
+                    hi - lo > t->bt->choices.group_span || lo < INT32_MIN || (a.write && branched))
                     return;
                 g->lo = lo;
                 g->hi = hi;
@@ -995,6 +996,21 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_made(t, i);
 }
 
+/* --- Strings --- */
+
+static void emit_string(struct translation *t, const struct bt_insn *i)
+{
+    struct stub *s;
+
+    flags_before_write(t, i->written);
+    flags_clobber(t);
+    s = add_stub(t, STUB_SITE, put_jmp(&t->p));
+    s->reason = BT_STRING;
+    s->number = add_site(t, i);
+    s->resume = t->p;
+    t->bt->sites[s->number].string = i->string;
+}
+
 /* --- All of them --- */
 
 void emit_insn(struct translation *t, const struct bt_insn *i)
@@ -1015,6 +1031,9 @@ void emit_insn(struct translation *t, const struct bt_insn *i)
         break;
     case BT_LEAVE:
         emit_leave(t, i);
+        break;
+    case BT_STRING_INSN:
+        emit_string(t, i);
         break;
     case BT_BIT_STRING:
         emit_bit_string(t, i);
