@@ -84,6 +84,8 @@ void bt_vectors_load(struct soft_vcpu *v);
 /* fill.c: fills the TLB for an access of the current privilege if that needs no change to the page
  * tables; false: the interpreter must see to it. */
 bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write);
+/* string.c: runs a string instruction; false: the interpreter must go on with it. */
+bool bt_string(struct soft_vcpu *v, const struct bt_string *s);
 /* x87.c: an instruction of the interpreter's comes next: makes the x87 pointers what the one numbered
  * `number` makes them (0: what they are). */
 void bt_x87_point(struct soft_vcpu *v, u32 number);

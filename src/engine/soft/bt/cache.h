@@ -31,6 +31,7 @@ enum bt_reason {
     BT_STOP,   /* at an instruction for the interpreter: site */
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
     BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
+    BT_STRING, /* at a string instruction: site, its resume where to go on behind it */
     BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
 };
 
@@ -46,6 +47,7 @@ struct bt_site {
     u8 flags; /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
     u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
+    struct bt_string string; /* BT_STRING */
 };
 
 /*
@@ -195,7 +197,7 @@ struct bt {
     } old_stack;
     void *signal_stack;
     struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
-    bool interp_next; /* the next instruction is the interpreter's */
+    bool interp_next;      /* the next instruction is the interpreter's */
 
     u64 translated, translated_insns, flushes;
 };

@@ -229,7 +229,8 @@ void flags_clobber(struct translation *t)
 
 static bool recipe_uses(const struct bt_recipe *r, u32 regs)
 {
-    return r->kind && ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
+    return r->kind &&
+           ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
 }
 
 /* The registers are about to change; the flags stay. */
@@ -1126,6 +1127,21 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_made(t, i, i->recipe);
 }
 
+/* --- Strings --- */
+
+static void emit_string(struct translation *t, const struct bt_insn *i)
+{
+    struct stub *s;
+
+    flags_before_write(t, i->written);
+    flags_clobber(t);
+    s = add_stub(t, STUB_SITE, put_jmp(&t->p));
+    s->reason = BT_STRING;
+    s->number = add_site(t, i);
+    s->resume = t->p;
+    t->bt->sites[s->number].string = i->string;
+}
+
 /* --- All of them --- */
 
 void emit_insn(struct translation *t, const struct bt_insn *i)
@@ -1146,6 +1162,9 @@ void emit_insn(struct translation *t, const struct bt_insn *i)
         break;
     case BT_LEAVE:
         emit_leave(t, i);
+        break;
+    case BT_STRING_INSN:
+        emit_string(t, i);
         break;
     case BT_BIT_STRING:
         emit_bit_string(t, i);

@@ -573,6 +573,31 @@ static enum bt_op branch_op(struct bt_insn *i, const struct decoded *raw)
     return BT_INTERP;
 }
 
+/* MOVS, STOS and LODS through flat segments. */
+static enum bt_op string_op(const struct soft_vcpu *v, struct bt_insn *i,
+                            const ZydisDecodedInstruction *zi)
+{
+    u8 opcode = i->opcode & 0xfe;
+    bool movs = opcode == 0xa4, stos = opcode == 0xaa, lods = opcode == 0xac;
+
+    /* bt,verify can't compare it: its journal ends with the first element. */
+    if (v->journal || i->map || (!movs && !stos && !lods) || i->insn.asize != i->word ||
+        (!stos && zi->attributes & (ZYDIS_ATTRIB_HAS_SEGMENT_FS | ZYDIS_ATTRIB_HAS_SEGMENT_GS |
+                                    ZYDIS_ATTRIB_HAS_SEGMENT_CS)))
+        return BT_INTERP;
+    i->string = (struct bt_string){.size = i->opcode & 1 ? i->insn.osize : 1,
+                                   .len = i->len,
+                                   .repeated = i->insn.flags & (INSN_REP | INSN_REPNE),
+                                   .source = !stos,
+                                   .destination = !lods};
+    if (i->string.repeated && lods)
+        return BT_INTERP;
+    i->written = (lods ? BIT32(RAX) : BIT32(RDI)) | (stos ? 0 : BIT32(RSI)) |
+                 (i->string.repeated ? BIT32(RCX) : 0);
+    i->read = i->written | BIT32(RAX);
+    return BT_STRING_INSN;
+}
+
 static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
 {
     const ZydisDecodedInstruction *zi = &raw->zi;
@@ -617,6 +642,8 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     default:
         break;
     }
+    if (zi->meta.category == ZYDIS_CATEGORY_STRINGOP)
+        return string_op(v, i, zi);
     if (zi->meta.category == ZYDIS_CATEGORY_COND_BR)
         return branch_op(i, raw);
     if (!take_operands(i, raw))

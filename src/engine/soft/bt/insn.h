@@ -22,7 +22,8 @@ enum bt_op {
     BT_STI,
     BT_CLD,
     BT_STD,
-    BT_FAST, /* ends the block: fast.c does it, or the interpreter */
+    BT_STRING_INSN, /* MOVS, STOS, LODS: in C, by string.c */
+    BT_FAST,        /* ends the block: fast.c does it, or the interpreter */
     /* These end the block, but for a conditional branch that isn't taken. */
     BT_JCC,
     BT_JMP,
@@ -53,10 +54,18 @@ enum recipe_kind {
 struct bt_recipe {
     u8 kind; /* enum recipe_kind */
     u8 size; /* of its operands in bytes */
-    u8 a;    /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
+    u8 a; /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
               * it was, in v->bt_shared.flag_source */
-    u8 b;    /* register, or NO_REG: imm */
+    u8 b; /* register, or NO_REG: imm */
     s32 imm;
+};
+
+/* A string instruction that runs in C. */
+struct bt_string {
+    u8 size; /* of an element */
+    u8 len;  /* of the instruction */
+    bool repeated;
+    bool source, destination; /* in memory; not both: the other is the accumulator */
 };
 
 struct bt_insn {
@@ -88,10 +97,10 @@ struct bt_insn {
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */
     s32 disp;
-    s64 imm;           /* immediate, or displacement of a branch */
-    u8 cc;             /* condition of BT_JCC */
-    u32 read, written; /* general registers, one bit each, implicit ones too */
-    u32 fixed;         /* those that can't be substituted */
+    s64 imm;                               /* immediate, or displacement of a branch */
+    u8 cc;                                 /* condition of BT_JCC */
+    u32 read, written;                     /* general registers, one bit each, implicit ones too */
+    u32 fixed;                             /* those that can't be substituted */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */
@@ -100,6 +109,7 @@ struct bt_insn {
     bool flags_partial; /* but not all */
     struct bt_recipe recipe;
 
+    struct bt_string string;
     u8 fpu_class;    /* enum fpu_class; FPU_CLASSES: none */
     bool faults;     /* may fault on the host by itself: #DE, #MF, #XM, alignment */
     bool x87;        /* uses the x87 or MMX registers */

@@ -219,6 +219,25 @@ static void on_quick(struct soft_vcpu *v)
     i->fn(v, i);
 }
 
+static const u8 *on_string(struct soft_vcpu *v)
+{
+    const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+
+    if (bt_string(v, &site->string))
+        return bt_run_at(v->bt, site->resume);
+    stop_at_site(v, site);
+    return NULL;
+}
+
+/* Stops where the code would have gone on behind site: within a block. */
+static void stop_within(struct soft_vcpu *v, const struct bt_site *site, u32 reason)
+{
+    stop_at_site(v, site);
+    if (reason == BT_STRING) /* it's done */
+        v->cpu.gpr[GPR_RIP] = soft_ip_mask(v, v->cpu.gpr[GPR_RIP] + site->string.len);
+    v->bt->interp_next = false;
+}
+
 static const u8 *came_back(struct soft_vcpu *v, u32 reason)
 {
     switch (reason) {
@@ -238,6 +257,8 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
     case BT_FAULT:
         stop_at_point(v, &v->bt->points[v->bt_shared.site]);
         return NULL;
+    case BT_STRING:
+        return on_string(v);
     case BT_FPU:
         fpu_make_live(v);
         return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
@@ -261,7 +282,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 {
     struct bt *bt = v->bt;
     const struct bt_site *site = NULL;
-    u32 reason;
+    u32 reason = BT_JUMP;
 
     do {
         if (unlikely(!v->vectors_live))
@@ -271,10 +292,8 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed))) {
             bt->armed = false;
-            if (site) { /* not between two instructions as the registers say */
-                stop_at_site(v, site);
-                bt->interp_next = false;
-            }
+            if (site)
+                stop_within(v, site, reason);
             return;
         }
         reason = enter(v);
@@ -282,7 +301,9 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
             bt_relink(v);
-        site = reason == BT_SLOW || reason == BT_FPU ? &bt->sites[v->bt_shared.site] : NULL;
+        site = reason == BT_SLOW || reason == BT_FPU || reason == BT_STRING
+                   ? &bt->sites[v->bt_shared.site]
+                   : NULL;
         code = came_back(v, reason);
     } while (code);
 }

@@ -282,6 +282,7 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     soft_fpu_sync(v);
     fpu_refresh_tags(&v->cpu);
     interpret(v, b);
+    soft_fpu_sync(v); /* the step that faulted may have made it live */
     /* Undo it all. */
     for (unsigned n = j->nwrites; n-- > 0;)
         memcpy(j->writes[n].host, j->writes[n].old, j->writes[n].size);
