@@ -30,8 +30,14 @@
  */
 #include "engine/soft/bt/translate.h"
 
+#include "engine/soft/bt/audit.h"
+
 #include "engine/soft/block.h"
 #include "engine/soft/mmu.h"
+#include "host/log.h"
+
+#include <stdio.h>
+#include <stdlib.h>
 
 /* --- The ways out --- */
 
@@ -400,6 +406,28 @@ static unsigned decode(struct translation *t, const struct bt_source *source)
     return decode_across(t, source->gpa, bytes, sizeof(bytes));
 }
 
+/* A build that audits does not outlive its first finding. */
+static void audit_block(const struct translation *t, u32 first_site)
+{
+    const struct bt_block *b = t->block;
+    u32 sites[2] = {first_site, t->bt->nsites};
+    struct bt_fault_found found;
+
+    if (bt_audit(t->bt, b, sites, &found))
+        return;
+    log_message(LOG_ERROR, "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
+                found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
+                found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
+    for (unsigned n = 0; n < t->count; n++) {
+        char text[64] = "";
+
+        for (unsigned k = 0; k < t->insns[n].len; k++)
+            snprintf(text + 3 * k, sizeof(text) - 3 * k, "%02x ", t->insns[n].bytes[k]);
+        log_message(LOG_ERROR, "  %03x  %s", t->insns[n].offset, text);
+    }
+    abort();
+}
+
 struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source)
 {
     static _Thread_local struct translation translation;
@@ -407,6 +435,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     struct bt *bt = v->bt;
     const struct bt_insn *last;
     struct bt_block *b;
+    u32 sites = bt->nsites;
 
     if (bt_is_full(bt))
         return NULL;
@@ -459,6 +488,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
     b->nexits = bt->nexits - b->exits;
     b->npoints = bt->npoints - b->points;
+    if (BT_AUDIT)
+        audit_block(t, sites);
     bt->nblocks++;
     bt->translated++;
     bt->translated_insns += b->count;
