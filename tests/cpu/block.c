@@ -213,6 +213,9 @@ static u32 written(const struct candidate *c)
 {
     u32 set = 0;
 
+    /* With REX.B it is XCHG R8, RAX, whatever the decoder says. */
+    if (c->zi.mnemonic == ZYDIS_MNEMONIC_PAUSE && c->zi.raw.rex.B)
+        return (u32)(BIT(RAX) | BIT(8));
     for (unsigned n = 0; n < c->zi.operand_count; n++) {
         const ZydisDecodedOperand *op = &c->ops[n];
 
@@ -667,7 +670,7 @@ static void make_string(struct maker *m, struct unit *u)
 static void make_loop_head(struct maker *m, struct unit *u)
 {
     if (percent(m, 40)) {
-        add_constant(u, m->counter, 1 + below(m, 6));
+        add_constant(u, m->counter, 1 + below(m, percent(m, 85) ? 6 : 50));
         return;
     }
     /* As many times as another register's low bits say, and once more. */

@@ -10,8 +10,11 @@
 #include "engine/engine.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Guest-physical places. The kernel half of the linear addresses maps them at KERNEL + gpa. */
 #define KERNEL 0xffff800000000000ULL
@@ -48,6 +51,9 @@ struct guest {
     struct lapic_state apic;
     u8 code[CODE_SIZE]; /* what the code pages hold */
     int vector;         /* of the stub that wrote its port; -1: none did */
+    bool kicked;        /* from time to time, by the kicker */
+    _Atomic bool kicking;
+    pthread_t kicker;
 };
 
 /* --- Guest memory --- */
@@ -232,8 +238,36 @@ fail:
     return NULL;
 }
 
+#define KICK_NS 20000
+
+static void *kick(void *opaque)
+{
+    const struct timespec wait = {.tv_nsec = KICK_NS};
+    struct guest *g = opaque;
+
+    while (atomic_load(&g->kicking)) {
+        nanosleep(&wait, NULL);
+        g->ops->vcpu_kick(g->vcpu);
+    }
+    return NULL;
+}
+
+int guest_start_kicks(struct guest *g)
+{
+    int error;
+
+    atomic_store(&g->kicking, true);
+    error = pthread_create(&g->kicker, NULL, kick, g);
+    g->kicked = !error;
+    return -error;
+}
+
 void guest_destroy(struct guest *g)
 {
+    if (g->kicked) {
+        atomic_store(&g->kicking, false);
+        pthread_join(g->kicker, NULL);
+    }
     if (g->vcpu)
         g->ops->vcpu_destroy(g->vcpu);
     if (g->engine)
@@ -378,6 +412,16 @@ static void set_code(struct guest *g, const struct test_case *c)
     }
 }
 
+/* Out and in again: the whole state is there between any two instructions. */
+static void move_state(struct guest *g)
+{
+    struct lapic_state apic;
+    struct cpu cpu;
+
+    g->ops->vcpu_get_state(g->vcpu, &cpu, &apic);
+    g->ops->vcpu_set_state(g->vcpu, &cpu, &apic, &(struct error){0});
+}
+
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out)
 {
     struct vcpu_exit exit = {0};
@@ -391,6 +435,10 @@ void guest_run(struct guest *g, const struct test_case *c, const u8 *image, stru
 
     g->vector = -1;
     g->ops->vcpu_run(g->vcpu, &exit);
+    while (g->kicked && exit.reason == VCPU_EXIT_KICKED && g->vector < 0) {
+        move_state(g);
+        g->ops->vcpu_run(g->vcpu, &exit);
+    }
     out->lost = exit.reason != VCPU_EXIT_KICKED || g->vector < 0;
     if (out->lost)
         return;

@@ -13,6 +13,12 @@ struct guest *guest_create(const char *engine, const struct host *host, const u8
                            struct error *err);
 void guest_destroy(struct guest *g);
 
+/*
+ * From now on kicks the vCPU every so often, whatever it is about; its state is then taken out of it and put
+ * back. 0, or -errno.
+ */
+int guest_start_kicks(struct guest *g);
+
 /* Runs c, the writable pages holding `image` before its pokes. */
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out);
 

@@ -16,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define NATIVE_SECONDS 10
+#define NATIVE_SECONDS 3
 
 static int start(struct native_link *l)
 {

@@ -8,6 +8,8 @@
  *     --blocks      whole blocks of instructions, each from several states (block.h), not cases
  *     --rounds N    how often doppel runs a block from each of its states (4), or a case (1); of
  *                   a case, the last time counts
+ *     --kicks       kick doppel's vCPU out of blocks all the time, and let it go on; not the same
+ *                   again with the same seed
  *     --count N     cases of each mode (200000 for 64-bit, a quarter of it for 32-bit; blocks: 5000
  *                   and 2500)
  *     --first N     begin with case N
@@ -47,7 +49,7 @@ struct options {
     const char *only, *engine, *native;
     u8 bytes[15];
     unsigned nbytes, rounds;
-    bool blocks, coverage, verbose;
+    bool blocks, kicks, coverage, verbose;
 };
 
 struct coverage {
@@ -291,19 +293,13 @@ static u64 parse_seed(const char *text)
 static int parse_options(int argc, char **argv)
 {
     static const struct option known[] = {
-        {"blocks", no_argument, NULL, 'B'},
-        {"rounds", required_argument, NULL, 'r'},
-        {"seed", required_argument, NULL, 's'},
-        {"count", required_argument, NULL, 'c'},
-        {"first", required_argument, NULL, 'f'},
-        {"mode", required_argument, NULL, 'm'},
-        {"only", required_argument, NULL, 'o'},
-        {"bytes", required_argument, NULL, 'b'},
-        {"engine", required_argument, NULL, 'e'},
-        {"errors", required_argument, NULL, 'n'},
-        {"coverage", no_argument, NULL, 'C'},
-        {"verbose", no_argument, NULL, 'v'},
-        {NULL, 0, NULL, 0},
+        {"blocks", no_argument, NULL, 'B'},       {"rounds", required_argument, NULL, 'r'},
+        {"kicks", no_argument, NULL, 'k'},        {"seed", required_argument, NULL, 's'},
+        {"count", required_argument, NULL, 'c'},  {"first", required_argument, NULL, 'f'},
+        {"mode", required_argument, NULL, 'm'},   {"only", required_argument, NULL, 'o'},
+        {"bytes", required_argument, NULL, 'b'},  {"engine", required_argument, NULL, 'e'},
+        {"errors", required_argument, NULL, 'n'}, {"coverage", no_argument, NULL, 'C'},
+        {"verbose", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0},
     };
     const char *seed = getenv("ORACLE_SEED");
     int option;
@@ -316,6 +312,9 @@ static int parse_options(int argc, char **argv)
             break;
         case 'r':
             options.rounds = (unsigned)atoi(optarg);
+            break;
+        case 'k':
+            options.kicks = true;
             break;
         case 's':
             options.seed = parse_seed(optarg);
@@ -419,6 +418,7 @@ static unsigned run_all_blocks(const char *engine)
         .first = options.first,
         .rounds = options.rounds ? options.rounds : 4,
         .max_errors = options.max_errors,
+        .kicks = options.kicks,
         .coverage = options.coverage,
         .verbose = options.verbose,
     };

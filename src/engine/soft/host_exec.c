@@ -228,7 +228,10 @@ const struct thunk_spec *host_exec_spec(const struct insn *i)
 {
     const struct thunk *t = i->ext;
 
-    return i->fn == run_register || i->fn == run_load || i->fn == run_store ? &t->spec : NULL;
+    return i->fn == run_register || i->fn == run_load || i->fn == run_store ||
+                   i->fn == run_x87_register || i->fn == run_x87_load || i->fn == run_x87_store
+               ? &t->spec
+               : NULL;
 }
 
 /* --- Which instructions the model offers --- */

@@ -169,14 +169,15 @@ struct soft_vcpu {
 
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
+    bool fpu_live; /* the guest's x87 registers are in the host's */
 
     /* Binary translation; NULL: the interpreter alone */
     struct bt *bt;
-    u32 bt_mode;       /* keys translated blocks */
-    bool bt_possible;  /* the current mode is one that is translated */
+    u32 bt_mode;                /* keys translated blocks */
+    bool bt_possible;           /* the current mode is one that is translated */
     struct bt_journal *journal; /* bt,verify; else NULL */
     bool journaling;            /* stores are noted, and to be undone */
-    bool vectors_live; /* the guest's vector registers and MXCSR are in the host's */
+    bool vectors_live;          /* the guest's vector registers and MXCSR are in the host's */
 
     struct vcpu_exit *exit; /* where the run loop's exit goes */
     bool leave;             /* vcpu_run must return with *exit */

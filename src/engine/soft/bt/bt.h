@@ -1,7 +1,7 @@
 /*
  * The binary translator: what the rest of the software processor knows of it.
  *
- * Guest code of 64-bit mode that is run often is translated, block by block, to host code that runs on
+ * Guest code of 64-bit mode, and of 32 bits with flat segments, that is run often is translated, block by block, to host code that runs on
  * the host's own registers (translate.c tells how); all else is the interpreter's. The two run one
  * struct soft_vcpu and alternate at block boundaries.
  */
@@ -15,6 +15,11 @@
 #define BT_MODE_AC 0x02u     /* supervisor accesses under EFLAGS.AC: TLB_KERNEL_AC */
 #define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
 #define BT_MODE_NO_AVX 0x08u
+#define BT_MODE_NO_X87 0x10u /* x87 and MMX */
+#define BT_MODE_CODE32 0x20u
+/* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
+#define BT_MODE_FS 0x40u
+#define BT_MODE_GS 0x80u
 
 /* 0, or an error that names what this host's processor lacks. */
 int bt_probe(struct error *err);
@@ -77,6 +82,9 @@ void bt_vectors_load(struct soft_vcpu *v);
 /* fill.c: fills the TLB for an access of the current privilege if that needs no change to the page
  * tables; false: the interpreter must see to it. */
 bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write);
+/* x87.c: an instruction of the interpreter's comes next: makes the x87 pointers what the one numbered
+ * `number` makes them (0: what they are). */
+void bt_x87_point(struct soft_vcpu *v, u32 number);
 /* flags.c: the arithmetic flags that a recipe makes of the registers as they are. */
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */

@@ -44,7 +44,6 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
         .max_insns = BT_MAX_INSNS,
         .group_span = BT_GROUP_SPAN,
         .code_size = BT_COLD_START - BLOCK_ROOM,
-        .exact_mul = checks->verify || checks->seed,
     };
     u64 random = scramble(checks->seed);
 
@@ -85,6 +84,7 @@ void bt_cache_destroy(struct soft_vcpu *v)
     unmap(bt->exits, BT_EXITS * sizeof(*bt->exits));
     unmap(bt->sites, BT_SITES * sizeof(*bt->sites));
     unmap(bt->points, BT_POINTS * sizeof(*bt->points));
+    unmap(bt->x87s, BT_X87S * sizeof(*bt->x87s));
     unmap(bt->kept, BT_KEPT * sizeof(*bt->kept));
     free(bt);
     v->bt = NULL;
@@ -104,8 +104,9 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->exits = map_array(BT_EXITS * sizeof(*bt->exits));
     bt->sites = map_array(BT_SITES * sizeof(*bt->sites));
     bt->points = map_array(BT_POINTS * sizeof(*bt->points));
+    bt->x87s = map_array(BT_X87S * sizeof(*bt->x87s));
     bt->kept = map_array(BT_KEPT * sizeof(*bt->kept));
-    if (!bt->kept || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
+    if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
     fd = memfd_create("doppel-code", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
@@ -120,6 +121,7 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->executable = map;
     close(fd);
     bt->next_context = 1;
+    bt->nx87s = 1;
     bt->hot = 0;
     bt->cold = BT_COLD_START;
     return 0;
@@ -206,7 +208,9 @@ struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
 
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 {
-    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->stub));
+    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->bridge));
+    if (e->at2)
+        patch_rel32(bt_write_at(bt, e->at2), bt_write_at(bt, e->stub));
 }
 
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
@@ -215,8 +219,12 @@ void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
     bool memory = e->flags == EXIT_MEMORY ||
                   (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
 
-    patch_rel32(bt_write_at(bt, e->at),
-                bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
+    if (to->perm[0] == e->perm[0] && to->perm[1] == e->perm[1])
+        patch_rel32(bt_write_at(bt, e->at),
+                    bt_write_at(bt, memory ? to->memory_native : to->host_native));
+    else /* by the bridge, if there is one */
+        patch_rel32(bt_write_at(bt, e->at2 ? e->at2 : e->at),
+                    bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
 }
 
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
@@ -303,17 +311,44 @@ static void update_key(struct soft_vcpu *v)
     v->bt_shared.jump_key = bt->contexts[v->bt_mode];
 }
 
+/* Whether a segment lets every address through, for reading and writing. */
+static bool is_unlimited(const struct segment *s)
+{
+    return !(s->attr & SEG_ATTR_UNUSABLE) && s->limit == UINT32_MAX &&
+           (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN | SEG_ATTR_WRITABLE)) == SEG_ATTR_WRITABLE;
+}
+
+static bool is_flat(const struct segment *s)
+{
+    return s->base == 0 && is_unlimited(s);
+}
+
+/* 32-bit protected-mode code whose addresses are linear addresses. */
+static bool is_flat32(const struct soft_vcpu *v)
+{
+    const struct segment *seg = v->cpu.seg;
+
+    return (v->mode & (MODE_CODE_MASK | MODE_STACK32 | MODE_PROTECTED)) ==
+               (MODE_CODE32 | MODE_STACK32 | MODE_PROTECTED) &&
+           seg[SEG_CS].base == 0 && seg[SEG_CS].limit == UINT32_MAX && is_flat(&seg[SEG_DS]) &&
+           is_flat(&seg[SEG_ES]) && is_flat(&seg[SEG_SS]);
+}
+
 void bt_mode_changed(struct soft_vcpu *v)
 {
+    bool code64 = soft_code64(v);
     unsigned cpl = soft_cpl(v);
 
     if (!v->bt)
         return;
-    v->bt_possible = soft_code64(v) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
-    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) |
-                 (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
+    v->bt_possible = (code64 || is_flat32(v)) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
+    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) | (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
                  (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
-                 (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0);
+                 (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
+                 (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
+    if (!code64)
+        v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
+                      (is_unlimited(&v->cpu.seg[SEG_GS]) ? BT_MODE_GS : 0);
     update_key(v);
 }
 
@@ -476,7 +511,7 @@ bool bt_is_full(const struct bt *bt)
     return bt->nkept + 1 > BT_KEPT || bt->hot > bt->choices.code_size ||
            bt->cold > BT_COLD_START + bt->choices.code_size || bt->nblocks + 1 > BT_BLOCKS ||
            bt->nexits + 256 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
-           bt->npoints + 256 > BT_POINTS;
+           bt->npoints + 256 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
 }
 
 void bt_flush(struct soft_vcpu *v)
@@ -487,6 +522,7 @@ void bt_flush(struct soft_vcpu *v)
         return;
     bt->flushes++;
     bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
+    bt->nx87s = 1;
     bt->nunlinked = 0;
     bt->hot = bt->glue_end;
     bt->cold = BT_COLD_START;
@@ -504,5 +540,5 @@ u64 bt_bytes(const struct soft_vcpu *v)
         return 0;
     return bt->hot + (bt->cold - BT_COLD_START) + bt->nblocks * sizeof(*bt->blocks) +
            bt->nexits * sizeof(*bt->exits) + bt->nsites * sizeof(*bt->sites) +
-           bt->npoints * sizeof(*bt->points);
+           bt->npoints * sizeof(*bt->points) + bt->nx87s * sizeof(*bt->x87s);
 }

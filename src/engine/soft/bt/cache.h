@@ -30,26 +30,43 @@ enum bt_reason {
     BT_BRANCH, /* as BT_JUMP, behind an indirect branch: site */
     BT_STOP,   /* at an instruction for the interpreter: site */
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
+    BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
     BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
 };
 
-enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE };
+enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE, SITE_FLAGS_HOST };
 
 /* Where translated code may leave for C, besides its direct exits. */
 struct bt_site {
-    u32 resume;  /* BT_SLOW: code offset at which the access begins anew */
-    u16 offset;  /* of the guest's instruction in its page */
-    u16 size;    /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
+    u32 resume; /* BT_SLOW: code offset at which the access begins anew */
+    u16 offset; /* of the guest's instruction in its page */
+    u16 size;   /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
     bool write;
     u8 flags; /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
+    u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
+};
+
+/*
+ * An x87 instruction whose effect on FIP, FOP, FCS and, with a memory operand, FDP and FDS is kept back:
+ * the operand's address is still to be had from the registers.
+ */
+struct bt_x87 {
+    u16 offset; /* of the instruction in its page */
+    u16 fop;
+    bool memory, address32;
+    bool rip_relative; /* disp counts from the page's start */
+    u8 base, index, scale, seg;
+    s32 disp;
 };
 
 /* A host instruction that may raise an exception. */
 struct bt_point {
     u32 at;     /* code offset */
     u16 offset; /* of the guest's instruction in its page */
-    bool host_flags; /* the arithmetic flags are the host's, else in v->aflags */
+    u8 flags;   /* enum site_flags */
+    struct bt_recipe recipe;
+    u32 x87; /* as in a site */
 };
 
 /* Where an exit leaves the arithmetic flags. */
@@ -62,9 +79,12 @@ enum exit_flags {
 
 struct bt_exit {
     u32 at;     /* code offset of the displacement to patch */
-    u32 stub;   /* code offset of where it leads when not linked */
+    u32 bridge; /* of code behind it that brings the registers in default order ... */
+    u32 at2;    /* and of the displacement at its end; 0: they are in order */
+    u32 stub;   /* code offset of where all that leads when not linked */
     u16 target; /* offset in the page */
     u8 flags;   /* enum exit_flags */
+    u8 perm[2];
     u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
@@ -82,6 +102,11 @@ struct bt_block {
     /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
     bool takes_recipe;
     u32 kept_regs;
+    /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), and the entries for who has
+     * them there already. */
+    u8 perm[2];
+    u32 memory_native, host_native;
+    u32 fault; /* code offset: leaves with BT_FAULT */
     u32 exits, nexits;
     u32 points, npoints;
     struct bt_block *hash_next, *page_next, *page2_next;
@@ -94,10 +119,11 @@ struct bt_block {
 #define BT_EXITS (1u << 19)
 #define BT_SITES (1u << 20)
 #define BT_POINTS (1u << 19)
+#define BT_X87S (1u << 18)
 #define BT_HASH_BITS 16
 #define BT_PAGES_BITS 13
 #define BT_FILTER_BITS 12
-#define BT_MODES 16
+#define BT_MODES 256
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
@@ -108,23 +134,23 @@ struct bt_choices {
     unsigned max_insns; /* of a block */
     s32 group_span;     /* bytes that the check for a group of accesses covers at most */
     u32 code_size;      /* bytes of hot code, and of cold, at which the cache is full */
-    bool exact_mul;     /* the flags that MUL leaves undefined are the processor's, too */
 };
 
 struct bt {
     struct bt_choices choices;
     u8 *writable;
     const u8 *executable;
-    u32 hot, cold;             /* code offsets: the next free bytes */
-    u32 glue_end;              /* where blocks begin */
-    u32 glue[BT_FAULT + 1];    /* code offsets of the ways out, by reason */
-    u32 (*enter)(void);        /* runs v->bt_shared.entry; returns enum bt_reason */
+    u32 hot, cold;          /* code offsets: the next free bytes */
+    u32 glue_end;           /* where blocks begin */
+    u32 glue[BT_FAULT + 1]; /* code offsets of the ways out, by reason */
+    u32 (*enter)(void);     /* runs v->bt_shared.entry; returns enum bt_reason */
 
     struct bt_block *blocks;
     struct bt_exit *exits;
     struct bt_site *sites;
     struct bt_point *points;
-    u32 nblocks, nexits, nsites, npoints;
+    struct bt_x87 *x87s; /* the first is none */
+    u32 nblocks, nexits, nsites, npoints, nx87s;
     struct bt_block *hash[1u << BT_HASH_BITS];
     struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
     struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
@@ -158,6 +184,7 @@ struct bt {
         int flags;
     } old_stack;
     void *signal_stack;
+    struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
     bool interp_next; /* the next instruction is the interpreter's */
 
     u64 translated, translated_insns, flushes;

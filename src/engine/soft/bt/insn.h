@@ -61,8 +61,10 @@ struct bt_recipe {
 
 struct bt_insn {
     u8 bytes[15], len;
-    u16 offset; /* in its page */
-    u8 op;      /* enum bt_op */
+    u16 offset;  /* in its page */
+    u8 op;       /* enum bt_op */
+    bool code32; /* it is 32-bit code */
+    u8 word;     /* bytes that the stack and branch targets have: 4 or 8 */
 
     /* Encoding */
     u8 encoding; /* enum bt_encoding */
@@ -76,7 +78,7 @@ struct bt_insn {
     u8 imm_at, imm_len; /* immediate bytes in `bytes` */
 
     /* Operands */
-    u8 reg, rm, vvvv;             /* numbers in the encoding */
+    u8 reg, rm, vvvv;               /* numbers in the encoding */
     bool reg_gpr, rm_gpr, vvvv_gpr; /* whether they are general registers */
     bool opcode_reg;                /* the register is in the opcode: `rm` */
     bool high_byte;                 /* AH, CH, DH or BH is an operand */
@@ -86,18 +88,23 @@ struct bt_insn {
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */
     s32 disp;
-    s64 imm;      /* immediate, or displacement of a branch */
-    u8 cc;        /* condition of BT_JCC */
-    u32 read, written;     /* general registers, one bit each, implicit ones too */
+    s64 imm;           /* immediate, or displacement of a branch */
+    u8 cc;             /* condition of BT_JCC */
+    u32 read, written; /* general registers, one bit each, implicit ones too */
+    u32 fixed;         /* those that can't be substituted */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */
-    bool flags_in;  /* needs the flags there were: reads some, or writes not all */
-    bool flags_out; /* writes some */
+    bool flags_in;      /* reads some; or writes not all, and somebody may ask for the others */
+    bool flags_out;     /* writes some */
+    bool flags_partial; /* but not all */
     struct bt_recipe recipe;
 
-    u8 fpu_class; /* enum fpu_class; FPU_CLASSES: none */
-    bool faults;  /* may fault on the host by itself: #DE, #XM, alignment */
+    u8 fpu_class;    /* enum fpu_class; FPU_CLASSES: none */
+    bool faults;     /* may fault on the host by itself: #DE, #MF, #XM, alignment */
+    bool x87;        /* uses the x87 or MMX registers */
+    bool x87_points; /* sets FIP, FOP, and FDP if there is a memory operand */
+    u16 fop;
     struct insn insn; /* the interpreter's */
 };
 

@@ -9,6 +9,7 @@
 
 #include "engine/soft/block.h"
 #include "engine/soft/flags.h"
+#include "engine/soft/host_exec.h"
 #include "engine/soft/interp.h"
 #include "engine/soft/mmu.h"
 #include "engine/soft/run.h"
@@ -86,8 +87,10 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     s.host = fetch(v, &s.gpa);
     if (s.host && bt_goes_across(v, s.gpa, s.host))
         s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
-    if (s.host && bt_translate(v, &s))
+    if (s.host && bt_translate(v, &s)) {
+        v->bt->from = NULL;
         return true;
+    }
     b->heat = NEVER_HOT;
     return false;
 }
@@ -104,6 +107,7 @@ static void interpret(struct soft_vcpu *v)
     if (v->bt_possible && !v->bt->interp_next && grows_hot(v, b) && translate(v, b))
         return;
     v->bt->interp_next = false;
+    v->bt->from = NULL;
     v->poll--;
     soft_run_block(v, b);
 }
@@ -120,7 +124,16 @@ static void stop_at_site(struct soft_vcpu *v, const struct bt_site *site)
 {
     if (site->flags == SITE_FLAGS_RECIPE)
         v->aflags = bt_recipe_flags(v, &site->recipe);
+    bt_x87_point(v, site->x87);
     stop_at(v, site->offset);
+}
+
+static void stop_at_point(struct soft_vcpu *v, const struct bt_point *point)
+{
+    if (point->flags == SITE_FLAGS_RECIPE)
+        v->aflags = bt_recipe_flags(v, &point->recipe);
+    bt_x87_point(v, point->x87);
+    stop_at(v, point->offset);
 }
 
 /* An access missed. Returns where to go on, or NULL: by the interpreter. */
@@ -146,6 +159,7 @@ static const u8 *on_link(struct soft_vcpu *v)
     if (!e->to) {
         struct bt_block *b = find_block(v);
 
+        bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
         if (!b || b->gpa2 || v->journal)
             return NULL;
         bt_exit_link(bt, e, b);
@@ -170,6 +184,7 @@ static void on_quick(struct soft_vcpu *v)
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     const struct insn *i = v->bt->kept[site->resume];
 
+    bt_x87_point(v, site->x87);
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
     v->block = NULL;
     i->fn(v, i);
@@ -192,8 +207,11 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
         on_quick(v);
         return NULL;
     case BT_FAULT:
-        stop_at(v, v->bt->points[v->bt_shared.site].offset);
+        stop_at_point(v, &v->bt->points[v->bt_shared.site]);
         return NULL;
+    case BT_FPU:
+        fpu_make_live(v);
+        return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
     default: /* BT_JUMP */
         return NULL;
     }
@@ -235,7 +253,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
             bt_relink(v);
-        site = reason == BT_SLOW ? &bt->sites[v->bt_shared.site] : NULL;
+        site = reason == BT_SLOW || reason == BT_FPU ? &bt->sites[v->bt_shared.site] : NULL;
         code = came_back(v, reason);
     } while (code);
 }
@@ -259,13 +277,14 @@ static bool verify_block(struct soft_vcpu *v)
         if (reason == BT_QUICK) { /* not undone, so not compared */
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
+            bt_x87_point(v, site->x87);
             v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
             bt_verify_end(v, b, false);
             on_quick(v);
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
-    } while (reason == BT_SLOW && v->bt_shared.entry);
+    } while ((reason == BT_SLOW || reason == BT_FPU) && v->bt_shared.entry);
     bt_verify_end(v, b, reason == BT_FAULT);
     return true;
 }
@@ -305,7 +324,8 @@ int bt_probe(struct error *err)
 {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("bmi2"))
-        return error_host(err, ENOTSUP, "engine bt: this processor lacks BMI2; use --engine interp");
+        return error_host(err, ENOTSUP,
+                          "engine bt: this processor lacks BMI2; use --engine interp");
     if (!__builtin_cpu_supports("avx"))
         return error_host(err, ENOTSUP, "engine bt: this processor lacks AVX; use --engine interp");
     return 0;

@@ -1,9 +1,16 @@
 /*
  * Translation of a block, from x86-64 to x86-64.
  *
+ * 32-bit code is translated where its segments are flat: then an effective address, cut to 32 bits, is
+ * the linear address, and all registers are as in 64-bit code. What differs stands in struct bt_insn
+ * (code32, word); instructions that 64-bit mode has not, or has otherwise, are re-encoded or left to the
+ * interpreter (insn.c).
+ *
  * Registers. Each guest register but two lives in the host register of the same number, RSP included;
  * so do all vector registers and MXCSR. R14 and R15, which compilers take last, live in memory
- * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. GS holds the vCPU. No C
+ * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. A block that uses them
+ * more than others may have two others in memory instead, while it runs and goes on to blocks that have
+ * the same ones there (choose_perm). GS holds the vCPU. No C
  * code and no signal handler runs on the guest's RSP: C is entered through glue.c, which goes back to
  * the stack that bt_enter left, and signals have a stack of their own.
  *
@@ -69,8 +76,9 @@ static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 /* A branch to an offset from the page's start that may lie outside of it. */
 static void put_far_jump(struct translation *t, s32 target)
 {
+    leave_perm(t);
     put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S1, S1, target);
+    put_lea_word(&t->p, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8, S1, S1, target);
     put_jump(t, BT_JUMP, 0);
 }
 
@@ -90,6 +98,7 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
                                          .flags = t->flags.memory ? EXIT_MEMORY
                                                   : t->pending    ? EXIT_RECIPE
                                                                   : EXIT_HOST,
+                                         .perm = {t->perm[0], t->perm[1]},
                                          .recipe_regs = t->pending};
     add_stub(t, STUB_EXIT, from)->number = number;
 }
@@ -132,6 +141,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     struct stub *s;
 
+    x87_store_pointers(t);
     flags_need(t);
     if (in_page(target)) {
         put_pending(t);
@@ -150,6 +160,7 @@ static void put_indirect_call(struct translation *t, const struct bt_insn *i)
     struct stub *s;
 
     emit_branch_target(t, i);
+    leave_perm(t);
     t->flags.host = false;
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
     put_movzx16(p, S2, S1);
@@ -169,6 +180,8 @@ static void put_end(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     u32 site;
 
+    if (i->op != BT_FAST && i->op != BT_INTERP)
+        x87_store_pointers(t);
     switch (i->op) {
     case BT_JMP:
         put_direct(t, target);
@@ -179,6 +192,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         break;
     case BT_JMP_INDIRECT:
         emit_branch_target(t, i);
+        leave_perm(t);
         site = add_site(t, i);
         put_jump(t, BT_BRANCH, site);
         break;
@@ -187,19 +201,22 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         break;
     case BT_RET:
         emit_pop_return(t, i);
+        leave_perm(t);
         site = add_site(t, i);
-        t->bt->sites[site].size = (u16)(8 + i->imm);
+        t->bt->sites[site].size = (u16)(i->word + i->imm);
         put_jump(t, BT_BRANCH, site);
         break;
     case BT_FAST:
         flags_to_memory(t);
         site = add_site(t, i);
         t->bt->sites[site].resume = bt_keep_insn(t->bt, &i->insn);
+        put_perm_out(t);
         put_leave(t, BT_QUICK, site);
         break;
     default: /* BT_INTERP */
         if (!t->flags.memory && !t->flags.recipe.kind)
             flags_to_memory(t);
+        put_perm_out(t);
         put_leave(t, BT_STOP, add_site(t, i));
         break;
     }
@@ -207,21 +224,51 @@ static void put_end(struct translation *t, const struct bt_insn *i)
 
 /* --- Cold code --- */
 
+static bool has_perm(const struct translation *t)
+{
+    return t->perm[0] != NO_REG || t->perm[1] != NO_REG;
+}
+
+/* Where C goes on in the block, if it does. */
+static void put_resume(struct translation *t, const struct stub *stub)
+{
+    u32 *resume = &t->bt->sites[stub->number].resume;
+
+    if (!stub->resume)
+        return;
+    *resume = code_offset(t, stub->resume);
+    if (has_perm(t)) {
+        *resume = code_offset(t, t->p);
+        put_perm_in(t);
+        patch_rel32(put_jmp(&t->p), stub->resume);
+    }
+}
+
 static void put_stub(struct translation *t, const struct stub *stub)
 {
     u8 **p = &t->p;
+    struct bt_exit *e;
 
     patch_rel32(stub->from, *p);
     t->flags = stub->flags;
+    use_perm(t, stub->perm);
     switch (stub->kind) {
     case STUB_SLOW:
         put_op_gs_base(p, OP_XOR, S1, S2, (u32)stub->target); /* the linear address again */
         put_store_gs(p, GS_OFFSET(bt_shared.linear), S1);
+        put_perm_out(t);
         put_leave(t, BT_SLOW, stub->number);
+        put_resume(t, stub);
         break;
     case STUB_EXIT:
-        t->bt->exits[stub->number].stub = code_offset(t, *p);
-        if (t->bt->exits[stub->number].flags == EXIT_HOST)
+        e = &t->bt->exits[stub->number];
+        e->bridge = code_offset(t, *p);
+        if (has_perm(t)) {
+            put_perm_out(t);
+            e->at2 = code_offset(t, put_jmp(p));
+        }
+        e->stub = code_offset(t, *p); /* the bridge's jump leads here, with a displacement of 0 */
+        if (e->flags == EXIT_HOST)
             emit_flags_save(p);
         put_leave(t, BT_LINK, stub->number);
         break;
@@ -230,7 +277,9 @@ static void put_stub(struct translation *t, const struct stub *stub)
         put_far_jump(t, stub->target);
         break;
     default: /* STUB_SITE */
+        put_perm_out(t);
         put_leave(t, (enum bt_reason)stub->reason, stub->number);
+        put_resume(t, stub);
         break;
     }
 }
@@ -313,6 +362,8 @@ static void put_entries(struct translation *t, struct bt_block *b)
         put_jump_prefix(t, b->gpa);
         b->memory_entry = code_offset(t, t->p);
         jump[1] = (u8)(t->p - (jump + 2));
+        put_perm_in(t);
+        b->memory_native = code_offset(t, t->p);
         t->flags = (struct flag_state){.memory = true};
         return;
     }
@@ -322,8 +373,116 @@ static void put_entries(struct translation *t, struct bt_block *b)
     if (use == FLAGS_NEEDED)
         emit_flags_load(&t->p);
     b->host_entry = code_offset(t, t->p);
+    put_perm_in(t);
+    b->host_native = code_offset(t, t->p);
     /* If they are overwritten first, nobody asks where they were. */
     t->flags = (struct flag_state){.host = true};
+}
+
+/* The native entry that put_entries left out, and the way out for BT_FAULT: cold code. */
+static void put_cold_entries(struct translation *t, struct bt_block *b)
+{
+    use_perm(t, b->perm);
+    if (!b->host_native && !has_perm(t)) {
+        b->host_native = b->host_entry;
+    } else if (!b->host_native) {
+        b->host_native = code_offset(t, t->p);
+        emit_flags_save(&t->p);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->memory_native));
+    } else if (first_use(t) == FLAGS_OVERWRITTEN) {
+        b->memory_native = b->host_native;
+    } else if (!has_perm(t)) {
+        b->memory_native = b->memory_entry;
+    } else {
+        b->memory_native = code_offset(t, t->p);
+        emit_flags_load(&t->p);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->host_native));
+    }
+    b->fault = t->bt->glue[BT_FAULT];
+    if (has_perm(t)) {
+        b->fault = code_offset(t, t->p);
+        put_perm_out(t);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[BT_FAULT]));
+    }
+}
+
+/* --- Registers --- */
+
+/* What it would cost to have each register in memory, in accesses; ~0: it can't be. */
+static void weigh_registers(const struct translation *t, u32 weight[16])
+{
+    u32 fixed = BIT32(RAX) | BIT32(RSP);
+
+    memset(weight, 0, 16 * sizeof(*weight));
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        fixed |= i->fixed;
+        for (u8 reg = 0; reg < 16; reg++)
+            weight[reg] += ((i->read >> reg) & 1) + ((i->written >> reg) & 1);
+        if ((i->op == BT_PUSH || i->op == BT_POP) && i->rm != NO_REG && !i->mem)
+            weight[i->rm]++;
+    }
+    for (u8 reg = 0; reg < 16; reg++)
+        if (fixed & BIT32(reg))
+            weight[reg] = UINT32_MAX;
+}
+
+static bool is_loop(const struct translation *t)
+{
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if ((i->op == BT_JCC || i->op == BT_JMP) &&
+            i->offset + i->len + i->imm == t->insns[0].offset)
+            return true;
+    }
+    return false;
+}
+
+/* The weight of what is in memory under perm; UINT32_MAX: impossible. */
+static u32 perm_weight(const u32 weight[16], const u8 perm[2])
+{
+    u32 sum = 0;
+
+    for (u8 n = 0; n < 2; n++) {
+        u32 w = weight[perm[n] == NO_REG ? S1 + n : perm[n]];
+
+        if (w == UINT32_MAX)
+            return UINT32_MAX;
+        sum += w;
+    }
+    return sum;
+}
+
+/*
+ * Chooses the registers that are in memory while the block runs. A change costs two loads and two stores
+ * for each, there and back, if it isn't a loop; none at all if the block before has the same ones.
+ */
+static void choose_perm(const struct translation *t, struct bt_block *b)
+{
+    const struct bt_block *from = t->bt->from;
+    u32 weight[16], change = is_loop(t) ? 1 : 5, best;
+
+    b->perm[0] = b->perm[1] = NO_REG;
+    weigh_registers(t, weight);
+    if (weight[S1] == UINT32_MAX || weight[S2] == UINT32_MAX)
+        return;
+    for (u8 n = 0; n < 2; n++) {
+        u8 pick = NO_REG;
+
+        for (u8 reg = 0; reg < S1; reg++)
+            if (reg != b->perm[0] && weight[reg] != UINT32_MAX &&
+                (pick == NO_REG || weight[reg] < weight[pick]))
+                pick = reg;
+        if (pick != NO_REG && weight[S1 + n] > weight[pick] + change)
+            b->perm[n] = pick;
+    }
+    best = perm_weight(weight, b->perm);
+    if (b->perm[0] != NO_REG || b->perm[1] != NO_REG)
+        best += change;
+    if (from && perm_weight(weight, from->perm) <= best)
+        memcpy(b->perm, from->perm, sizeof(b->perm));
 }
 
 /* --- Blocks --- */
@@ -364,6 +523,31 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
             break;
     }
     return offset - first;
+}
+
+/*
+ * Whether somebody may ask for flags as they are behind instruction `at`: an instruction, or a fault, before
+ * all of them are made anew.
+ */
+static bool flags_matter(const struct translation *t, unsigned at)
+{
+    for (unsigned n = at + 1; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (i->flags_in || insn_clobbers_flags(i))
+            return true;
+        if (i->flags_out && !i->flags_partial)
+            return false;
+    }
+    return true;
+}
+
+/* Those that write a part of the flags need the rest only if it matters. */
+static void settle_flags(struct translation *t)
+{
+    for (unsigned n = t->count; n-- > 0;)
+        if (t->insns[n].flags_partial && flags_matter(t, n))
+            t->insns[n].flags_in = true;
 }
 
 /* One instruction that lies across two pages. */
@@ -444,6 +628,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->count = t->nstubs = 0;
     t->goes_across = false;
     t->group = (struct access_group){0};
+    t->x87 = 0;
+    t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
@@ -455,7 +641,10 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b->bytes = (u16)decode(t, source);
     if (!b->bytes || !protect_block(t, b, source))
         return NULL;
+    settle_flags(t);
     find_kept_regs(t, b);
+    choose_perm(t, b);
+    use_perm(t, b->perm);
     t->block = b;
     t->p = bt_write_at(bt, bt->hot);
     put_entries(t, b);
@@ -470,6 +659,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
         else
             emit_insn(t, i);
     }
+    if (!ends_block(last))
+        x87_store_pointers(t);
     if (t->goes_across) {
         flags_to_memory(t);
         put_far_jump(t, last->offset + last->len);
@@ -481,6 +672,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->p = bt_write_at(bt, bt->cold);
     for (unsigned n = 0; n < t->nstubs; n++)
         put_stub(t, &t->stubs[n]);
+    put_cold_entries(t, b);
     b->cold_end = code_offset(t, t->p);
 
     bt->hot = (b->hot_end + 15) & ~15u;

@@ -40,6 +40,9 @@ struct step {
     u64 rflags;
     u32 mxcsr;
     u8 vec[16][32];
+    u8 fpr[8][16];
+    u16 fcw, fsw, ftw, fop, fcs, fds;
+    u64 fip, fdp;
     unsigned nwrites; /* so far */
 };
 
@@ -70,8 +73,43 @@ void bt_journal_stop(struct soft_vcpu *v)
     longjmp(v->unwind, 1);
 }
 
-static void record(const struct soft_vcpu *v, struct step *s)
+static void record_x87(const struct cpu *cpu, struct step *s)
 {
+    memcpy(s->fpr, cpu->fpr, sizeof(s->fpr));
+    s->fcw = cpu->fcw;
+    s->fsw = cpu->fsw;
+    s->ftw = cpu->ftw;
+    s->fop = cpu->fop;
+    s->fcs = cpu->fcs;
+    s->fds = cpu->fds;
+    s->fip = cpu->fip;
+    s->fdp = cpu->fdp;
+}
+
+static void undo_x87(struct cpu *cpu, const struct step *s)
+{
+    memcpy(cpu->fpr, s->fpr, sizeof(s->fpr));
+    cpu->fcw = s->fcw;
+    cpu->fsw = s->fsw;
+    cpu->ftw = s->ftw;
+    cpu->fop = s->fop;
+    cpu->fcs = s->fcs;
+    cpu->fds = s->fds;
+    cpu->fip = s->fip;
+    cpu->fdp = s->fdp;
+}
+
+static bool same_x87(const struct cpu *cpu, const struct step *s)
+{
+    return memcmp(s->fpr, cpu->fpr, sizeof(s->fpr)) == 0 && s->fcw == cpu->fcw &&
+           s->fsw == cpu->fsw && s->ftw == cpu->ftw && s->fop == cpu->fop && s->fcs == cpu->fcs &&
+           s->fds == cpu->fds && s->fip == cpu->fip && s->fdp == cpu->fdp;
+}
+
+static void record(struct soft_vcpu *v, struct step *s)
+{
+    soft_fpu_sync(v);
+    record_x87(&v->cpu, s);
     memcpy(s->gpr, v->cpu.gpr, sizeof(s->gpr));
     s->aflags = v->aflags;
     s->rflags = v->cpu.rflags;
@@ -199,6 +237,14 @@ static bool differs(struct soft_vcpu *v, const struct step *s, bool faulted, con
             snprintf(buf, n, "vector register %u", r);
             return true;
         }
+    if (!same_x87(&v->cpu, s)) {
+        snprintf(buf, n,
+                 "x87: status, tags, FIP, FDP, FOP: interpreter %04x %04x %" PRIx64 " %" PRIx64
+                 " %03x, translation %04x %04x %" PRIx64 " %" PRIx64 " %03x",
+                 s->fsw, s->ftw, s->fip, s->fdp, s->fop, v->cpu.fsw, v->cpu.ftw, v->cpu.fip,
+                 v->cpu.fdp, v->cpu.fop);
+        return true;
+    }
     for (unsigned w = 0; w < s->nwrites; w++) {
         const struct write *write = &v->journal->writes[w];
 
@@ -219,8 +265,9 @@ static _Noreturn void report(struct soft_vcpu *v, const struct bt_block *b, unsi
     for (unsigned k = 0; k < n; k++)
         print_insn(v, b, k);
     for (unsigned r = 0; r < 16; r++)
-        fprintf(stderr, "  r%-2u before %016" PRIx64 "  interpreter %016" PRIx64
-                        "  translation %016" PRIx64 "\n",
+        fprintf(stderr,
+                "  r%-2u before %016" PRIx64 "  interpreter %016" PRIx64 "  translation %016" PRIx64
+                "\n",
                 r, j->steps[0].gpr[r], j->steps[n].gpr[r], v->cpu.gpr[r]);
     fprintf(stderr, "  flags before %04x interpreter %04x translation %04x\n", j->steps[0].aflags,
             j->steps[n].aflags, v->aflags);
@@ -232,6 +279,8 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     struct bt_journal *j = v->journal;
 
     soft_vectors_sync(v);
+    soft_fpu_sync(v);
+    fpu_refresh_tags(&v->cpu);
     interpret(v, b);
     /* Undo it all. */
     for (unsigned n = j->nwrites; n-- > 0;)
@@ -240,6 +289,7 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     v->aflags = j->steps[0].aflags;
     v->cpu.rflags = j->steps[0].rflags;
     v->cpu.mxcsr = j->steps[0].mxcsr;
+    undo_x87(&v->cpu, &j->steps[0]);
     for (unsigned n = 0; n < 16; n++)
         memcpy(v->cpu.vec[n], j->steps[0].vec[n], 32);
 }
@@ -247,11 +297,12 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
 void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b, bool faulted)
 {
     const struct bt_journal *j = v->journal;
-    char buf[128];
+    char buf[192];
     const char *what = buf;
     int match = -1;
 
     soft_vectors_sync(v);
+    soft_fpu_sync(v);
     /* A loop's first and last step have the same RIP. */
     for (unsigned n = 0; n <= j->nsteps; n++) {
         if (j->steps[n].gpr[GPR_RIP] != v->cpu.gpr[GPR_RIP])
