@@ -37,7 +37,10 @@ static int setup(void **state)
                                  .cold = COLD,
                                  .jump_entry = HOT,
                                  .memory_entry = HOT,
-                                 .host_entry = HOT};
+                                 .host_entry = HOT,
+                                 .memory_native = HOT,
+                                 .host_native = HOT,
+                                 .fault = BT_FAULT};
     r->p = r->bt->writable + HOT;
     for (unsigned n = 0; n <= BT_FAULT; n++)
         r->bt->glue[n] = n;
@@ -116,8 +119,8 @@ static void checked_accesses_pass(void **state)
     struct rig *r = *state;
 
     put_check_of(r, TLB_KERNEL, true, 16);
-    put_load(&r->p, RCX, S1, 0);
-    put_store(&r->p, S1, 8, RCX);
+    put_load_word(&r->p, 8, RCX, S1, 0);
+    put_store_word(&r->p, 8, S1, 8, RCX);
     assert_accepted(r);
 }
 
@@ -136,7 +139,7 @@ static void unchecked_access(void **state)
     struct rig *r = *state;
 
     put_mov_rr(&r->p, S1, RAX);
-    put_load(&r->p, RCX, S1, 0);
+    put_load_word(&r->p, 8, RCX, S1, 0);
     assert_refused(r, "an access without a check");
 }
 
@@ -144,7 +147,7 @@ static void what_an_entry_left_in_s1(void **state)
 {
     struct rig *r = *state;
 
-    put_load(&r->p, RCX, S1, 0);
+    put_load_word(&r->p, 8, RCX, S1, 0);
     assert_refused(r, "an access beyond its check");
 }
 
@@ -153,7 +156,7 @@ static void access_beyond_its_check(void **state)
     struct rig *r = *state;
 
     put_check_of(r, TLB_KERNEL, false, 8);
-    put_load(&r->p, RCX, S1, 1);
+    put_load_word(&r->p, 8, RCX, S1, 1);
     assert_refused(r, "an access beyond its check");
 }
 
@@ -162,7 +165,7 @@ static void access_below_its_check(void **state)
     struct rig *r = *state;
 
     put_check_of(r, TLB_KERNEL, false, 8);
-    put_load(&r->p, RCX, S1, -1);
+    put_load_word(&r->p, 8, RCX, S1, -1);
     assert_refused(r, "an access beyond its check");
 }
 
@@ -172,7 +175,7 @@ static void check_of_a_negative_size(void **state)
     struct rig *r = *state;
 
     put_check_of(r, TLB_KERNEL, false, 0u - 64);
-    put_load(&r->p, RCX, S1, 0);
+    put_load_word(&r->p, 8, RCX, S1, 0);
     assert_refused(r, "a host address without a check");
 }
 
@@ -181,7 +184,7 @@ static void store_checked_for_loads(void **state)
     struct rig *r = *state;
 
     put_check_of(r, TLB_KERNEL, false, 8);
-    put_store(&r->p, S1, 0, RCX);
+    put_store_word(&r->p, 8, S1, 0, RCX);
     assert_refused(r, "a store checked for loads");
 }
 
@@ -191,7 +194,7 @@ static void s1_changed_behind_its_check(void **state)
 
     put_check_of(r, TLB_KERNEL, false, 8);
     put_mov_rr(&r->p, S1, RDX);
-    put_load(&r->p, RCX, S1, 0);
+    put_load_word(&r->p, 8, RCX, S1, 0);
     assert_refused(r, "an access without a check");
 }
 
@@ -378,7 +381,7 @@ static void check_on_one_way(void **state)
     slow = r->leave;
     patch_rel32(around, r->p);
     r->leave = slow;
-    put_load(&r->p, RCX, S1, 0);
+    put_load_word(&r->p, 8, RCX, S1, 0);
     assert_refused(r, "an access beyond its check");
 }
 

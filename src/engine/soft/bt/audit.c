@@ -16,10 +16,12 @@
  *  3. From the ADD on S1 is a host address, and nothing reads it but as the base of an address, until it is
  *     written anew. So no host address gets to where the guest sees it. Nor does anything read one from
  *     struct soft_vcpu.
- *  4. A branch leads to an instruction of the block or to one of the ways out in glue.c; only the jump cache is
- *     jumped through. The end isn't run over. What a branch finds in S1 and S2 is what was there at each
- *     branch to the same place; at an entry, nothing is known of them.
+ *  4. A branch leads to an instruction of the block or to one of the ways out in glue.c; only the jump
+ *     cache is jumped through. The end isn't run over. What is known of S1 and S2 where branches lead is what
+ *     is known at all of them; at an entry, nothing.
  *  5. No system call, interrupt, privileged instruction, and none that sees or changes a segment.
+ *
+ * Branches also lead backward, from cold code, so the block is gone over until nothing new is known.
  */
 #include "engine/soft/bt/audit.h"
 
@@ -30,6 +32,7 @@
 
 #define MAX_CODE KIB(64) /* of a half of a block */
 #define MAX_TARGETS 1024
+#define MAX_ROUNDS 16
 
 /* S1_HOST with a size of 0: nobody knows what it is, so it may be a host address. */
 enum s1 { S1_ANY, S1_XORED, S1_COMPARED, S1_CHECKED, S1_HOST };
@@ -46,7 +49,7 @@ struct known {
 static const struct known nothing_known = {.s1 = S1_HOST};
 
 struct target {
-    u32 to;
+    u32 from, to;
     struct known known;
 };
 
@@ -58,6 +61,7 @@ struct audit {
     struct known known;
     struct target targets[MAX_TARGETS];
     unsigned ntargets;
+    bool changed; /* a target in this round */
     u8 starts[2][MAX_CODE / 8]; /* bits: where instructions start, in the hot and the cold half */
     u32 at;
     const char *what;
@@ -83,6 +87,13 @@ struct range {
 static const struct range ranges[] = {
     FIELD(cpu.gpr, true),
     FIELD(cpu.rflags, true),
+    FIELD(cpu.seg, false),
+    FIELD(cpu.fip, true),
+    FIELD(cpu.fdp, true),
+    FIELD(cpu.fcs, true),
+    FIELD(cpu.fds, true),
+    FIELD(cpu.fop, true),
+    FIELD(fpu_live, false),
     FIELD(aflags, true),
     FIELD(seg_base, false),
     FIELD(irq_waiting, false),
@@ -150,18 +161,28 @@ static bool add_target(struct audit *a, u32 to)
         return true;
     if (!in_hot(a, to) && !in_cold(a, to))
         return refuse(a, "a branch out of the block");
+    for (unsigned n = 0; n < a->ntargets; n++) {
+        struct target *t = &a->targets[n];
+
+        if (t->from != a->at)
+            continue;
+        a->changed |= !same_known(&t->known, &a->known);
+        t->known = a->known;
+        return true;
+    }
     if (a->ntargets == MAX_TARGETS)
         return refuse(a, "too many branches");
-    /* Backward, what is known there was used already. */
-    if (in_hot(a, to) && to <= a->at)
-        return refuse(a, "a branch backward");
-    a->targets[a->ntargets++] = (struct target){to, a->known};
+    a->targets[a->ntargets++] = (struct target){a->at, to, a->known};
+    a->changed = true;
     return true;
 }
 
 static bool is_entry(const struct audit *a, u32 at)
 {
-    if (at == a->b->jump_entry || at == a->b->memory_entry || at == a->b->host_entry)
+    const struct bt_block *b = a->b;
+
+    if (at == b->jump_entry || at == b->memory_entry || at == b->host_entry ||
+        at == b->memory_native || at == b->host_native || at == b->fault)
         return true;
     for (u32 n = a->sites[0]; n < a->sites[1]; n++)
         if (a->bt->sites[n].resume == at)
@@ -187,7 +208,9 @@ static bool join(struct audit *a, bool reached)
             a->known = nothing_known;
         reached = true;
     }
-    return reached || refuse(a, "code that nothing leads to");
+    if (!reached)
+        a->known = nothing_known;
+    return reached || a->changed || refuse(a, "code that nothing leads to");
 }
 
 /* --- Instructions --- */
@@ -449,13 +472,16 @@ static bool is_start(const struct audit *a, u32 at)
 {
     u32 n = in_hot(a, at) ? at - a->b->hot : at - a->b->cold;
 
+    if (!in_hot(a, at) && !in_cold(a, at))
+        return false;
     return a->starts[!in_hot(a, at)][n / 8] >> n % 8 & 1;
 }
 
 static bool audit_targets(struct audit *a)
 {
     const struct bt_block *b = a->b;
-    const u32 entries[] = {b->jump_entry, b->memory_entry, b->host_entry};
+    const u32 entries[] = {b->jump_entry,    b->memory_entry, b->host_entry,
+                           b->memory_native, b->host_native,  b->fault};
 
     for (unsigned n = 0; n < a->ntargets; n++) {
         a->at = a->targets[n].to;
@@ -464,13 +490,17 @@ static bool audit_targets(struct audit *a)
     }
     for (unsigned n = 0; n < ARRAY_SIZE(entries); n++) {
         a->at = entries[n];
-        if (!in_hot(a, a->at) || !is_start(a, a->at))
+        if (!is_way_out(a, a->at) && !is_start(a, a->at))
             return refuse(a, "an entry into an instruction");
     }
     for (u32 n = b->exits; n < b->exits + b->nexits; n++) {
-        a->at = a->bt->exits[n].stub;
-        if (!in_cold(a, a->at) || !is_start(a, a->at))
-            return refuse(a, "an exit into an instruction");
+        const u32 ways[] = {a->bt->exits[n].stub, a->bt->exits[n].bridge};
+
+        for (unsigned k = 0; k < ARRAY_SIZE(ways); k++) {
+            a->at = ways[k];
+            if (!in_cold(a, a->at) || !is_start(a, a->at))
+                return refuse(a, "an exit into an instruction");
+        }
     }
     return true;
 }
@@ -480,15 +510,22 @@ bool bt_audit(const struct bt *bt, const struct bt_block *b, const u32 sites[2],
 {
     static _Thread_local struct audit audit;
     struct audit *a = &audit;
-    bool fine;
+    bool fine = true;
 
     memset(a, 0, sizeof(*a));
     a->bt = bt;
     a->b = b;
     a->sites = sites;
     ZydisDecoderInit(&a->decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    fine = audit_half(a, b->hot, b->hot_end, a->starts[0]) &&
-           audit_half(a, b->cold, b->cold_end, a->starts[1]) && audit_targets(a);
+    a->changed = true;
+    for (unsigned round = 0; fine && a->changed; round++) {
+        /* The first finds what branches there are; so none is without a change. */
+        a->changed = round == 0;
+        fine = audit_half(a, b->hot, b->hot_end, a->starts[0]) &&
+               audit_half(a, b->cold, b->cold_end, a->starts[1]) &&
+               (round < MAX_ROUNDS || refuse(a, "no end of changes"));
+    }
+    fine = fine && audit_targets(a);
     *found = (struct bt_fault_found){a->at, a->what};
     return fine;
 }
