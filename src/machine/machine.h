@@ -21,6 +21,7 @@ struct state_writer;
 struct machine_config {
     const struct engine_ops *engine;
     struct engine_checks checks;
+    struct perf_map *perf_map; /* as in struct engine_config */
     const char *cpu; /* name of the CPUID model */
     u64 memory;      /* bytes */
     unsigned cpus;

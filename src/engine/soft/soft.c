@@ -456,7 +456,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
 
         if (!v)
             continue;
-        out->instructions += v->icount;
+        out->instructions += v->bt ? 0 : v->icount; /* translated ones aren't counted */
         out->exits_port += v->stats.exits_port;
         out->exits_mmio += v->stats.exits_mmio;
         out->exits_halt += v->stats.exits_halt;

@@ -40,6 +40,7 @@
 #include "engine/soft/bt/audit.h"
 
 #include "engine/soft/block.h"
+#include "engine/perf_map.h"
 #include "engine/soft/mmu.h"
 #include "host/log.h"
 
@@ -612,6 +613,18 @@ static void audit_block(const struct translation *t, u32 first_site)
     abort();
 }
 
+/* Under the address that it was translated for: another mapping of the page will have the same name. */
+static void name_block(const struct translation *t)
+{
+    const struct bt_block *b = t->block;
+    struct perf_map *m = t->v->engine->config.perf_map;
+    u64 lin = t->v->cpu.gpr[GPR_RIP];
+    bool user = b->mode & BT_MODE_USER;
+
+    perf_map_add(m, bt_run_at(t->bt, b->hot), b->hot_end - b->hot, lin, user);
+    perf_map_add(m, bt_run_at(t->bt, b->cold), b->cold_end - b->cold, lin, user);
+}
+
 struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source)
 {
     static _Thread_local struct translation translation;
@@ -682,6 +695,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b->npoints = bt->npoints - b->points;
     if (BT_AUDIT)
         audit_block(t, sites);
+    if (v->engine->config.perf_map)
+        name_block(t);
     bt->nblocks++;
     bt->translated++;
     bt->translated_insns += b->count;
