@@ -8,7 +8,8 @@
 
 struct option {
     const char *name;
-    const char *value; /* what the value is, for the help; NULL: takes none; "[=...": may be left out */
+    const char
+        *value; /* what the value is, for the help; NULL: takes none; "[=...": may be left out */
     const char *help;
     int (*set)(struct vm_config *config, const char *value, struct error *err);
 };

@@ -202,7 +202,7 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals,   open_stats,
+        choose_engine, open_loop,   open_signals,   open_stats,
         open_perf_map, open_serial, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};

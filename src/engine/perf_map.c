@@ -48,7 +48,8 @@ static bool parse_line(char *line, struct symbol *s)
 
     errno = 0;
     s->address = strtoull(line, &end, 16);
-    if (errno || end == line || end[0] != ' ' || !end[1] || !strchr("TtWw", end[1]) || end[2] != ' ')
+    if (errno || end == line || end[0] != ' ' || !end[1] || !strchr("TtWw", end[1]) ||
+        end[2] != ' ')
         return false;
     name = end + 3;
     name[strcspn(name, " \t\r")] = '\0';

@@ -22,8 +22,8 @@ struct machine_config {
     const struct engine_ops *engine;
     struct engine_checks checks;
     struct perf_map *perf_map; /* as in struct engine_config */
-    const char *cpu; /* name of the CPUID model */
-    u64 memory;      /* bytes */
+    const char *cpu;           /* name of the CPUID model */
+    u64 memory;                /* bytes */
     unsigned cpus;
     const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
     struct chardev *serial;                /* what COM1 is connected to, or NULL */

@@ -144,8 +144,8 @@ static void build(void)
     engine_bt.cpuid_support(&support);
     ports = io_bus_create("ports", 0x10000, &err);
     mmio = io_bus_create("mmio", BIT(40), &err);
-    if (!loop || !ports || !mmio || io_bus_add(mmio, &range, &err) || io_bus_add(ports, &end, &err) ||
-        memory_add_slot(&memory, 0, MEMORY_SIZE, 0, &err))
+    if (!loop || !ports || !mmio || io_bus_add(mmio, &range, &err) ||
+        io_bus_add(ports, &end, &err) || memory_add_slot(&memory, 0, MEMORY_SIZE, 0, &err))
         abort();
     config.ports = ports;
     config.mmio = mmio;
@@ -170,7 +170,8 @@ static void build(void)
 /* Into RAM, its edges, MMIO, and numbers small and large. */
 static u64 register_value(u8 byte)
 {
-    static const u64 bases[] = {CODE, READ_ONLY - 4, MEMORY_SIZE - 8, MMIO + 64, 0, 1, ~0ULL, BIT(63)};
+    static const u64 bases[] = {CODE, READ_ONLY - 4, MEMORY_SIZE - 8, MMIO + 64, 0,
+                                1,    ~0ULL,         BIT(63)};
 
     return bases[byte & 7] + (byte >> 3) * 4;
 }

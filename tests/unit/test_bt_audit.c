@@ -390,26 +390,26 @@ static void instructions_that_code_must_not_have(void **state)
     static const struct {
         const char *bytes, *what;
     } cases[] = {
-        {"\x50", "an instruction that code must not have"},             /* push rax */
-        {"\x58", "an instruction that code must not have"},             /* pop rax */
-        {"\xc3", "an instruction that code must not have"},             /* ret */
-        {"\x0f\x05", "an instruction that code must not have"},         /* syscall */
-        {"\xcc", "an instruction that code must not have"},             /* int3 */
-        {"\xcd\x80", "an instruction that code must not have"},         /* int 0x80 */
-        {"\xf4", "an instruction that code must not have"},             /* hlt */
-        {"\xec", "an instruction that code must not have"},             /* in al, dx */
-        {"\xaa", "an instruction that code must not have"},             /* stosb */
+        {"\x50", "an instruction that code must not have"},                 /* push rax */
+        {"\x58", "an instruction that code must not have"},                 /* pop rax */
+        {"\xc3", "an instruction that code must not have"},                 /* ret */
+        {"\x0f\x05", "an instruction that code must not have"},             /* syscall */
+        {"\xcc", "an instruction that code must not have"},                 /* int3 */
+        {"\xcd\x80", "an instruction that code must not have"},             /* int 0x80 */
+        {"\xf4", "an instruction that code must not have"},                 /* hlt */
+        {"\xec", "an instruction that code must not have"},                 /* in al, dx */
+        {"\xaa", "an instruction that code must not have"},                 /* stosb */
         {"\xf3\x48\x0f\xae\xd8", "an instruction that code must not have"}, /* wrgsbase rax */
-        {"\x8e\xe8", NULL},                                             /* mov gs, eax */
-        {"\x0f\x01\xf8", "an instruction that code must not have"},     /* swapgs */
-        {"\xff\xe0", "an indirect branch"},                             /* jmp rax */
-        {"\xff\xd0", "an instruction that code must not have"},         /* call rax */
-        {"\x8b\x08", "an address that isn't S1's"},                     /* mov ecx, [rax] */
-        {"\x8b\x0d\0\0\0\0", "an address that isn't S1's"},             /* mov ecx, [rip] */
-        {"\x64\x8b\x0c\x25\0\0\0\0", "an address off FS"},              /* mov ecx, fs:[0] */
-        {"\x65\x8b\x08", "an address off GS"},                          /* mov ecx, gs:[rax] */
-        {"\x43\x8b\x0c\x3e", "an address that isn't S1's"},             /* mov ecx, [r14 + r15] */
-        {"\xd7", "an address that isn't S1's"},                         /* xlat */
+        {"\x8e\xe8", NULL},                                                 /* mov gs, eax */
+        {"\x0f\x01\xf8", "an instruction that code must not have"},         /* swapgs */
+        {"\xff\xe0", "an indirect branch"},                                 /* jmp rax */
+        {"\xff\xd0", "an instruction that code must not have"},             /* call rax */
+        {"\x8b\x08", "an address that isn't S1's"},                         /* mov ecx, [rax] */
+        {"\x8b\x0d\0\0\0\0", "an address that isn't S1's"},                 /* mov ecx, [rip] */
+        {"\x64\x8b\x0c\x25\0\0\0\0", "an address off FS"},                  /* mov ecx, fs:[0] */
+        {"\x65\x8b\x08", "an address off GS"},                              /* mov ecx, gs:[rax] */
+        {"\x43\x8b\x0c\x3e", "an address that isn't S1's"}, /* mov ecx, [r14 + r15] */
+        {"\xd7", "an address that isn't S1's"},             /* xlat */
     };
     static const u8 lengths[] = {1, 1, 1, 2, 1, 2, 1, 1, 1, 5, 2, 3, 2, 2, 2, 6, 8, 3, 4, 1};
     struct rig *r = *state;

@@ -61,7 +61,7 @@ struct audit {
     struct known known;
     struct target targets[MAX_TARGETS];
     unsigned ntargets;
-    bool changed; /* a target in this round */
+    bool changed;               /* a target in this round */
     u8 starts[2][MAX_CODE / 8]; /* bits: where instructions start, in the hot and the cold half */
     u32 at;
     const char *what;
@@ -82,7 +82,9 @@ struct range {
 };
 
 #define FIELD(member, write)                                                                       \
-    {GS_OFFSET(member), GS_OFFSET(member) + sizeof(((struct soft_vcpu *)0)->member), write}
+    {                                                                                              \
+        GS_OFFSET(member), GS_OFFSET(member) + sizeof(((struct soft_vcpu *)0)->member), write      \
+    }
 
 static const struct range ranges[] = {
     FIELD(cpu.gpr, true),
@@ -297,9 +299,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
 
             if (a->known.s2 != S2_INDEX || !f || size != 8 || writes(op))
                 return refuse(a, "no look into the TLB");
-            if (f == TLB_FIELD_HOST &&
-                (zi->mnemonic != ZYDIS_MNEMONIC_ADD || a->known.s1 != S1_CHECKED ||
-                 !is_register(&ops[0], S1)))
+            if (f == TLB_FIELD_HOST && (zi->mnemonic != ZYDIS_MNEMONIC_ADD ||
+                                        a->known.s1 != S1_CHECKED || !is_register(&ops[0], S1)))
                 return refuse(a, "a host address without a check");
             if (f != TLB_FIELD_HOST && zi->mnemonic != ZYDIS_MNEMONIC_XOR)
                 return refuse(a, "a tag that isn't compared");
@@ -345,7 +346,8 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
         return true;
     case ZYDIS_MNEMONIC_AND:
         if (!is_register(&ops[0], S2) || ops[0].size != 32 ||
-            ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || ops[1].imm.value.u != (TLB_SIZE - 1) << 5)
+            ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE ||
+            ops[1].imm.value.u != (TLB_SIZE - 1) << 5)
             return false;
         set_s2(k, S2_INDEX);
         return true;
@@ -375,13 +377,13 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
 /* Whether a write may leave something of the register as it was. */
 static bool keeps_part(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *op)
 {
-    return writes(op) &&
-           (op->size < 32 || !(op->actions & ZYDIS_OPERAND_ACTION_WRITE) ||
-            zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR);
+    return writes(op) && (op->size < 32 || !(op->actions & ZYDIS_OPERAND_ACTION_WRITE) ||
+                          zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR);
 }
 
 /* What an instruction that is no step of a check does to S1 and S2. */
-static bool forget(struct audit *a, const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops)
+static bool forget(struct audit *a, const ZydisDecodedInstruction *zi,
+                   const ZydisDecodedOperand *ops)
 {
     bool s1 = false, s2 = false;
 
@@ -419,7 +421,8 @@ static bool audit_branch(struct audit *a, const ZydisDecodedInstruction *zi,
     if (!jump && zi->meta.category != ZYDIS_CATEGORY_COND_BR)
         return refuse(a, "a branch of another kind");
     if (ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY)
-        return jump && ops[0].mem.base == ZYDIS_REGISTER_NONE ? true : refuse(a, "an indirect branch");
+        return jump && ops[0].mem.base == ZYDIS_REGISTER_NONE ? true
+                                                              : refuse(a, "an indirect branch");
     if (ops[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !ops[0].imm.is_relative)
         return refuse(a, "an indirect branch");
     if (!add_target(a, (u32)(a->at + zi->length + (u32)ops[0].imm.value.s)))
@@ -457,8 +460,8 @@ static bool audit_half(struct audit *a, u32 from, u32 to, u8 *starts)
         ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
         ZydisDecodedInstruction zi;
 
-        if (ZYAN_FAILED(ZydisDecoderDecodeFull(&a->decoder, a->bt->writable + a->at, to - a->at, &zi,
-                                               ops)))
+        if (ZYAN_FAILED(
+                ZydisDecoderDecodeFull(&a->decoder, a->bt->writable + a->at, to - a->at, &zi, ops)))
             return refuse(a, "no instruction");
         starts[(a->at - from) / 8] |= (u8)(1 << (a->at - from) % 8);
         if (!join(a, reached) || !audit_insn(a, &zi, ops, &reached))
