@@ -378,15 +378,12 @@ static u64 host_xcr0(void)
 /* Each returns how many differ. */
 static unsigned run_cases(const char *engine)
 {
-    static const int crashes[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM};
     struct random random = random_for(0, 0, 3);
     struct error err;
     u8 read_only[PAGE];
     unsigned differ = 0;
     int r;
 
-    for (unsigned n = 0; n < ARRAY_SIZE(crashes); n++)
-        signal(crashes[n], on_crash);
     generate_read_only(&random, read_only);
     r = native_open(&native, options.native, read_only);
     if (r < 0) {
@@ -434,6 +431,7 @@ static unsigned run_all_blocks(const char *engine)
 
 int main(int argc, char **argv)
 {
+    static const int crashes[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM};
     const char *engine;
     unsigned differ = 0;
 
@@ -443,6 +441,9 @@ int main(int argc, char **argv)
     }
     printf("# seed %llu\n", (unsigned long long)options.seed);
     host = (struct host){host_mxcsr_mask(), host_xcr0()};
+    /* Before the first engine, which puts its own handlers in front of these for good. */
+    for (unsigned n = 0; n < ARRAY_SIZE(crashes); n++)
+        signal(crashes[n], on_crash);
     for (unsigned n = 0; (engine = options.engine ? options.engine : guest_engine(n)); n++) {
         differ += options.blocks ? run_all_blocks(engine) : run_cases(engine);
         if (options.engine)

@@ -74,14 +74,20 @@ struct tlb {
     u64 used[TLB_SIZE / 64];
 };
 
-/* A page that instructions are fetched from; valid in its map_generation only. */
+/* A page that instructions are fetched from. */
 #define FETCH_ENTRIES 64
 struct fetch_entry {
-    u64 lin; /* of the page */
-    u64 generation;
+    u64 lin; /* of the page; FETCH_NONE: empty */
     gpa_t gpa;
     const u8 *host; /* NULL: not RAM or ROM */
     bool user, global;
+};
+
+#define FETCH_NONE 1 /* no page begins there */
+
+/* Where translations of large pages were used since the last flush. */
+struct large_range {
+    gva_t low, high;
 };
 
 #define SOFT_POSTS 16
@@ -145,8 +151,7 @@ struct soft_vcpu {
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
     struct fetch_entry fetches[FETCH_ENTRIES];
     u64 map_generation; /* changes whenever any translation may have */
-    gva_t large_low,
-        large_high; /* TLB entries of large pages lie in between since the last flush */
+    struct large_range large_data[2], large_code; /* data: by the half of the address space */
     struct block_cache *blocks;
     bool align_check;      /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
     bool data_breakpoints; /* DR7 enables one */

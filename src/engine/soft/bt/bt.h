@@ -89,6 +89,8 @@ void bt_x87_point(struct soft_vcpu *v, u32 number);
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */
 void bt_relink(struct soft_vcpu *v);
+/* cache.c: jump_key for the current mode and address space. */
+void bt_update_key(struct soft_vcpu *v);
 int bt_kick_create(struct soft_vcpu *v, struct error *err);
 void bt_kick_destroy(struct soft_vcpu *v);
 

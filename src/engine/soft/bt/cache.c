@@ -294,21 +294,38 @@ static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
             jump_empty(v, slot);
 }
 
-static void update_key(struct soft_vcpu *v)
+static u16 *context_of(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
 
+    return v->bt_mode & BT_MODE_USER ? &bt->spaces[bt->space].contexts[v->bt_mode]
+                                     : &bt->contexts[v->bt_mode];
+}
+
+static void forget_user(struct bt *bt)
+{
+    for (unsigned n = 0; n < BT_SPACES; n++)
+        memset(bt->spaces[n].contexts, 0, sizeof(bt->spaces[n].contexts));
+}
+
+void bt_update_key(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+    u16 *context;
+
     if (!v->bt_possible)
         return;
-    if (!bt->contexts[v->bt_mode]) {
+    context = context_of(v);
+    if (!*context) {
         if (bt->next_context > UINT16_MAX) {
             memset(bt->contexts, 0, sizeof(bt->contexts));
+            forget_user(bt);
             bt_jump_clear(v);
             bt->next_context = 1;
         }
-        bt->contexts[v->bt_mode] = (u16)bt->next_context++;
+        *context = (u16)bt->next_context++;
     }
-    v->bt_shared.jump_key = bt->contexts[v->bt_mode];
+    v->bt_shared.jump_key = *context;
 }
 
 /* Whether a segment lets every address through, for reading and writing. */
@@ -349,7 +366,7 @@ void bt_mode_changed(struct soft_vcpu *v)
     if (!code64)
         v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
                       (is_unlimited(&v->cpu.seg[SEG_GS]) ? BT_MODE_GS : 0);
-    update_key(v);
+    bt_update_key(v);
 }
 
 void bt_mappings_dropped(struct soft_vcpu *v)
@@ -357,21 +374,46 @@ void bt_mappings_dropped(struct soft_vcpu *v)
     if (!v->bt)
         return;
     memset(v->bt->contexts, 0, sizeof(v->bt->contexts));
+    forget_user(v->bt);
     v->bt->kernel_nonglobal = false;
-    update_key(v);
+    bt_update_key(v);
+}
+
+static void forget_kernel_nonglobal(struct bt *bt)
+{
+    if (bt->kernel_nonglobal)
+        memset(bt->contexts, 0, sizeof(bt->contexts));
+    bt->kernel_nonglobal = false;
 }
 
 void bt_nonglobal_dropped(struct soft_vcpu *v)
 {
+    if (!v->bt)
+        return;
+    forget_kernel_nonglobal(v->bt);
+    forget_user(v->bt);
+    bt_update_key(v);
+}
+
+void bt_space_switched(struct soft_vcpu *v, unsigned pcid, bool keep)
+{
     struct bt *bt = v->bt;
+    unsigned n = 0;
 
     if (!bt)
         return;
-    for (u32 mode = 0; mode < BT_MODES; mode++)
-        if ((mode & BT_MODE_USER) || bt->kernel_nonglobal)
-            bt->contexts[mode] = 0;
-    bt->kernel_nonglobal = false;
-    update_key(v);
+    forget_kernel_nonglobal(bt);
+    while (n < BT_SPACES && bt->spaces[n].pcid != pcid)
+        n++;
+    if (n == BT_SPACES) {
+        n = bt->next_space++ % BT_SPACES;
+        keep = false;
+    }
+    bt->space = n;
+    bt->spaces[n].pcid = pcid;
+    if (!keep)
+        memset(bt->spaces[n].contexts, 0, sizeof(bt->spaces[n].contexts));
+    bt_update_key(v);
 }
 
 void bt_page_dropped(struct soft_vcpu *v, gva_t lin)

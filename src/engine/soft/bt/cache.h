@@ -122,7 +122,8 @@ struct bt_block {
 #define BT_X87S (1u << 18)
 #define BT_HASH_BITS 16
 #define BT_PAGES_BITS 13
-#define BT_FILTER_BITS 12
+#define BT_FILTER_BITS 16
+#define BT_SPACES 16
 #define BT_MODES 256
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
@@ -156,7 +157,12 @@ struct bt {
     struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
 
     /* jump_key by mode; 0: to be given anew. */
-    u16 contexts[BT_MODES];
+    u16 contexts[BT_MODES]; /* of supervisor code */
+    struct bt_space {
+        unsigned pcid;
+        u16 contexts[BT_MODES]; /* of user code */
+    } spaces[BT_SPACES];
+    unsigned space, next_space; /* the current one, and the next to be given another PCID */
     u32 next_context;
     bool kernel_nonglobal; /* supervisor code ran from pages that a write of CR3 drops */
     u64 filter[(1u << BT_FILTER_BITS) / 64]; /* hashes of pages with entries in the jump cache */
@@ -240,6 +246,8 @@ void bt_mode_changed(struct soft_vcpu *v);
 /* Translations changed: all; those that are not global; one page's. */
 void bt_mappings_dropped(struct soft_vcpu *v);
 void bt_nonglobal_dropped(struct soft_vcpu *v);
+/* CR3 was written. keep: what was known of that PCID still holds. */
+void bt_space_switched(struct soft_vcpu *v, unsigned pcid, bool keep);
 void bt_page_dropped(struct soft_vcpu *v, gva_t lin);
 
 #endif

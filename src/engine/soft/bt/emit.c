@@ -249,11 +249,41 @@ static void keep_flag_source(struct translation *t, struct bt_recipe *r, u8 host
         r->kind = RECIPE_NONE;
 }
 
-static void flags_made(struct translation *t, const struct bt_insn *i)
+/* Whether `reg` changes behind the instruction under way before somebody may ask for its flags. */
+static bool changes_too_soon(const struct translation *t, u8 reg)
+{
+    bool changed = false;
+
+    for (unsigned n = t->at + 1; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (changed && (insn_clobbers_flags(i) || i->flags_in))
+            return true;
+        if (i->flags_out && !i->flags_partial)
+            return false;
+        changed |= (insn_changed_regs(i) >> reg) & 1;
+    }
+    return changed;
+}
+
+/* A recipe whose first register will soon be another's: keeps what it is now, for one store. */
+static void keep_recipe_reg(struct translation *t)
+{
+    struct bt_recipe *r = &t->flags.recipe;
+
+    if (!r->kind || r->a == NO_REG || in_memory(t, r->a) || r->kind >= RECIPE_SHL ||
+        !changes_too_soon(t, r->a))
+        return;
+    put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), t->home[r->a]);
+    r->a = NO_REG;
+}
+
+static void flags_made(struct translation *t, const struct bt_insn *i, struct bt_recipe recipe)
 {
     if (!i->flags_out)
         return;
-    t->flags = (struct flag_state){.host = true, .recipe = i->recipe};
+    t->flags = (struct flag_state){.host = true, .recipe = recipe};
+    keep_recipe_reg(t);
 }
 
 /* --- Leaving --- */
@@ -395,6 +425,9 @@ struct access {
     bool write;
 };
 
+/* What RIP-relative operands are relative to: ip_page. */
+#define PAGE_BASE GPR_ZERO
+
 static bool simple_access(const struct bt_insn *i, struct access *a)
 {
     *a = (struct access){RSP, NO_REG, 0, 0, i->word, false};
@@ -411,8 +444,14 @@ static bool simple_access(const struct bt_insn *i, struct access *a)
     case BT_RET:
         return true;
     case BT_PLAIN:
-        if (!i->mem || i->seg != NO_REG || i->rip_relative || i->address32 != i->code32 ||
-            i->base == NO_REG)
+        if (!i->mem || i->seg != NO_REG || i->address32 != i->code32)
+            return false;
+        if (i->rip_relative) {
+            *a = (struct access){PAGE_BASE, NO_REG, 0, i->offset + i->len + i->disp, i->mem_size,
+                                 i->mem_write};
+            return true;
+        }
+        if (i->base == NO_REG)
             return false;
         *a = (struct access){i->base, i->index, i->scale, i->disp, i->mem_size, i->mem_write};
         return true;
@@ -548,8 +587,13 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     struct access_group *g = &t->group, wide;
     struct access a;
     const u8 *start;
+    bool simple = simple_access(i, &a);
 
-    if (g->valid && simple_access(i, &a) && a.base == g->base && a.index == g->index &&
+    if (simple) {
+        base = a.base;
+        disp = a.disp;
+    }
+    if (g->valid && simple && a.base == g->base && a.index == g->index &&
         (a.index == NO_REG || a.scale == g->scale) && (!write || g->write) &&
         (s64)disp + g->shift >= g->lo && (s64)disp + g->shift + size <= g->hi)
         return (s32)(disp + g->shift - g->lo);
@@ -558,7 +602,7 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     start = t->p;
     wide = (struct access_group){
         .base = base, .index = NO_REG, .lo = disp, .hi = (s64)disp + size, .write = write};
-    if (simple_access(i, &a)) {
+    if (simple) {
         wide.index = a.index;
         wide.scale = a.scale;
         wide.valid = true;
@@ -566,6 +610,9 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     }
     if (i->op != BT_PLAIN) {
         put_lea_word(&t->p, i->word, S1, base, (s32)wide.lo); /* the stack */
+    } else if (base == PAGE_BASE) {
+        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
+        put_lea(&t->p, S1, S1, (s32)wide.lo);
     } else {
         emit_address(t, i, S1, base, (s32)wide.lo);
         if (i->seg != NO_REG)
@@ -690,7 +737,7 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
     on_register.mem = false;
     on_register.rm_gpr = true;
     put_plain(t, &on_register, i->reg_gpr ? t->home[i->reg] : i->reg, S2, 0, 0);
-    flags_made(t, i);
+    flags_made(t, i, i->recipe);
     return true;
 }
 
@@ -732,12 +779,9 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
         if (m.action[n] & ACTION_WRITE)
             put_store_gs(&t->p, GS_GPR(t->memory_reg[n]), m.host[n]);
     x87_note(t, i);
-    flags_made(t, i);
-    if (i->flags_out) {
-        if (i->mem) /* its operand wasn't kept */
-            recipe.kind = RECIPE_NONE;
-        t->flags.recipe = recipe;
-    }
+    if (i->mem) /* its operand wasn't kept */
+        recipe.kind = RECIPE_NONE;
+    flags_made(t, i, recipe);
 }
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)
@@ -992,7 +1036,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_need(t);
     put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
     put_plain(t, i, S2, 0, 0, 0);
-    flags_made(t, i);
+    flags_made(t, i, i->recipe);
 }
 
 /* --- All of them --- */

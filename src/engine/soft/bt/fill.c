@@ -171,8 +171,8 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
         entry->info |= TLB_INFO_GLOBAL;
     if (leaf.mask != GUEST_PAGE_SIZE - 1) {
         entry->info |= leaf.mask >= GIB(1) - 1 ? TLB_INFO_HUGE : TLB_INFO_LARGE;
-        v->large_low = MIN(v->large_low, lin & ~leaf.mask);
-        v->large_high = MAX(v->large_high, lin | leaf.mask);
+        v->large_data[lin >> 63].low = MIN(v->large_data[lin >> 63].low, lin & ~leaf.mask);
+        v->large_data[lin >> 63].high = MAX(v->large_data[lin >> 63].high, lin | leaf.mask);
     }
     v->stats.tlb_misses++;
     may_write &= !(slot->flags & MEMORY_ROM) && !e->dirty_logging &&

@@ -602,6 +602,7 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_CLAC:
     case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
         return BT_FAST;
     case ZYDIS_MNEMONIC_FWAIT:
         i->fpu_class = FPU_X87; /* more than need be: CR0.EM doesn't stop it */

@@ -104,7 +104,7 @@ void bt_relink(struct soft_vcpu *v)
                 bt_exit_attach(bt, &bt->exits[n]);
     }
     bt->nunlinked = 0;
-    v->bt_shared.jump_key = bt->contexts[v->bt_mode];
+    bt_update_key(v);
 }
 
 /* --- Exceptions of the host --- */
