@@ -53,9 +53,9 @@ enum recipe_kind {
 struct bt_recipe {
     u8 kind; /* enum recipe_kind */
     u8 size; /* of its operands in bytes */
-    u8 a;    /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
+    u8 a; /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
               * it was, in v->bt_shared.flag_source */
-    u8 b;    /* register, or NO_REG: imm */
+    u8 b; /* register, or NO_REG: imm */
     s32 imm;
 };
 
@@ -88,10 +88,10 @@ struct bt_insn {
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */
     s32 disp;
-    s64 imm;           /* immediate, or displacement of a branch */
-    u8 cc;             /* condition of BT_JCC */
-    u32 read, written; /* general registers, one bit each, implicit ones too */
-    u32 fixed;         /* those that can't be substituted */
+    s64 imm;                               /* immediate, or displacement of a branch */
+    u8 cc;                                 /* condition of BT_JCC */
+    u32 read, written;                     /* general registers, one bit each, implicit ones too */
+    u32 fixed;                             /* those that can't be substituted */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */

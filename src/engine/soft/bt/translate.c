@@ -472,10 +472,10 @@ static void choose_perm(const struct translation *t, struct bt_block *b)
     for (u8 n = 0; n < 2; n++) {
         u8 pick = NO_REG;
 
-        for (u8 reg = 0; reg < S1; reg++)
+        for (unsigned reg = 0; reg < S1; reg++)
             if (reg != b->perm[0] && weight[reg] != UINT32_MAX &&
                 (pick == NO_REG || weight[reg] < weight[pick]))
-                pick = reg;
+                pick = (u8)reg;
         if (pick != NO_REG && weight[S1 + n] > weight[pick] + change)
             b->perm[n] = pick;
     }
