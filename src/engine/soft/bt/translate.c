@@ -339,12 +339,22 @@ static void find_kept_regs(const struct translation *t, struct bt_block *b)
     }
 }
 
-/* From the jump cache: RIP is the block's own address. */
+/*
+ * From the jump cache: RIP is the block's own address. The store of ip_page is branched round when nothing
+ * changes: else each call's return address would depend, through memory, on the last return's.
+ */
 static void put_jump_prefix(struct translation *t, gpa_t gpa)
 {
+    u8 *skip;
+
     put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
     put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
+    put_op_gs(&t->p, true, OP_CMP, S1, GS_OFFSET(bt_shared.ip_page));
+    put8(&t->p, 0x74); /* je */
+    put8(&t->p, 0);
+    skip = t->p;
     put_store_gs(&t->p, GS_OFFSET(bt_shared.ip_page), S1);
+    skip[-1] = (u8)(t->p - skip);
 }
 
 static void put_entries(struct translation *t, struct bt_block *b)
