@@ -8,7 +8,8 @@
 
 struct option {
     const char *name;
-    const char *value; /* what the value is, for the help; NULL: takes none */
+    const char
+        *value; /* what the value is, for the help; NULL: takes none; "[=...": may be left out */
     const char *help;
     int (*set)(struct vm_config *config, const char *value, struct error *err);
 };
@@ -106,6 +107,12 @@ static int set_no_reboot(struct vm_config *config, const char *value, struct err
     return 0;
 }
 
+static int set_perf_map(struct vm_config *config, const char *value, struct error *err)
+{
+    config->perf_map = "";
+    return value ? set_path(&config->perf_map, value, err) : 0;
+}
+
 static int set_stats(struct vm_config *config, const char *value, struct error *err)
 {
     return set_path(&config->stats, value, err);
@@ -129,6 +136,8 @@ static const struct option options[] = {
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
+    {"--perf-map", "[=FILE]", "bt: write /tmp/perf-PID.map for perf; FILE is a System.map",
+     set_perf_map},
 };
 
 static const struct option *find_option(const char *arg, size_t len)
@@ -163,6 +172,8 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
             return error_input(err, "%s takes no value", o->name);
     } else if (value) {
         value++;
+    } else if (o->value[0] == '[') {
+        /* it is left out */
     } else if (*i + 1 < argc) {
         value = argv[++*i];
     } else {
@@ -213,7 +224,8 @@ void cli_run_help(FILE *out)
           out);
     for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
         const struct option *o = &options[i];
-        int used = fprintf(out, "  %s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+        int used = fprintf(out, "  %s%s%s", o->name, o->value && o->value[0] != '[' ? " " : "",
+                           o->value ? o->value : "");
 
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }

@@ -3,6 +3,7 @@
 #include "chardev/chardev.h"
 #include "control/stats.h"
 #include "engine/engine.h"
+#include "engine/perf_map.h"
 #include "host/event_loop.h"
 #include "host/log.h"
 #include "machine/machine.h"
@@ -19,6 +20,7 @@ struct vm {
     u64 begin_ns;
     const struct engine_ops *engine;
     struct engine_checks checks;
+    struct perf_map *perf_map;
     struct event_loop *loop;
     struct chardev *serial;
     FILE *stats;
@@ -97,6 +99,22 @@ static int open_stats(struct vm *vm, struct error *err)
     return vm->stats ? 0 : error_input(err, "--stats: %s: %s", path, strerror(errno));
 }
 
+static int open_perf_map(struct vm *vm, struct error *err)
+{
+    const char *symbols = vm->config->perf_map;
+
+    if (!symbols)
+        return 0;
+    if (vm->engine != &engine_bt)
+        return error_input(err, "--perf-map: the engine %s makes no code: give --engine bt",
+                           vm->engine->name);
+    vm->perf_map = perf_map_create(symbols, err);
+    if (vm->perf_map)
+        return 0;
+    error_prefix(err, "--perf-map");
+    return -EIO;
+}
+
 static int open_serial(struct vm *vm, struct error *err)
 {
     struct chardev_owner owner = {vm_quit, vm};
@@ -115,6 +133,7 @@ static int create_machine(struct vm *vm, struct error *err)
     struct machine_config config = {
         .engine = vm->engine,
         .checks = vm->checks,
+        .perf_map = vm->perf_map,
         .cpu = c->cpu,
         .memory = c->memory,
         .cpus = c->cpus,
@@ -168,6 +187,7 @@ static void close_all(struct vm *vm)
 {
     if (vm->machine)
         machine_destroy(vm->machine);
+    perf_map_destroy(vm->perf_map);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -182,7 +202,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats, open_serial, create_machine,
+        choose_engine, open_loop,   open_signals,   open_stats,
+        open_perf_map, open_serial, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

@@ -28,7 +28,8 @@ struct vm_config {
     const char *serial;  /* as chardev_open takes it */
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
-    const char *stats; /* path, or NULL */
+    const char *stats;    /* path, or NULL */
+    const char *perf_map; /* path of a System.map, "" for none; NULL: no map is written */
 };
 
 /* Runs the VM to its end. Returns the exit status; failures have been told on stderr. */

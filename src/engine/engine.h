@@ -23,6 +23,7 @@
 #include "x86/lapic.h"
 
 struct engine;
+struct perf_map;
 struct vcpu;
 
 enum vcpu_exit_reason {
@@ -63,6 +64,7 @@ struct engine_config {
     const struct cpuid_model *cpuid;
     unsigned ncpus;
     struct engine_checks checks;
+    struct perf_map *perf_map; /* bt: where translated code is told to perf; NULL: nowhere */
 };
 
 struct engine_stats {

@@ -171,6 +171,7 @@ static int create_engine(struct machine *m, struct error *err)
         .cpuid = m->cpuid,
         .ncpus = m->config.cpus,
         .checks = m->config.checks,
+        .perf_map = m->config.perf_map,
     };
 
     m->engine = m->ops->create(&config, err);

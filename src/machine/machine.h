@@ -21,8 +21,9 @@ struct state_writer;
 struct machine_config {
     const struct engine_ops *engine;
     struct engine_checks checks;
-    const char *cpu; /* name of the CPUID model */
-    u64 memory;      /* bytes */
+    struct perf_map *perf_map; /* as in struct engine_config */
+    const char *cpu;           /* name of the CPUID model */
+    u64 memory;                /* bytes */
     unsigned cpus;
     const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
     struct chardev *serial;                /* what COM1 is connected to, or NULL */

@@ -754,8 +754,8 @@ void soft_tlb_flush(struct soft_vcpu *v)
     v->map_generation++;
     v->stats.tlb_flushes++;
     v->large_data[0] = v->large_data[1] = v->large_code = none;
-    FOR_EACH_USED (v, tlb, n)
-        drop_entry(tlb, n);
+    FOR_EACH_USED(v, tlb, n)
+    drop_entry(tlb, n);
     drop_fetches(v, true);
     bt_mappings_dropped(v);
 }
@@ -764,9 +764,9 @@ static void drop_nonglobal(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
-    FOR_EACH_USED (v, tlb, n)
-        if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
-            drop_entry(tlb, n);
+    FOR_EACH_USED(v, tlb, n)
+    if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
+        drop_entry(tlb, n);
     drop_fetches(v, false);
 }
 
@@ -787,7 +787,8 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 {
     u64 large = v->cpu.cr4 & CR4_PAE ? MIB(2) : MIB(4);
 
-    FOR_EACH_USED (v, tlb, n) {
+    FOR_EACH_USED(v, tlb, n)
+    {
         const struct tlb_entry *e = &tlb->entries[n];
         /* A tag that isn't valid is a page of the next slot, still of the same large page. */
         u64 differ = e->read_tag ^ lin;
@@ -820,15 +821,15 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
     if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
         return;
-    FOR_EACH_USED (v, tlb, n)
-        if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
-            tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED(v, tlb, n)
+    if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
+        tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)
 {
-    FOR_EACH_USED (v, tlb, n)
-        tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED(v, tlb, n)
+    tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3)

@@ -52,7 +52,7 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
     c.hot_runs = random & 3 ? 0 : random >> 2 & 15;
     c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
     c.group_span = spans[random >> 14 & 3];
-    c.code_size = MIN(c.code_size, (u32)KIB(64) << (random >> 16) % 10);
+    c.code_size = MIN(c.code_size, (u32)KIB(256) << (random >> 16) % 8);
     return c;
 }
 

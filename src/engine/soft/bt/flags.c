@@ -10,7 +10,10 @@
         u##bits x_ = (u##bits)(x);                                                                 \
         u16 f_;                                                                                    \
                                                                                                    \
-        __asm__(insn " %2, %1\n\tlahf\n\tseto %%al" : "=&a"(f_), "+r"(x_) : "r"((u##bits)(y)) : "cc"); \
+        __asm__(insn " %2, %1\n\tlahf\n\tseto %%al"                                                \
+                : "=&a"(f_), "+r"(x_)                                                              \
+                : "r"((u##bits)(y))                                                                \
+                : "cc");                                                                           \
         f_;                                                                                        \
     })
 #define SHIFT(bits, insn, x, count)                                                                \
@@ -34,7 +37,8 @@
 
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r)
 {
-    u64 a = r->a == NO_REG ? v->bt_shared.flag_source : v->cpu.gpr[r->a], b = r->b == NO_REG ? (u64)(s64)r->imm : v->cpu.gpr[r->b];
+    u64 a = r->a == NO_REG ? v->bt_shared.flag_source : v->cpu.gpr[r->a],
+        b = r->b == NO_REG ? (u64)(s64)r->imm : v->cpu.gpr[r->b];
 
     switch (r->kind) {
     case RECIPE_CMP:

@@ -37,8 +37,15 @@
  */
 #include "engine/soft/bt/translate.h"
 
+#include "engine/soft/bt/audit.h"
+
 #include "engine/soft/block.h"
+#include "engine/perf_map.h"
 #include "engine/soft/mmu.h"
+#include "host/log.h"
+
+#include <stdio.h>
+#include <stdlib.h>
 
 /* --- The ways out --- */
 
@@ -519,10 +526,10 @@ static void choose_perm(const struct translation *t, struct bt_block *b)
     for (u8 n = 0; n < 2; n++) {
         u8 pick = NO_REG;
 
-        for (u8 reg = 0; reg < S1; reg++)
+        for (unsigned reg = 0; reg < S1; reg++)
             if (reg != b->perm[0] && weight[reg] != UINT32_MAX &&
                 (pick == NO_REG || weight[reg] < weight[pick]))
-                pick = reg;
+                pick = (u8)reg;
         if (pick != NO_REG && weight[S1 + n] > weight[pick] + change)
             b->perm[n] = pick;
     }
@@ -640,6 +647,40 @@ static unsigned decode(struct translation *t, const struct bt_source *source)
     return decode_across(t, source->gpa, bytes, sizeof(bytes));
 }
 
+/* A build that audits does not outlive its first finding. */
+static void audit_block(const struct translation *t, u32 first_site)
+{
+    const struct bt_block *b = t->block;
+    u32 sites[2] = {first_site, t->bt->nsites};
+    struct bt_fault_found found;
+
+    if (bt_audit(t->bt, b, sites, &found))
+        return;
+    log_message(LOG_ERROR, "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
+                found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
+                found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
+    for (unsigned n = 0; n < t->count; n++) {
+        char text[64] = "";
+
+        for (unsigned k = 0; k < t->insns[n].len; k++)
+            snprintf(text + 3 * k, sizeof(text) - 3 * k, "%02x ", t->insns[n].bytes[k]);
+        log_message(LOG_ERROR, "  %03x  %s", t->insns[n].offset, text);
+    }
+    abort();
+}
+
+/* Under the address that it was translated for: another mapping of the page will have the same name. */
+static void name_block(const struct translation *t)
+{
+    const struct bt_block *b = t->block;
+    struct perf_map *m = t->v->engine->config.perf_map;
+    u64 lin = t->v->cpu.gpr[GPR_RIP];
+    bool user = b->mode & BT_MODE_USER;
+
+    perf_map_add(m, bt_run_at(t->bt, b->hot), b->hot_end - b->hot, lin, user);
+    perf_map_add(m, bt_run_at(t->bt, b->cold), b->cold_end - b->cold, lin, user);
+}
+
 struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode)
 {
     static _Thread_local struct translation translation;
@@ -647,6 +688,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     struct bt *bt = v->bt;
     const struct bt_insn *last;
     struct bt_block *b;
+    u32 sites = bt->nsites;
 
     if (bt_is_full(bt))
         return NULL;
@@ -707,6 +749,10 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
     b->nexits = bt->nexits - b->exits;
     b->npoints = bt->npoints - b->points;
+    if (BT_AUDIT)
+        audit_block(t, sites);
+    if (v->engine->config.perf_map)
+        name_block(t);
     bt->nblocks++;
     bt->translated++;
     bt->translated_insns += b->count;
