@@ -75,9 +75,56 @@ static int set_firmware(struct vm_config *config, const char *value, struct erro
     return error_input(err, "this build boots no firmware: boot a kernel with --kernel");
 }
 
+static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
+                        bool *out, struct error *err)
+{
+    *out = !strcmp(value, yes);
+    if (*out || !strcmp(value, no))
+        return 0;
+    return error_input(err, "%s=%s: give %s or %s", key, value, yes, no);
+}
+
+static int set_disk_option(struct vm_disk *d, const char *key, const char *value, struct error *err)
+{
+    bool qcow2;
+
+    if (!strcmp(key, "readonly"))
+        return parse_choice(key, value, "on", "off", &d->read_only, err);
+    if (!strcmp(key, "werror"))
+        return parse_choice(key, value, "stop", "report", &d->stop_on_error, err);
+    if (!strcmp(key, "format")) {
+        strcpy(d->format, strlen(value) < sizeof(d->format) ? value : "?");
+        return parse_choice(key, value, "qcow2", "raw", &qcow2, err);
+    }
+    if (strcmp(key, "serial"))
+        return error_input(err, "unknown option '%s': give format, readonly, serial or werror",
+                           key);
+    if (strlen(value) >= sizeof(d->serial))
+        return error_input(err, "serial=%s: give 20 characters at most", value);
+    strcpy(d->serial, value);
+    return 0;
+}
+
 static int set_disk(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build has no disks: put files into the --initrd");
+    struct vm_disk *d = &config->disks[config->ndisks];
+    char key[16], option[64];
+    const char *options;
+    int ret;
+
+    if (config->ndisks == VM_DISKS_MAX)
+        return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
+    *d = (struct vm_disk){0};
+    ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
+    if (ret)
+        return ret;
+    while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        ret = set_disk_option(d, key, option, err);
+        if (ret)
+            return ret;
+    }
+    config->ndisks += ret == 0;
+    return ret;
 }
 
 static int set_net(struct vm_config *config, const char *value, struct error *err)
@@ -123,7 +170,7 @@ static const struct option options[] = {
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
     {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
-    {"--disk", "FILE[,...]", "a disk (not in this build)", set_disk},
+    {"--disk", "FILE[,...]", "a disk; see below", set_disk},
     {"--net", "WHAT", "a network card (not in this build)", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
@@ -131,6 +178,11 @@ static const struct option options[] = {
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
 };
+
+static bool may_be_repeated(const struct option *o)
+{
+    return o->set == set_disk;
+}
 
 static const struct option *find_option(const char *arg, size_t len)
 {
@@ -156,7 +208,7 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
     o = find_option(arg, len);
     if (!o)
         return error_input(err, "unknown option '%.*s': see doppel run --help", (int)len, arg);
-    if (*seen & BIT(o - options))
+    if ((*seen & BIT(o - options)) && !may_be_repeated(o))
         return error_input(err, "%s is given twice", o->name);
     *seen |= BIT(o - options);
     if (!o->value) {
@@ -219,6 +271,13 @@ void cli_run_help(FILE *out)
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }
     fputs(
+        "\n"
+        "--disk FILE[,format=raw|qcow2][,readonly=on][,serial=TEXT][,werror=report|stop]: a raw "
+        "or\n"
+        "qcow2 image or a block device, as a virtio disk; more than once for more of them. With\n"
+        "werror=stop a write that fails pauses the machine, and SIGCONT lets it try again. \",,\" "
+        "in\n"
+        "FILE is a comma.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -1,5 +1,6 @@
 #include "control/vm.h"
 
+#include "block/block.h"
 #include "chardev/chardev.h"
 #include "control/stats.h"
 #include "engine/engine.h"
@@ -21,6 +22,7 @@ struct vm {
     bool verify;
     struct event_loop *loop;
     struct chardev *serial;
+    struct machine_disks disks;
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -40,14 +42,18 @@ static void signal_ready(void *opaque, u32 events)
     struct vm *vm = opaque;
     struct signalfd_siginfo info;
 
-    if (read(vm->signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
+    if (read(vm->signal_fd, &info, sizeof(info)) != (ssize_t)sizeof(info))
+        return;
+    if (info.ssi_signo == SIGCONT) {
+        machine_start(vm->machine); /* it may be paused (werror=stop) */
+    } else {
         log_info("ending on signal %u (%s)", info.ssi_signo, strsignal((int)info.ssi_signo));
         vm_quit(vm);
     }
 }
 
 /*
- * Signals that end the VM come through the loop. They are blocked in every thread made after this, so
+ * Signals that end the VM, or let it go on, come through the loop. They are blocked in every thread made after this, so
  * it runs before there is another.
  */
 static int open_signals(struct vm *vm, struct error *err)
@@ -60,6 +66,7 @@ static int open_signals(struct vm *vm, struct error *err)
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     vm->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (vm->signal_fd < 0)
@@ -109,6 +116,38 @@ static int open_serial(struct vm *vm, struct error *err)
     return -EIO;
 }
 
+static int open_disk(struct vm *vm, const struct vm_disk *d, struct error *err)
+{
+    struct disk_options options = {.format = d->format[0] ? d->format : NULL,
+                                   .read_only = d->read_only};
+    struct machine_disk *out = &vm->disks.disk[vm->disks.count];
+    struct disk *disk = disk_open(d->path, &options, err);
+
+    if (!disk)
+        return -EIO;
+    out->backend = block_create(disk, vm->loop, false, err);
+    if (!out->backend) {
+        disk_close(disk);
+        return -EIO;
+    }
+    out->serial = d->serial[0] ? d->serial : NULL;
+    out->stop_on_error = d->stop_on_error;
+    vm->disks.count++;
+    return 0;
+}
+
+static int open_disks(struct vm *vm, struct error *err)
+{
+    for (unsigned i = 0; i < vm->config->ndisks; i++) {
+        if (open_disk(vm, &vm->config->disks[i], err)) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--disk");
+            return -EIO;
+        }
+    }
+    return 0;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -122,6 +161,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .initrd = c->initrd,
         .cmdline = c->append,
         .serial = vm->serial,
+        .disks = &vm->disks,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
     };
@@ -168,6 +208,8 @@ static void close_all(struct vm *vm)
 {
     if (vm->machine)
         machine_destroy(vm->machine);
+    while (vm->disks.count)
+        block_destroy(vm->disks.disk[--vm->disks.count].backend);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -182,7 +224,7 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats, open_serial, create_machine,
+        choose_engine, open_loop, open_signals, open_stats, open_disks, open_serial, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

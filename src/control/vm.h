@@ -15,6 +15,16 @@ enum vm_status {
     VM_STATUS_GUEST_RESET = 3,
 };
 
+#define VM_DISKS_MAX 16
+
+struct vm_disk {
+    char path[1024];
+    char format[8];  /* empty: as the file looks */
+    char serial[21]; /* empty: none */
+    bool read_only;
+    bool stop_on_error;
+};
+
 /* What the user asked for. Strings are borrowed. */
 struct vm_config {
     const char *name;
@@ -25,7 +35,9 @@ struct vm_config {
     const char *kernel; /* path */
     const char *initrd; /* path, or NULL */
     const char *append;
-    const char *serial;  /* as chardev_open takes it */
+    const char *serial; /* as chardev_open takes it */
+    struct vm_disk disks[VM_DISKS_MAX];
+    unsigned ndisks;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

@@ -28,17 +28,22 @@
 #include "device/rtc.h"
 #include "device/serial.h"
 #include "device/sysport.h"
+#include "device/virtio/blk.h"
 #include "host/log.h"
 #include "machine/acpi.h"
+#include "machine/disk_config.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
 #include "state/stream.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #define IOAPIC_PIN_PIT 2
 #define IOAPIC_ID 0
+#define DISK_QUEUES_MAX 16
 #define FAST_A20_ON 0x02
 #define BOARD_MAX_DEVICES 64
 
@@ -431,6 +436,53 @@ static int create_fw_cfg(struct board *b, struct error *err)
     return ret;
 }
 
+/* A disk's write failed, under werror=stop: with the device's lock held. */
+static void disk_stop(void *opaque, const char *disk, int error)
+{
+    struct board *b = opaque;
+
+    log_error("%s: a write failed: %s: the machine is paused; mend that, then: kill -CONT %d", disk,
+              strerror(error), (int)getpid());
+    b->config.power.request(b->config.power.sink, POWER_PAUSE, 0);
+}
+
+/* The next free slot for a card, as a devfn; or -1 with err set. */
+static int card_devfn(struct board *b, struct error *err)
+{
+    int slot = pci_host_free_slot(b->pci, PCI_SLOT_FIRST_CARD);
+
+    if (slot < 0)
+        return error_input(err, "the PCI bus has no free slot: give fewer disks");
+    return PCI_DEVFN(slot, 0);
+}
+
+static int create_disk(struct board *b, const struct machine_disk *disk, struct error *err)
+{
+    struct virtio_blk_config config = {
+        .backend = disk->backend,
+        .serial = disk->serial,
+        .queues = MIN(b->config.cpus, DISK_QUEUES_MAX),
+        .stop = disk->stop_on_error ? disk_stop : NULL,
+        .opaque = b,
+    };
+    int devfn = card_devfn(b, err);
+    struct virtio *v;
+
+    if (devfn < 0)
+        return devfn;
+    v = virtio_blk_create(&b->config.env, &config, b->pci, (u8)devfn, err);
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
+static int create_disks(struct board *b, struct error *err)
+{
+    int ret = 0;
+
+    for (unsigned i = 0; b->config.disks && i < b->config.disks->count && !ret; i++)
+        ret = create_disk(b, &b->config.disks->disk[i], err);
+    return ret;
+}
+
 struct board *board_create(const struct board_config *config, struct error *err)
 {
     /*
@@ -438,12 +490,14 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,  create_ioapic, create_pci,     create_pit,     create_hpet,   create_rtc,
-        create_com1, create_i8042,  create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
+        create_pic,    create_ioapic,  create_pci,   create_pit,     create_hpet,
+        create_rtc,    create_com1,    create_i8042, create_acpi_pm, create_pvpanic,
+        create_fw_cfg, create_sysport, create_disks,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) <= BOARD_MAX_DEVICES, "devices[] holds them all");
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX <= BOARD_MAX_DEVICES,
+                   "devices[] holds them all");
     if (!b) {
         error_host(err, ENOMEM, "cannot create the board");
         return NULL;
@@ -480,8 +534,20 @@ void board_reset(struct board *b)
         b->devices[i]->ops->reset(b->devices[i]);
 }
 
+void board_stop(struct board *b)
+{
+    for (unsigned i = 0; i < b->ndevices; i++) {
+        if (b->devices[i]->ops->stop)
+            b->devices[i]->ops->stop(b->devices[i]);
+    }
+}
+
 void board_start(struct board *b)
 {
+    for (unsigned i = 0; i < b->ndevices; i++) {
+        if (b->devices[i]->ops->start)
+            b->devices[i]->ops->start(b->devices[i]);
+    }
     if (!b->config.serial)
         return;
     serial_writable(b->com1);

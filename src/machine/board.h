@@ -9,6 +9,7 @@
 
 struct board;
 struct chardev;
+struct machine_disks;
 struct e820_map;
 struct state_reader;
 struct state_writer;
@@ -19,10 +20,11 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
-    unsigned phys_bits;          /* of the processors' addresses */
-    const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
-    struct chardev *serial;      /* for COM1, or NULL */
-    u16 debug_exit_port;         /* 0: none */
+    unsigned phys_bits;                /* of the processors' addresses */
+    const struct e820_map *e820;       /* for the CMOS's memory sizes and fw_cfg */
+    struct chardev *serial;            /* for COM1, or NULL */
+    const struct machine_disks *disks; /* NULL: none */
+    u16 debug_exit_port;               /* 0: none */
 };
 
 /* All devices in their power-on state. What config points to must outlive the board. */
@@ -32,8 +34,13 @@ void board_destroy(struct board *board);
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);
 
-/* Wakes what waits for a machine that runs: characters on their way through COM1. Any number of times. */
+/*
+ * Wakes what waits for a machine that runs (characters on their way through COM1, queues of requests), and
+ * brings all of it to a stand: after it nothing changes memory or the devices' state. On the loop's thread
+ * with no vCPU running; any number of times.
+ */
 void board_start(struct board *board);
+void board_stop(struct board *board);
 
 /*
  * The state of all devices and of the wires between them, while no vCPU runs and the clock stands.
