@@ -129,7 +129,10 @@ static int set_disk(struct vm_config *config, const char *value, struct error *e
 
 static int set_net(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build has no network");
+    if (config->nnets == VM_NETS_MAX)
+        return error_input(err, "a machine has %d network cards at most", VM_NETS_MAX);
+    config->nets[config->nnets++] = value;
+    return 0;
 }
 
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
@@ -171,7 +174,7 @@ static const struct option options[] = {
     {"--cpus", "N", "processors (default: 1)", set_cpus},
     {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
-    {"--net", "WHAT", "a network card (not in this build)", set_net},
+    {"--net", "WHAT", "a network card; see below", set_net},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
@@ -181,7 +184,7 @@ static const struct option options[] = {
 
 static bool may_be_repeated(const struct option *o)
 {
-    return o->set == set_disk;
+    return o->set == set_disk || o->set == set_net;
 }
 
 static const struct option *find_option(const char *arg, size_t len)
@@ -278,6 +281,18 @@ void cli_run_help(FILE *out)
         "werror=stop a write that fails pauses the machine, and SIGCONT lets it try again. \",,\" "
         "in\n"
         "FILE is a comma.\n"
+        "\n"
+        "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...: a network of the guest's own, "
+        "whose\n"
+        "packets leave as this process's connections. The guest is 10.0.2.15 by DHCP, the host is\n"
+        "10.0.2.2, DNS is 10.0.2.3. hostfwd (tcp or udp) lets the host in, by its loopback "
+        "address\n"
+        "unless HOST is another.\n"
+        "--net tap=IF[,queues=N]: a tap interface of the host's.\n"
+        "--net socket=PATH: a cable to another doppel; the first one listens, the second "
+        "connects.\n"
+        "All take mac=ADDRESS, mtu=BYTES and pcap=FILE, a capture for tcpdump. More than once for\n"
+        "more cards.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -7,6 +7,7 @@
 #include "host/event_loop.h"
 #include "host/log.h"
 #include "machine/machine.h"
+#include "net/net.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -23,6 +24,7 @@ struct vm {
     struct event_loop *loop;
     struct chardev *serial;
     struct machine_disks disks;
+    struct machine_nets nets;
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -148,6 +150,25 @@ static int open_disks(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_nets(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+
+    while (vm->nets.count < c->nnets) {
+        char seed[128];
+
+        snprintf(seed, sizeof(seed), "%s.%u", c->name, vm->nets.count);
+        vm->nets.backend[vm->nets.count] = net_open(c->nets[vm->nets.count], seed, vm->loop, err);
+        if (!vm->nets.backend[vm->nets.count]) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--net");
+            return -EIO;
+        }
+        vm->nets.count++;
+    }
+    return 0;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -162,6 +183,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .cmdline = c->append,
         .serial = vm->serial,
         .disks = &vm->disks,
+        .nets = &vm->nets,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
     };
@@ -210,6 +232,8 @@ static void close_all(struct vm *vm)
         machine_destroy(vm->machine);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    while (vm->nets.count)
+        net_close(vm->nets.backend[--vm->nets.count]);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -224,7 +248,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats, open_disks, open_serial, create_machine,
+        choose_engine, open_loop, open_signals, open_stats,
+        open_disks,    open_nets, open_serial,  create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

@@ -16,6 +16,7 @@ enum vm_status {
 };
 
 #define VM_DISKS_MAX 16
+#define VM_NETS_MAX 8
 
 struct vm_disk {
     char path[1024];
@@ -38,6 +39,8 @@ struct vm_config {
     const char *serial; /* as chardev_open takes it */
     struct vm_disk disks[VM_DISKS_MAX];
     unsigned ndisks;
+    const char *nets[VM_NETS_MAX]; /* as net_open takes them */
+    unsigned nnets;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

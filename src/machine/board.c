@@ -29,11 +29,13 @@
 #include "device/serial.h"
 #include "device/sysport.h"
 #include "device/virtio/blk.h"
+#include "device/virtio/net.h"
 #include "host/log.h"
 #include "machine/acpi.h"
 #include "machine/disk_config.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
+#include "machine/net_config.h"
 #include "state/stream.h"
 
 #include <errno.h>
@@ -452,7 +454,7 @@ static int card_devfn(struct board *b, struct error *err)
     int slot = pci_host_free_slot(b->pci, PCI_SLOT_FIRST_CARD);
 
     if (slot < 0)
-        return error_input(err, "the PCI bus has no free slot: give fewer disks");
+        return error_input(err, "the PCI bus has no free slot: give fewer disks and network cards");
     return PCI_DEVFN(slot, 0);
 }
 
@@ -483,6 +485,23 @@ static int create_disks(struct board *b, struct error *err)
     return ret;
 }
 
+static int create_nets(struct board *b, struct error *err)
+{
+    for (unsigned i = 0; b->config.nets && i < b->config.nets->count; i++) {
+        int devfn = card_devfn(b, err);
+        struct virtio *v;
+
+        if (devfn < 0)
+            return devfn;
+        v = virtio_net_create(&b->config.env, b->config.nets->backend[i], b->pci, (u8)devfn, err);
+        if (!v)
+            return -EIO;
+        virtio_device(v)->instance = i;
+        add(b, virtio_device(v));
+    }
+    return 0;
+}
+
 struct board *board_create(const struct board_config *config, struct error *err)
 {
     /*
@@ -492,11 +511,11 @@ struct board *board_create(const struct board_config *config, struct error *err)
     static int (*const steps[])(struct board * b, struct error * err) = {
         create_pic,    create_ioapic,  create_pci,   create_pit,     create_hpet,
         create_rtc,    create_com1,    create_i8042, create_acpi_pm, create_pvpanic,
-        create_fw_cfg, create_sysport, create_disks,
+        create_fw_cfg, create_sysport, create_disks, create_nets,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX <= BOARD_MAX_DEVICES,
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX <= BOARD_MAX_DEVICES,
                    "devices[] holds them all");
     if (!b) {
         error_host(err, ENOMEM, "cannot create the board");

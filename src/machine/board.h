@@ -10,6 +10,7 @@
 struct board;
 struct chardev;
 struct machine_disks;
+struct machine_nets;
 struct e820_map;
 struct state_reader;
 struct state_writer;
@@ -24,6 +25,7 @@ struct board_config {
     const struct e820_map *e820;       /* for the CMOS's memory sizes and fw_cfg */
     struct chardev *serial;            /* for COM1, or NULL */
     const struct machine_disks *disks; /* NULL: none */
+    const struct machine_nets *nets;   /* NULL: none */
     u16 debug_exit_port;               /* 0: none */
 };
 

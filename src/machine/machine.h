@@ -12,6 +12,7 @@
 #include "host/error.h"
 #include "host/event_loop.h"
 #include "machine/disk_config.h"
+#include "machine/net_config.h"
 
 struct chardev;
 struct machine;
@@ -28,6 +29,7 @@ struct machine_config {
     const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
     struct chardev *serial;                /* what COM1 is connected to, or NULL */
     const struct machine_disks *disks;     /* NULL: none */
+    const struct machine_nets *nets;       /* NULL: none */
     u16 debug_exit_port;                   /* 0: none */
     bool no_reboot;                        /* a reset ends the machine */
 };

@@ -43,7 +43,8 @@ struct net_queue {
     struct net_waiting *first, **end;
     unsigned packets;
     size_t bytes;
-    bool held; /* the backend was told not to deliver */
+    bool held;     /* the backend was told not to deliver */
+    bool captured; /* the packet that waits to be sent is in the capture already */
 };
 
 struct net_backend {

@@ -165,11 +165,13 @@ int net_send(struct net_backend *b, unsigned queue, const struct net_offload *o,
         len += iov[i].iov_len;
     if (len < NET_HEADER_SIZE || len > NET_PACKET_MAX || !b->info.link_up)
         return 0;
+    /* Before what it brings about, and once, though it may be sent again. */
+    if (b->pcap && !b->queues[queue].captured)
+        pcap_packet_iov(b->pcap, iov, n, len);
     b->in_card = true;
     ret = b->ops->send(b, queue, o, iov, n, len);
     b->in_card = false;
-    if (b->pcap && ret != -EAGAIN)
-        pcap_packet_iov(b->pcap, iov, n, len);
+    b->queues[queue].captured = ret == -EAGAIN;
     return ret;
 }
 

@@ -281,6 +281,18 @@ int virtq_pop(struct virtq *q, const struct guest_memory *m, struct virtq_chain 
     return q->packed ? pop_packed(q, m, chain) : pop_split(q, m, chain);
 }
 
+void virtq_unpop(struct virtq *q, const struct virtq_chain *chain)
+{
+    if (!q->packed) {
+        q->next_avail--;
+    } else if (q->next_avail >= chain->ndesc) {
+        q->next_avail -= chain->ndesc;
+    } else {
+        q->next_avail += q->size - chain->ndesc;
+        q->avail_wrap = !q->avail_wrap;
+    }
+}
+
 /* ---- giving back ---- */
 
 static void tell_written(const struct guest_memory *m, const struct virtq_chain *chain, u32 written)

@@ -123,6 +123,14 @@ int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **out)
     return 0;
 }
 
+void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain)
+{
+    virtq_unpop(&v->queues[q], chain);
+    free(chain);
+    v->in_flight--;
+    v->queue_in_flight[q]--;
+}
+
 static void finish_reset(struct virtio *v)
 {
     for (unsigned q = 0; q < VIRTIO_QUEUES_MAX; q++)

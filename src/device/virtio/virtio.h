@@ -119,6 +119,8 @@ int virtio_add(struct virtio *v, struct pci_host *host, u8 devfn, struct error *
 
 /* For ops, the lock held. 1 with *chain set (the caller frees it), 0: none, or the driver broke the rules. */
 int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **chain);
+/* Undoes the last virtio_pop of this queue, chain by chain, while the lock is still held from it. */
+void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain);
 /* Gives a popped chain back and frees it. Then virtio_signal once for all that were given back. */
 void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written);
 void virtio_signal(struct virtio *v, unsigned q);
