@@ -79,38 +79,30 @@ void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64
                  const struct io_ops *ops, void *opaque)
 {
     unsigned offset = pci_bar_offset(n);
+    struct pci_bar *bar = &pci->bars[n];
     u64 mask = ~(size - 1);
-    u8 flags = 0;
 
     assert(n < PCI_BARS && (size & (size - 1)) == 0 && size >= 4 && !pci->host);
-    switch (kind) {
-    case PCI_BAR_IO:
-        flags = PCI_BASE_ADDRESS_SPACE_IO;
-        mask &= 0xffff;
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
-        break;
-    case PCI_BAR_MEM64_PREFETCH:
-        flags = PCI_BASE_ADDRESS_MEM_PREFETCH;
-        /* fall through */
-    case PCI_BAR_MEM64:
-        assert(n + 1 < PCI_BARS);
-        flags |= PCI_BASE_ADDRESS_MEM_TYPE_64;
-        pci_config_allow32(pci, offset + 4, mask >> 32);
-        /* fall through */
-    case PCI_BAR_MEM32:
-        assert(size > PCI_BASE_ADDRESS_MEM_FLAGS);
-        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
-        break;
-    case PCI_BAR_NONE:
-        return;
-    }
-    pci_config_allow32(pci, offset, (u32)mask);
-    pci->config[offset] = flags;
-    pci->bars[n] = (struct pci_bar){
+    *bar = (struct pci_bar){
         .kind = kind,
         .size = size,
         .range = {.name = pci->dev.name, .size = size, .ops = ops, .opaque = opaque},
     };
+    if (pci_bar_is_io(bar)) {
+        pci->config[offset] = PCI_BASE_ADDRESS_SPACE_IO;
+        pci_config_allow32(pci, offset, mask & 0xffff);
+        pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_IO);
+        return;
+    }
+    assert(size > PCI_BASE_ADDRESS_MEM_FLAGS && n + pci_bar_is_64(bar) < PCI_BARS);
+    if (pci_bar_is_64(bar)) {
+        pci->config[offset] = PCI_BASE_ADDRESS_MEM_TYPE_64;
+        pci_config_allow32(pci, offset + 4, mask >> 32);
+    }
+    if (kind == PCI_BAR_MEM64_PREFETCH)
+        pci->config[offset] |= PCI_BASE_ADDRESS_MEM_PREFETCH;
+    pci_config_allow32(pci, offset, (u32)mask);
+    pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
 }
 
 unsigned pci_add_capability(struct pci_device *pci, u8 id, unsigned len)
