@@ -135,6 +135,12 @@ static int set_net(struct vm_config *config, const char *value, struct error *er
     return 0;
 }
 
+static int set_vsock(struct vm_config *config, const char *value, struct error *err)
+{
+    config->vsock = value;
+    return 0;
+}
+
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
 {
     return set_path(&config->serial, value, err);
@@ -175,6 +181,7 @@ static const struct option options[] = {
     {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
     {"--net", "WHAT", "a network card; see below", set_net},
+    {"--vsock", "cid=N,path=S", "vsock by a Unix socket; see below", set_vsock},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
@@ -293,6 +300,9 @@ void cli_run_help(FILE *out)
         "connects.\n"
         "All take mac=ADDRESS, mtu=BYTES and pcap=FILE, a capture for tcpdump. More than once for\n"
         "more cards.\n"
+        "--vsock cid=N,path=SOCKET: the guest has CID N. Who connects to SOCKET and sends "
+        "\"CONNECT P\"\n"
+        "reaches its port P; port P of the host (CID 2) is the socket SOCKET_P.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -8,6 +8,7 @@
 #include "host/log.h"
 #include "machine/machine.h"
 #include "net/net.h"
+#include "net/vsock.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -169,6 +170,18 @@ static int open_nets(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_vsock(struct vm *vm, struct error *err)
+{
+    if (!vm->config->vsock)
+        return 0;
+    vm->nets.vsock = vsock_open(vm->config->vsock, vm->loop, err);
+    if (vm->nets.vsock)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--vsock");
+    return -EIO;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -232,6 +245,7 @@ static void close_all(struct vm *vm)
         machine_destroy(vm->machine);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    vsock_close(vm->nets.vsock);
     while (vm->nets.count)
         net_close(vm->nets.backend[--vm->nets.count]);
     chardev_close(vm->serial);
@@ -248,8 +262,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats,
-        open_disks,    open_nets, open_serial,  create_machine,
+        choose_engine, open_loop,  open_signals, open_stats,     open_disks,
+        open_nets,     open_vsock, open_serial,  create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

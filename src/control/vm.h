@@ -41,6 +41,7 @@ struct vm_config {
     unsigned ndisks;
     const char *nets[VM_NETS_MAX]; /* as net_open takes them */
     unsigned nnets;
+    const char *vsock;   /* as vsock_open takes it, or NULL */
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

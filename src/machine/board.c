@@ -30,6 +30,7 @@
 #include "device/sysport.h"
 #include "device/virtio/blk.h"
 #include "device/virtio/net.h"
+#include "device/virtio/vsock.h"
 #include "host/log.h"
 #include "machine/acpi.h"
 #include "machine/disk_config.h"
@@ -502,6 +503,20 @@ static int create_nets(struct board *b, struct error *err)
     return 0;
 }
 
+static int create_vsock(struct board *b, struct error *err)
+{
+    int devfn;
+    struct virtio *v;
+
+    if (!b->config.nets || !b->config.nets->vsock)
+        return 0;
+    devfn = card_devfn(b, err);
+    if (devfn < 0)
+        return devfn;
+    v = virtio_vsock_create(&b->config.env, b->config.nets->vsock, b->pci, (u8)devfn, err);
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
 struct board *board_create(const struct board_config *config, struct error *err)
 {
     /*
@@ -511,7 +526,7 @@ struct board *board_create(const struct board_config *config, struct error *err)
     static int (*const steps[])(struct board * b, struct error * err) = {
         create_pic,    create_ioapic,  create_pci,   create_pit,     create_hpet,
         create_rtc,    create_com1,    create_i8042, create_acpi_pm, create_pvpanic,
-        create_fw_cfg, create_sysport, create_disks, create_nets,
+        create_fw_cfg, create_sysport, create_disks, create_nets,    create_vsock,
     };
     struct board *b = calloc(1, sizeof(*b));
 

@@ -31,6 +31,7 @@ enum virtio_type { /* chapter 5 */
                    VIRTIO_TYPE_CONSOLE = 3,
                    VIRTIO_TYPE_ENTROPY = 4,
                    VIRTIO_TYPE_BALLOON = 5,
+                   VIRTIO_TYPE_VSOCK = 19,
 };
 
 /* Feature bits that aren't of one type of device (chapter 6). */
