@@ -9,6 +9,8 @@
 #include "net/backend.h"
 #include "virtio_rig.h"
 
+#include <errno.h>
+
 #define NET_PAIRS 2
 #define NET_QUEUES (2 * NET_PAIRS + 1)
 #define NET_CONTROL (2 * NET_PAIRS)

@@ -8,8 +8,6 @@
 
 #include <cmocka.h>
 
-#include <errno.h>
-
 #include "net_rig.h"
 
 #define F_CSUM BIT(0)
