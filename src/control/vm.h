@@ -25,6 +25,13 @@ struct vm_disk {
     bool stop_on_error;
 };
 
+#define VM_CONSOLES_MAX 16
+
+struct vm_console {
+    char where[1024]; /* as chardev_open takes it */
+    char name[64];    /* empty: a console, not a named port */
+};
+
 /* What the user asked for. Strings are borrowed. */
 struct vm_config {
     const char *name;
@@ -38,6 +45,8 @@ struct vm_config {
     const char *serial; /* as chardev_open takes it */
     struct vm_disk disks[VM_DISKS_MAX];
     unsigned ndisks;
+    struct vm_console consoles[VM_CONSOLES_MAX];
+    unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

@@ -205,6 +205,7 @@ static int create_board(struct machine *m, struct error *err)
         .e820 = &m->e820,
         .serial = m->config.serial,
         .disks = m->config.disks,
+        .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
     };
 
