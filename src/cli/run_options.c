@@ -127,6 +127,31 @@ static int set_disk(struct vm_config *config, const char *value, struct error *e
     return ret;
 }
 
+static int set_console(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_console *c = &config->consoles[config->nconsoles];
+    char key[16], option[sizeof(c->name)];
+    const char *options;
+    int ret;
+
+    if (config->nconsoles == VM_CONSOLES_MAX)
+        return error_input(err, "a machine has %d console ports at most", VM_CONSOLES_MAX);
+    *c = (struct vm_console){0};
+    ret = parse_file_options(value, c->where, sizeof(c->where), &options, err);
+    if (ret)
+        return ret;
+    while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        if (strcmp(key, "name"))
+            return error_input(err, "unknown option '%s': give name", key);
+        ret = parse_name(option, err);
+        if (ret)
+            return ret;
+        strcpy(c->name, option);
+    }
+    config->nconsoles += ret == 0;
+    return ret;
+}
+
 static int set_net(struct vm_config *config, const char *value, struct error *err)
 {
     if (config->nnets == VM_NETS_MAX)
@@ -183,6 +208,8 @@ static const struct option options[] = {
     {"--net", "WHAT", "a network card; see below", set_net},
     {"--vsock", "cid=N,path=S", "vsock by a Unix socket; see below", set_vsock},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
+    {"--console", "WHERE[,...]",
+     "a virtio console: as --serial; with name=NAME a port of that name", set_console},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
@@ -191,7 +218,7 @@ static const struct option options[] = {
 
 static bool may_be_repeated(const struct option *o)
 {
-    return o->set == set_disk || o->set == set_net;
+    return o->set == set_disk || o->set == set_console || o->set == set_net;
 }
 
 static const struct option *find_option(const char *arg, size_t len)

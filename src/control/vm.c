@@ -26,6 +26,7 @@ struct vm {
     struct chardev *serial;
     struct machine_disks disks;
     struct machine_nets nets;
+    struct machine_consoles consoles;
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -170,6 +171,25 @@ static int open_nets(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_consoles(struct vm *vm, struct error *err)
+{
+    struct chardev_owner owner = {vm_quit, vm};
+
+    for (unsigned i = 0; i < vm->config->nconsoles; i++) {
+        const struct vm_console *c = &vm->config->consoles[i];
+
+        vm->consoles.port[i].chr = chardev_open(c->where, vm->loop, &owner, err);
+        if (!vm->consoles.port[i].chr) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--console");
+            return -EIO;
+        }
+        vm->consoles.port[i].name = c->name[0] ? c->name : NULL;
+        vm->consoles.count++;
+    }
+    return 0;
+}
+
 static int open_vsock(struct vm *vm, struct error *err)
 {
     if (!vm->config->vsock)
@@ -197,6 +217,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .serial = vm->serial,
         .disks = &vm->disks,
         .nets = &vm->nets,
+        .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
     };
@@ -248,6 +269,8 @@ static void close_all(struct vm *vm)
     vsock_close(vm->nets.vsock);
     while (vm->nets.count)
         net_close(vm->nets.backend[--vm->nets.count]);
+    while (vm->consoles.count)
+        chardev_close(vm->consoles.port[--vm->consoles.count].chr);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -262,8 +285,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,  open_signals, open_stats,     open_disks,
-        open_nets,     open_vsock, open_serial,  create_machine,
+        choose_engine, open_loop,  open_signals, open_stats,    open_disks,
+        open_nets,     open_vsock, open_serial,  open_consoles, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

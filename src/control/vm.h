@@ -26,6 +26,13 @@ struct vm_disk {
     bool stop_on_error;
 };
 
+#define VM_CONSOLES_MAX 16
+
+struct vm_console {
+    char where[1024]; /* as chardev_open takes it */
+    char name[64];    /* empty: a console, not a named port */
+};
+
 /* What the user asked for. Strings are borrowed. */
 struct vm_config {
     const char *name;
@@ -41,7 +48,9 @@ struct vm_config {
     unsigned ndisks;
     const char *nets[VM_NETS_MAX]; /* as net_open takes them */
     unsigned nnets;
-    const char *vsock;   /* as vsock_open takes it, or NULL */
+    const char *vsock; /* as vsock_open takes it, or NULL */
+    struct vm_console consoles[VM_CONSOLES_MAX];
+    unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats; /* path, or NULL */

@@ -9,6 +9,7 @@
 
 struct board;
 struct chardev;
+struct machine_consoles;
 struct machine_disks;
 struct machine_nets;
 struct e820_map;
@@ -21,12 +22,13 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
-    unsigned phys_bits;                /* of the processors' addresses */
-    const struct e820_map *e820;       /* for the CMOS's memory sizes and fw_cfg */
-    struct chardev *serial;            /* for COM1, or NULL */
-    const struct machine_disks *disks; /* NULL: none */
-    const struct machine_nets *nets;   /* NULL: none */
-    u16 debug_exit_port;               /* 0: none */
+    unsigned phys_bits;                      /* of the processors' addresses */
+    const struct e820_map *e820;             /* for the CMOS's memory sizes and fw_cfg */
+    struct chardev *serial;                  /* for COM1, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
 };
 
 /* All devices in their power-on state. What config points to must outlive the board. */

@@ -206,6 +206,7 @@ static int create_board(struct machine *m, struct error *err)
         .serial = m->config.serial,
         .disks = m->config.disks,
         .nets = m->config.nets,
+        .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
     };
 

@@ -11,8 +11,7 @@
 #include "engine/engine.h"
 #include "host/error.h"
 #include "host/event_loop.h"
-#include "machine/disk_config.h"
-#include "machine/net_config.h"
+#include "machine/cards.h"
 
 struct chardev;
 struct machine;
@@ -26,12 +25,13 @@ struct machine_config {
     const char *cpu; /* name of the CPUID model */
     u64 memory;      /* bytes */
     unsigned cpus;
-    const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
-    struct chardev *serial;                /* what COM1 is connected to, or NULL */
-    const struct machine_disks *disks;     /* NULL: none */
-    const struct machine_nets *nets;       /* NULL: none */
-    u16 debug_exit_port;                   /* 0: none */
-    bool no_reboot;                        /* a reset ends the machine */
+    const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */
+    struct chardev *serial;                  /* what COM1 is connected to, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
+    bool no_reboot;                          /* a reset ends the machine */
 };
 
 enum machine_end_reason {

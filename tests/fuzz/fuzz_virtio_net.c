@@ -206,7 +206,7 @@ static void vsock(struct input *in)
             .fwd_cnt = (u32)take(in, 3),
         };
         vsock_from_guest(v, &h, payload);
-        if (what & 8 && write(fd, payload, 100) < 0)
+        if (what & 8 && send(fd, payload, 100, MSG_NOSIGNAL) < 0)
             what = 0;
         if (what & 16)
             run_loop(&d);

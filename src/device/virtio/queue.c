@@ -283,14 +283,17 @@ int virtq_pop(struct virtq *q, const struct guest_memory *m, struct virtq_chain 
 
 void virtq_unpop(struct virtq *q, const struct virtq_chain *chain)
 {
+    if (!q->enabled)
+        return;
     if (!q->packed) {
         q->next_avail--;
-    } else if (q->next_avail >= chain->ndesc) {
-        q->next_avail -= chain->ndesc;
-    } else {
-        q->next_avail += q->size - chain->ndesc;
+        return;
+    }
+    if (chain->ndesc > q->next_avail) {
+        q->next_avail += q->size;
         q->avail_wrap = !q->avail_wrap;
     }
+    q->next_avail -= chain->ndesc;
 }
 
 /* ---- giving back ---- */
