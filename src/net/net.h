@@ -75,6 +75,7 @@ struct net_info {
     unsigned queues;   /* pairs; 1 to NET_QUEUES_MAX */
     bool raw_offloads; /* it delivers what net_set_offloads allows, and knows NET_GSO_ECN */
     bool valid_data;   /* what it delivers has right checksums, and says so */
+    bool merges;       /* and it merges segments (NET_GSO_TCPV4) for a guest that takes them */
     bool link_up;
 };
 

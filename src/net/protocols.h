@@ -16,6 +16,9 @@
 #define IP4_HEADER 20
 #define IP4_LENGTH 2
 #define IP4_ID 4
+#define IP4_FRAGMENT 6
+#define IP4_FRAGMENT_MASK 0xbfff /* all but DF */
+#define IP4_TTL 8
 #define IP4_PROTOCOL 9
 #define IP4_CHECKSUM 10
 #define IP4_SOURCE 12

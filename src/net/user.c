@@ -10,9 +10,11 @@
  *     timer accordingly.
  *  3. While the guest has no room for packets, `work` lets libslirp rest, and the watches: what the host's
  *     sockets have for the guest stays there.
+ * 4. Segments for a guest that takes large ones are merged until libslirp is done for now (merge.h).
  */
 #include "host/log.h"
 #include "net/backend.h"
+#include "net/merge.h"
 #include "net/offload.h"
 
 #include <arpa/inet.h>
@@ -38,6 +40,8 @@ struct user_net {
     struct host_timer work, timeout;
     bool closing;
     u8 packet[NET_PACKET_MAX]; /* of the guest's, on its way */
+    struct net_merge merge;    /* for the guest */
+    _Atomic u32 takes;         /* NET_TAKES_* */
 };
 
 struct user_timer {
@@ -56,6 +60,16 @@ static void work_soon(struct user_net *n)
 {
     if (!n->closing)
         event_loop_timer_arm(n->b.loop, &n->work, 0);
+}
+
+static void flush_merge(struct user_net *n)
+{
+    struct net_offload offload;
+
+    if (!n->merge.segments)
+        return;
+    net_merge_finish(&n->merge, &offload);
+    net_deliver(&n->b, 0, &offload, n->merge.packet, n->merge.len);
 }
 
 /* ---- descriptors ---- */
@@ -185,6 +199,7 @@ static void work(void *opaque)
         return;
     }
     slirp_pollfds_poll(n->slirp, 0, get_revents, n);
+    flush_merge(n);
     fill(n);
 }
 
@@ -195,6 +210,13 @@ static ssize_t send_packet(const void *buf, size_t len, void *opaque)
     static const struct net_offload offload = {.flags = NET_DATA_VALID};
     struct user_net *n = opaque;
 
+    if (n->takes & NET_TAKES_TSO4) {
+        if (net_merge_add(&n->merge, buf, len))
+            return (ssize_t)len;
+        flush_merge(n);
+        if (net_merge_add(&n->merge, buf, len))
+            return (ssize_t)len;
+    }
     net_deliver(&n->b, 0, &offload, buf, len);
     return (ssize_t)len;
 }
@@ -215,6 +237,7 @@ static void timer_fire(void *opaque)
     struct user_net *n = t->net;
 
     slirp_handle_timer(n->slirp, t->id, t->opaque);
+    flush_merge(n);
     work_soon(n);
 }
 
@@ -295,6 +318,7 @@ static int user_send(struct net_backend *b, unsigned queue, const struct net_off
     else if (!net_join_segments(o, u->packet, len))
         return 0;
     slirp_input(u->slirp, u->packet, (int)len);
+    flush_merge(u);
     work_soon(u);
     return 0;
 }
@@ -302,6 +326,11 @@ static int user_send(struct net_backend *b, unsigned queue, const struct net_off
 static void user_resume(struct net_backend *b, unsigned queue)
 {
     work_soon(user_of(b));
+}
+
+static void user_set_offloads(struct net_backend *b, u32 takes)
+{
+    user_of(b)->takes = takes;
 }
 
 static void user_close(struct net_backend *b)
@@ -323,6 +352,7 @@ static void user_close(struct net_backend *b)
 static const struct net_backend_ops user_ops = {
     .send = user_send,
     .resume = user_resume,
+    .set_offloads = user_set_offloads,
     .close = user_close,
 };
 
@@ -404,6 +434,7 @@ struct net_backend *net_user_open(const struct net_options *o, struct event_loop
     net_backend_init(&n->b, &user_ops, loop);
     n->b.info.link_up = true;
     n->b.info.valid_data = true;
+    n->b.info.merges = true;
     n->work = (struct host_timer){.fire = work, .opaque = n};
     n->timeout = (struct host_timer){.fire = work, .opaque = n};
     if (!make_slirp(n, o)) {

@@ -625,6 +625,8 @@ static u64 features_of(const struct net_info *info)
         features |= GUEST_OFFLOADS;
     if (info->valid_data)
         features |= NET_F_GUEST_CSUM;
+    if (info->merges)
+        features |= NET_F_GUEST_TSO4;
     if (features & NET_F_GUEST_CSUM)
         features |= NET_F_CTRL_GUEST_OFFLOADS;
     return features;
