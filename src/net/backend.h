@@ -28,7 +28,9 @@ int net_options_parse(struct net_options *o, const char *spec, struct error *err
 void net_options_free(struct net_options *o);
 
 struct net_backend_ops {
-    /* As net_send, for a packet of NET_HEADER_SIZE to NET_PACKET_MAX bytes. May call net_deliver. */
+    /*
+     * As net_send, for a packet of NET_HEADER_SIZE to NET_PACKET_MAX bytes. May call net_deliver.
+     */
     int (*send)(struct net_backend *b, unsigned queue, const struct net_offload *o,
                 const struct iovec *iov, unsigned n, size_t len);
     /* Optional: net_may_deliver is true again, after it was false. May call net_deliver. */

@@ -7,7 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Packets that wait in a queue: from the first number on the backend is to stop, at the second they are lost. */
+/*
+ * Packets that wait in a queue: from the first number on the backend is to stop, at the second they
+ * are lost.
+ */
 #define QUEUE_HOLD_BYTES KIB(256)
 #define QUEUE_MAX_BYTES MIB(1)
 #define QUEUE_MAX_PACKETS 1024
@@ -225,8 +228,8 @@ void net_backend_fini(struct net_backend *b)
 }
 
 /*
- * The same for the same machine every time, as guests remember it: from a hash (FNV-1a) of the seed,
- * behind the prefix that virtual machines have.
+ * The same for the same machine every time, as guests remember it: from a hash (FNV-1a) of the
+ * seed, behind the prefix that virtual machines have.
  */
 static void derive_mac(u8 mac[NET_MAC_SIZE], const char *seed, const struct net_backend *b,
                        const char *kind)

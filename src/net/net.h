@@ -1,16 +1,18 @@
 /*
- * Networks: what a card's packets go to and come from. A backend is user networking, a tap interface or a
- * socket to another VM; a card (virtio-net) is attached to it.
+ * Networks: what a card's packets go to and come from. A backend is user networking, a tap
+ * interface or a socket to another VM; a card (virtio-net) is attached to it.
  *
- * Packets are Ethernet frames without FCS, each with a struct net_offload that says what is left to be
- * done: a checksum to fill in, segments to cut. A backend with NET_RAW_OFFLOADS hands that on; the others
- * do it in software (net/offload.h), which costs the host a fraction of what it would cost the guest.
+ * Packets are Ethernet frames without FCS, each with a struct net_offload that says what is left to
+ * be done: a checksum to fill in, segments to cut. A backend with raw_offloads hands that on; the
+ * others do it in software (net/offload.h), which costs the host a fraction of what it would cost
+ * the guest.
  *
- * Threads: all of it runs on the event loop's thread, but for net_set_offloads and net_set_queues, which
- * come from any thread under the card's lock. Nothing blocks.
+ * Threads: all of it runs on the event loop's thread, but for net_set_offloads and net_set_queues,
+ * which come from any thread under the card's lock. Nothing blocks.
  *
- * The card may hold its lock when it calls net_send and net_resume: so a backend never calls the card
- * from within these two. net_deliver takes care of that by a queue, which the loop empties later.
+ * The card may hold its lock when it calls net_send and net_resume: so a backend never calls the
+ * card from within these two. net_deliver takes care of that by a queue, which the loop empties
+ * later.
  */
 #ifndef DOPPEL_NET_NET_H
 #define DOPPEL_NET_NET_H
@@ -80,8 +82,9 @@ struct net_info {
 };
 
 /*
- * Opens what `--net SPEC` describes (net_help tells what that may be). `seed` is what a MAC address is
- * made from when the user gives none. NULL with err set: ERROR_INPUT when the user can mend it.
+ * Opens what `--net SPEC` describes (`doppel run --help` tells what that may be). `seed` is what a
+ * MAC address is made from when the user gives none. NULL with err set: ERROR_INPUT when the user
+ * can mend it.
  */
 struct net_backend *net_open(const char *spec, const char *seed, struct event_loop *loop,
                              struct error *err);
@@ -92,8 +95,8 @@ const struct net_info *net_info(const struct net_backend *b);
 /* One card; NULL detaches it: after that none of its functions is called. */
 void net_attach(struct net_backend *b, const struct net_card *card);
 /*
- * Sends a packet of the guest's, whose memory iov may be: it is read once. 0 when it was taken (or lost, as
- * networks do), -EAGAIN when it must be kept until `sendable`.
+ * Sends a packet of the guest's, whose memory iov may be: it is read once. 0 when it was taken (or
+ * lost, as networks do), -EAGAIN when it must be kept until `sendable`.
  */
 int net_send(struct net_backend *b, unsigned queue, const struct net_offload *o,
              const struct iovec *iov, unsigned n);

@@ -1,6 +1,7 @@
 /*
- * Checksums are those of RFC 1071; what changes from segment to segment is in RFC 9293 (sequence numbers, FIN
- * and PSH), RFC 791 (identification, length), RFC 3168 (6.1.2: CWR is the first segment's).
+ * Checksums are those of RFC 1071; what changes from segment to segment is in RFC 9293 (sequence
+ * numbers, FIN and PSH), RFC 791 (identification, length), RFC 3168 (6.1.2: CWR is the first
+ * segment's).
  */
 #include "net/offload.h"
 

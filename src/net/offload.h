@@ -1,6 +1,6 @@
 /*
- * What a card's hardware would do to a guest's packet: fill in its checksum, cut it into segments. For backends
- * that have no kernel behind them to do it.
+ * What a card's hardware would do to a guest's packet: fill in its checksum, cut it into segments.
+ * For backends that have no kernel behind them to do it.
  */
 #ifndef DOPPEL_NET_OFFLOAD_H
 #define DOPPEL_NET_OFFLOAD_H
@@ -17,9 +17,9 @@ bool net_offload_is_sane(const struct net_offload *o, const u8 *packet, size_t l
 void net_fill_checksum(const struct net_offload *o, u8 *packet, size_t len);
 
 /*
- * A packet to be cut, as one whole packet of IP instead: lengths and all checksums right. For a network
- * stack that takes packets of any length. The offload is sane and has a gso_type. False: longer than IP
- * allows.
+ * A packet to be cut, as one whole packet of IP instead: lengths and all checksums right. For a
+ * network stack that takes packets of any length. The offload is sane and has a gso_type. False:
+ * longer than IP allows.
  */
 bool net_join_segments(const struct net_offload *o, u8 *packet, size_t len);
 

@@ -1,7 +1,7 @@
 /*
- * A capture of packets in a file that tcpdump and Wireshark read (the classic format, with nanoseconds).
- * A thread writes it, so that a slow disk holds up nobody: packets that find no room are left out, and
- * how many is told at the end.
+ * A capture of packets in a file that tcpdump and Wireshark read (the classic format, with
+ * nanoseconds). A thread writes it, so that a slow disk holds up nobody: packets that find no room
+ * are left out, and how many is told at the end.
  */
 #ifndef DOPPEL_NET_PCAP_H
 #define DOPPEL_NET_PCAP_H

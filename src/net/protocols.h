@@ -1,6 +1,6 @@
 /*
- * Offsets in the headers of Ethernet's payloads, and big-endian fields. RFC 791 (IPv4), RFC 8200 (IPv6), RFC
- * 9293 (TCP), RFC 768 (UDP), RFC 826 (ARP), RFC 792 (ICMP).
+ * Offsets in the headers of Ethernet's payloads, and big-endian fields. RFC 791 (IPv4), RFC 8200
+ * (IPv6), RFC 9293 (TCP), RFC 768 (UDP), RFC 826 (ARP), RFC 792 (ICMP).
  */
 #ifndef DOPPEL_NET_PROTOCOLS_H
 #define DOPPEL_NET_PROTOCOLS_H

@@ -1,7 +1,7 @@
 /*
- * A cable between two VMs: a Unix stream socket, at which each frame has its length before it, 4 bytes, big-endian (as
- * QEMU's `-netdev stream` has it). Who comes first listens, who comes second connects; when the other goes, the
- * link is down until one is there again.
+ * A cable between two VMs: a Unix stream socket, at which each frame has its length before it, 4
+ * bytes, big-endian (as QEMU's `-netdev stream` has it). Who comes first listens, who comes second
+ * connects; when the other goes, the link is down until one is there again.
  *
  * The peer is hostile: a length that no frame can have ends the connection.
  */

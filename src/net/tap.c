@@ -1,7 +1,7 @@
 /*
- * A tap interface of the host's: Linux's Documentation/networking/tuntap.rst, and linux/if_tun.h. Each pair
- * of queues is a descriptor. Packets carry a struct virtio_net_hdr without num_buffers, so that checksums
- * and segments are the kernel's affair, both ways.
+ * A tap interface of the host's: Linux's Documentation/networking/tuntap.rst, and linux/if_tun.h.
+ * Each pair of queues is a descriptor. Packets carry a struct virtio_net_hdr without num_buffers,
+ * so that checksums and segments are the kernel's affair, both ways.
  */
 #include "host/log.h"
 #include "net/backend.h"

@@ -1,16 +1,17 @@
 /*
  * User networking: libslirp speaks TCP/IP with the guest, and sockets with the host. No root.
  *
- * libslirp wants to be asked which descriptors to poll and to be told which are ready, as a program with a
- * loop around poll() would. Our loop has watches, so each descriptor gets one, and:
+ * libslirp wants to be asked which descriptors to poll and to be told which are ready, as a program
+ * with a loop around poll() would. Our loop has watches, so each descriptor gets one, and:
  *
- *  1. Whatever may change what libslirp wants (a packet from the guest, a timer, its own work) arms `work`,
- *     which runs in the loop's next round: once for many packets.
- *  2. `work` tells libslirp of what the watches collected, then asks it anew and sets watches and the
- *     timer accordingly.
- *  3. While the guest has no room for packets, `work` lets libslirp rest, and the watches: what the host's
- *     sockets have for the guest stays there.
- * 4. Segments for a guest that takes large ones are merged until libslirp is done for now (merge.h).
+ *  1. Whatever may change what libslirp wants (a packet from the guest, a timer, its own work) arms
+ *     `work`, which runs in the loop's next round: once for many packets.
+ *  2. `work` tells libslirp of what the watches collected, then asks it anew and sets watches and
+ *     the timer accordingly.
+ *  3. While the guest has no room for packets, `work` lets libslirp rest, and the watches: what the
+ *     host's sockets have for the guest stays there.
+ *  4. Segments for a guest that takes large ones are merged until libslirp is done for now
+ *     (merge.h).
  */
 #include "host/log.h"
 #include "net/backend.h"
@@ -376,7 +377,10 @@ static bool parse_endpoint(const char *text, const char *end, struct in_addr *ad
     return !host[0] || inet_pton(AF_INET, host, address) == 1;
 }
 
-/* tcp|udp:[HOST]:PORT-[GUEST]:PORT. The host's side is loopback only, unless an address says otherwise. */
+/*
+ * tcp|udp:[HOST]:PORT-[GUEST]:PORT. The host's side is loopback only, unless an address says
+ * otherwise.
+ */
 static int add_forward(struct user_net *n, const char *text, struct error *err)
 {
     struct in_addr host = {htonl(INADDR_LOOPBACK)}, guest = {0};

@@ -1,12 +1,13 @@
 /*
  * Streams of vsock.
  *
- * 1. What a stream has to tell the guest is a set of flags (`pending`); streams with any are in the list
- *    `ready_first`, in the order in which they got there. Packets are made from the flags when the guest has a
- *    buffer for one, so the guest can't make us keep packets. Answers to packets of no stream are kept, up
- *    to a number.
- * 2. Data for the guest stays in the Unix socket until the guest has both a buffer and credit (5.10.6.3). Data from
- *    the guest waits in `out`, which is as large as the credit that we give: more breaks the rules.
+ * 1. What a stream has to tell the guest is a set of flags (`pending`); streams with any are in the
+ *    list `ready_first`, in the order in which they got there. Packets are made from the flags when
+ *    the guest has a buffer for one, so the guest can't make us keep packets. Answers to packets of
+ *    no stream are kept, up to a number.
+ * 2. Data for the guest stays in the Unix socket until the guest has both a buffer and credit
+ *    (5.10.6.3). Data from the guest waits in `out`, which is as large as the credit that we give:
+ *    more breaks the rules.
  * 3. A stream that ends is freed at once when the guest knows, else when the guest was told (RST).
  */
 #define _GNU_SOURCE /* accept4 */

@@ -1,14 +1,15 @@
 /*
- * The host's side of vsock: streams between ports of the guest and Unix sockets. VIRTIO 1.2, 5.10.6 has the
- * packets.
+ * The host's side of vsock: streams between ports of the guest and Unix sockets. VIRTIO 1.2, 5.10.6
+ * has the packets.
  *
- * A program on the host that wants port P of the guest connects to the socket at `path` and says "CONNECT
- * P\n"; when the guest accepts it reads "OK <port of the host's side>\n", and then the stream is the
- * guest's. Where the guest refuses, the connection is closed. A guest that connects to port P of the host
- * (CID 2) reaches the socket at `path` + "_P". It is the protocol that Firecracker's users know.
+ * A program on the host that wants port P of the guest connects to the socket at `path` and says
+ * "CONNECT P\n"; when the guest accepts it reads "OK <port of the host's side>\n", and then the
+ * stream is the guest's. Where the guest refuses, the connection is closed. A guest that connects
+ * to port P of the host (CID 2) reaches the socket at `path` + "_P". It is the protocol that
+ * Firecracker's users know.
  *
- * On the event loop's thread. The device may hold its lock when it calls; `ready` is never called from
- * within.
+ * On the event loop's thread. The device may hold its lock when it calls; `ready` is never called
+ * from within.
  */
 #ifndef DOPPEL_NET_VSOCK_H
 #define DOPPEL_NET_VSOCK_H

@@ -1,6 +1,7 @@
 /*
- * Bytes as a driver of a network card and as the network it is on: rings, headers, control commands, packets that find
- * no room, offloads in software; and packets of vsock. The sanitizers and the rig's slots are the judges.
+ * Bytes as a driver of a network card and as the network it is on: rings, headers, control
+ * commands, packets that find no room, offloads in software; and packets of vsock. The sanitizers
+ * and the rig's slots are the judges.
  */
 #include "../unit/net_rig.h"
 #include "host/log.h"

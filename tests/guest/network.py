@@ -4,8 +4,9 @@
     network.py VSOCK_TOOL       all of it
     network.py --in-namespace   the part with a tap interface, in a network namespace of its own
 
-User networking: an address by DHCP, files with checksums to the guest and back, a forwarded port, vsock both
-ways, a capture. Two guests on one socket. A tap interface with offloads, where the kernel lets us have one.
+User networking: an address by DHCP, files with checksums to the guest and back, a forwarded port,
+vsock both ways, a capture. Two guests on one socket. A tap interface with offloads, where the
+kernel lets us have one.
 All traffic stays on this host's loopback interface.
 """
 
@@ -315,7 +316,8 @@ def main():
     if probe.returncode:
         print("ok tap # skip this host lets us make no tap interface")
     else:
-        inner = subprocess.run([*namespace, sys.executable, __file__, "--in-namespace"], check=False)
+        inner = subprocess.run([*namespace, sys.executable, __file__, "--in-namespace"],
+                               check=False)
         cases.failed += inner.returncode != 0
     cases.done()
 

@@ -1,6 +1,6 @@
 /*
- * A virtio-net card between a backend that a test plays and a driver with a ring of either kind for each queue. See
- * virtio_rig.h, whose registers and packed flags it takes.
+ * A virtio-net card between a backend that a test plays and a driver with a ring of either kind for
+ * each queue. See virtio_rig.h, whose registers and packed flags it takes.
  */
 #ifndef DOPPEL_TESTS_NET_RIG_H
 #define DOPPEL_TESTS_NET_RIG_H

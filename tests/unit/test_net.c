@@ -1,6 +1,7 @@
 /*
- * Network backends, by a card that speaks for a guest: user networking (ARP, DHCP, ICMP, TCP with and without
- * segments to cut, port forwarding), the socket between two VMs, the queue before a card, captures, options.
+ * Network backends, by a card that speaks for a guest: user networking (ARP, DHCP, ICMP, TCP with
+ * and without segments to cut, port forwarding), the socket between two VMs, the queue before a
+ * card, captures, options.
  */
 #include <setjmp.h>
 #include <stdarg.h>

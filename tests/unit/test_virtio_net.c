@@ -1,5 +1,6 @@
 /*
- * virtio-net: packets both ways with and without room for them, control commands, filters, link, reset, state.
+ * virtio-net: packets both ways with and without room for them, control commands, filters, link,
+ * reset, state.
  */
 #include <setjmp.h>
 #include <stdarg.h>

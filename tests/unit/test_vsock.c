@@ -1,5 +1,6 @@
 /*
- * The host's side of vsock: what programs say and hear, and what the guest is sent, packet by packet.
+ * The host's side of vsock: what programs say and hear, and what the guest is sent, packet by
+ * packet.
  */
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,9 +1,10 @@
 /*
  * virtio-net. Numbers in parentheses are sections of VIRTIO 1.2.
  *
- * No chain outlives the call that popped it: what can't go on now is put back into its queue, the packet that
- * the guest has no room for stays with the backend, and whoever has room again tells. So there is nothing
- * to bring in at a reset or a pause, and nothing to save but what the guest chose.
+ * No chain outlives the call that popped it: what can't go on now is put back into its queue, the
+ * packet that the guest has no room for stays with the backend, and whoever has room again tells.
+ * So there is nothing to bring in at a reset or a pause, and nothing to save but what the guest
+ * chose.
  */
 #include "device/virtio/net.h"
 
@@ -206,8 +207,8 @@ static bool is_wanted(const struct virtio_net *n, const u8 *packet, size_t len)
 /* ---- to the guest ---- */
 
 /*
- * Chains with room for `need` bytes. Their number, or 0: there are too few, or -1: a packet of this size never
- * finds room in the guest's kind of buffers. None is taken then.
+ * Chains with room for `need` bytes. Their number, or 0: there are too few, or -1: a packet of this
+ * size never finds room in the guest's kind of buffers. None is taken then.
  */
 static int take_buffers(struct virtio_net *n, unsigned q, u64 need, struct virtq_chain **chains)
 {
