@@ -67,6 +67,22 @@ void *memory_host(const struct guest_memory *m, gpa_t gpa, u64 len)
     return len <= slot->size - offset ? slot->host + offset : NULL;
 }
 
+void *memory_dma(const struct guest_memory *m, gpa_t gpa, u64 *len, bool write)
+{
+    const struct memory_slot *slot = memory_find(m, gpa);
+
+    if (!slot || (write && (slot->flags & MEMORY_ROM)))
+        return NULL;
+    *len = MIN(*len, slot->size - (gpa - slot->gpa));
+    return slot->host + (gpa - slot->gpa);
+}
+
+void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len)
+{
+    if (m->listener.written && len)
+        m->listener.written(m->listener.opaque, gpa, len);
+}
+
 /* Whether all of [gpa, gpa + len) is memory, in however many adjacent slots. */
 static bool range_is_memory(const struct guest_memory *m, gpa_t gpa, u64 len)
 {

@@ -46,6 +46,13 @@ const struct memory_slot *memory_find(const struct guest_memory *m, gpa_t gpa);
 /* Host pointer for [gpa, gpa + len) when all of it is in one slot, else NULL. For reading only. */
 void *memory_host(const struct guest_memory *m, gpa_t gpa, u64 len);
 
+/*
+ * For DMA: the host's bytes of as much of [gpa, gpa + *len) as lies in one slot, and *len becomes that. NULL
+ * when there is no memory at gpa, or it is ROM and the device wants to write. What was written is told by
+ * memory_tell_written, afterwards.
+ */
+void *memory_dma(const struct guest_memory *m, gpa_t gpa, u64 *len, bool write);
+void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len);
 /* 0, or -EFAULT when any byte is outside RAM (nothing is copied then). ROM may be written here. */
 int memory_read(const struct guest_memory *m, gpa_t gpa, void *buf, u64 len);
 int memory_write(struct guest_memory *m, gpa_t gpa, const void *buf, u64 len);

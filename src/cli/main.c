@@ -1,6 +1,7 @@
 /*
  * The doppel program: finds the command and gives it the rest of the line.
  */
+#include "cli/image.h"
 #include "cli/run.h"
 #include "host/log.h"
 #include "host/types.h"
@@ -20,6 +21,7 @@ struct command {
 
 static const struct command commands[] = {
     {"run", "run a virtual machine", cli_run},
+    {"image", "make, check and change disk images", cli_image},
 };
 
 static int usage(FILE *out, int status)

@@ -66,3 +66,41 @@ int parse_name(const char *text, struct error *err)
     }
     return 0;
 }
+
+int parse_file_options(const char *text, char *file, size_t file_size, const char **options,
+                       struct error *err)
+{
+    size_t n = 0;
+
+    for (; *text && (*text != ',' || text[1] == ','); text++) {
+        text += *text == ',';
+        if (n + 1 == file_size)
+            return error_input(err, "the file name is too long");
+        file[n++] = *text;
+    }
+    file[n] = '\0';
+    if (!n)
+        return error_input(err, "the file name is empty");
+    *options = *text ? text + 1 : NULL;
+    return 0;
+}
+
+int parse_next_option(const char **options, char *key, size_t key_size, char *value,
+                      size_t value_size, struct error *err)
+{
+    const char *text = *options;
+    size_t len, key_len;
+
+    if (!text)
+        return 0;
+    len = strcspn(text, ",");
+    key_len = strcspn(text, "=");
+    if (key_len >= len || key_len >= key_size || len - key_len - 1 >= value_size)
+        return error_input(err, "'%.*s' is no KEY=VALUE that is known here", (int)len, text);
+    memcpy(key, text, key_len);
+    key[key_len] = '\0';
+    memcpy(value, text + key_len + 1, len - key_len - 1);
+    value[len - key_len - 1] = '\0';
+    *options = text[len] ? text + len + 1 : NULL;
+    return 1;
+}

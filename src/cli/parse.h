@@ -13,6 +13,16 @@ int parse_number(const char *text, u64 min, u64 max, u64 *out, struct error *err
 /* A size with its unit: digits and one of K, M, G, T (powers of 1024). 0 or -EINVAL. */
 int parse_size(const char *text, u64 *out, struct error *err);
 
+/*
+ * FILE[,KEY=VALUE]...: the file, with ",," for a comma in it, and where the first key begins, NULL without.
+ * 0, or -EINVAL when the name is empty or too long.
+ */
+int parse_file_options(const char *text, char *file, size_t file_size, const char **options,
+                       struct error *err);
+/* The next KEY=VALUE of such a list, moving *options on. 1, 0 at the end, -EINVAL. */
+int parse_next_option(const char **options, char *key, size_t key_size, char *value,
+                      size_t value_size, struct error *err);
+
 /* A name: 1 to 63 letters, digits, '-', '_' and '.', the first a letter or digit. 0 or -EINVAL. */
 int parse_name(const char *text, struct error *err);
 

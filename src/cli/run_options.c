@@ -76,14 +76,95 @@ static int set_firmware(struct vm_config *config, const char *value, struct erro
     return error_input(err, "this build boots no firmware: boot a kernel with --kernel");
 }
 
+static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
+                        bool *out, struct error *err)
+{
+    *out = !strcmp(value, yes);
+    if (*out || !strcmp(value, no))
+        return 0;
+    return error_input(err, "%s=%s: give %s or %s", key, value, yes, no);
+}
+
+static int set_disk_option(struct vm_disk *d, const char *key, const char *value, struct error *err)
+{
+    bool qcow2;
+
+    if (!strcmp(key, "readonly"))
+        return parse_choice(key, value, "on", "off", &d->read_only, err);
+    if (!strcmp(key, "werror"))
+        return parse_choice(key, value, "stop", "report", &d->stop_on_error, err);
+    if (!strcmp(key, "format")) {
+        strcpy(d->format, strlen(value) < sizeof(d->format) ? value : "?");
+        return parse_choice(key, value, "qcow2", "raw", &qcow2, err);
+    }
+    if (strcmp(key, "serial"))
+        return error_input(err, "unknown option '%s': give format, readonly, serial or werror",
+                           key);
+    if (strlen(value) >= sizeof(d->serial))
+        return error_input(err, "serial=%s: give 20 characters at most", value);
+    strcpy(d->serial, value);
+    return 0;
+}
+
 static int set_disk(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build has no disks: put files into the --initrd");
+    struct vm_disk *d = &config->disks[config->ndisks];
+    char key[16], option[64];
+    const char *options;
+    int ret;
+
+    if (config->ndisks == VM_DISKS_MAX)
+        return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
+    *d = (struct vm_disk){0};
+    ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
+    if (ret)
+        return ret;
+    while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        ret = set_disk_option(d, key, option, err);
+        if (ret)
+            return ret;
+    }
+    config->ndisks += ret == 0;
+    return ret;
+}
+
+static int set_console(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_console *c = &config->consoles[config->nconsoles];
+    char key[16], option[sizeof(c->name)];
+    const char *options;
+    int ret;
+
+    if (config->nconsoles == VM_CONSOLES_MAX)
+        return error_input(err, "a machine has %d console ports at most", VM_CONSOLES_MAX);
+    *c = (struct vm_console){0};
+    ret = parse_file_options(value, c->where, sizeof(c->where), &options, err);
+    if (ret)
+        return ret;
+    while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        if (strcmp(key, "name"))
+            return error_input(err, "unknown option '%s': give name", key);
+        ret = parse_name(option, err);
+        if (ret)
+            return ret;
+        strcpy(c->name, option);
+    }
+    config->nconsoles += ret == 0;
+    return ret;
 }
 
 static int set_net(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build has no network");
+    if (config->nnets == VM_NETS_MAX)
+        return error_input(err, "a machine has %d network cards at most", VM_NETS_MAX);
+    config->nets[config->nnets++] = value;
+    return 0;
+}
+
+static int set_vsock(struct vm_config *config, const char *value, struct error *err)
+{
+    config->vsock = value;
+    return 0;
 }
 
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
@@ -129,9 +210,12 @@ static const struct option options[] = {
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
     {"--firmware", "WHAT", "bios, uefi or a FILE (not in this build)", set_firmware},
-    {"--disk", "FILE[,...]", "a disk (not in this build)", set_disk},
-    {"--net", "WHAT", "a network card (not in this build)", set_net},
+    {"--disk", "FILE[,...]", "a disk; see below", set_disk},
+    {"--net", "WHAT", "a network card; see below", set_net},
+    {"--vsock", "cid=N,path=S", "vsock by a Unix socket; see below", set_vsock},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
+    {"--console", "WHERE[,...]",
+     "a virtio console: as --serial; with name=NAME a port of that name", set_console},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
@@ -139,6 +223,11 @@ static const struct option options[] = {
     {"--perf-map", "[=FILE]", "bt: write /tmp/perf-PID.map for perf; FILE is a System.map",
      set_perf_map},
 };
+
+static bool may_be_repeated(const struct option *o)
+{
+    return o->set == set_disk || o->set == set_console || o->set == set_net;
+}
 
 static const struct option *find_option(const char *arg, size_t len)
 {
@@ -164,7 +253,7 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
     o = find_option(arg, len);
     if (!o)
         return error_input(err, "unknown option '%.*s': see doppel run --help", (int)len, arg);
-    if (*seen & BIT(o - options))
+    if ((*seen & BIT(o - options)) && !may_be_repeated(o))
         return error_input(err, "%s is given twice", o->name);
     *seen |= BIT(o - options);
     if (!o->value) {
@@ -230,6 +319,28 @@ void cli_run_help(FILE *out)
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }
     fputs(
+        "\n"
+        "--disk FILE[,format=raw|qcow2][,readonly=on][,serial=TEXT][,werror=report|stop]: a raw "
+        "or\n"
+        "qcow2 image or a block device, as a virtio disk; more than once for more of them. With\n"
+        "werror=stop a write that fails pauses the machine, and SIGCONT lets it try again. \",,\" "
+        "in\n"
+        "FILE is a comma.\n"
+        "\n"
+        "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...: a network of the guest's own, "
+        "whose\n"
+        "packets leave as this process's connections. The guest is 10.0.2.15 by DHCP, the host is\n"
+        "10.0.2.2, DNS is 10.0.2.3. hostfwd (tcp or udp) lets the host in, by its loopback "
+        "address\n"
+        "unless HOST is another.\n"
+        "--net tap=IF[,queues=N]: a tap interface of the host's.\n"
+        "--net socket=PATH: a cable to another doppel; the first one listens, the second "
+        "connects.\n"
+        "All take mac=ADDRESS, mtu=BYTES and pcap=FILE, a capture for tcpdump. More than once for\n"
+        "more cards.\n"
+        "--vsock cid=N,path=SOCKET: the guest has CID N. Who connects to SOCKET and sends "
+        "\"CONNECT P\"\n"
+        "reaches its port P; port P of the host (CID 2) is the socket SOCKET_P.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -1,5 +1,6 @@
 #include "control/vm.h"
 
+#include "block/block.h"
 #include "chardev/chardev.h"
 #include "control/stats.h"
 #include "engine/engine.h"
@@ -7,6 +8,8 @@
 #include "host/event_loop.h"
 #include "host/log.h"
 #include "machine/machine.h"
+#include "net/net.h"
+#include "net/vsock.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -23,6 +26,9 @@ struct vm {
     struct perf_map *perf_map;
     struct event_loop *loop;
     struct chardev *serial;
+    struct machine_disks disks;
+    struct machine_nets nets;
+    struct machine_consoles consoles;
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -42,14 +48,18 @@ static void signal_ready(void *opaque, u32 events)
     struct vm *vm = opaque;
     struct signalfd_siginfo info;
 
-    if (read(vm->signal_fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
+    if (read(vm->signal_fd, &info, sizeof(info)) != (ssize_t)sizeof(info))
+        return;
+    if (info.ssi_signo == SIGCONT) {
+        machine_start(vm->machine); /* it may be paused (werror=stop) */
+    } else {
         log_info("ending on signal %u (%s)", info.ssi_signo, strsignal((int)info.ssi_signo));
         vm_quit(vm);
     }
 }
 
 /*
- * Signals that end the VM come through the loop. They are blocked in every thread made after this, so
+ * Signals that end the VM, or let it go on, come through the loop. They are blocked in every thread made after this, so
  * it runs before there is another.
  */
 static int open_signals(struct vm *vm, struct error *err)
@@ -62,6 +72,7 @@ static int open_signals(struct vm *vm, struct error *err)
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     vm->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (vm->signal_fd < 0)
@@ -127,6 +138,88 @@ static int open_serial(struct vm *vm, struct error *err)
     return -EIO;
 }
 
+static int open_disk(struct vm *vm, const struct vm_disk *d, struct error *err)
+{
+    struct disk_options options = {.format = d->format[0] ? d->format : NULL,
+                                   .read_only = d->read_only};
+    struct machine_disk *out = &vm->disks.disk[vm->disks.count];
+    struct disk *disk = disk_open(d->path, &options, err);
+
+    if (!disk)
+        return -EIO;
+    out->backend = block_create(disk, vm->loop, false, err);
+    if (!out->backend) {
+        disk_close(disk);
+        return -EIO;
+    }
+    out->serial = d->serial[0] ? d->serial : NULL;
+    out->stop_on_error = d->stop_on_error;
+    vm->disks.count++;
+    return 0;
+}
+
+static int open_disks(struct vm *vm, struct error *err)
+{
+    for (unsigned i = 0; i < vm->config->ndisks; i++) {
+        if (open_disk(vm, &vm->config->disks[i], err)) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--disk");
+            return -EIO;
+        }
+    }
+    return 0;
+}
+
+static int open_nets(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+
+    while (vm->nets.count < c->nnets) {
+        char seed[128];
+
+        snprintf(seed, sizeof(seed), "%s.%u", c->name, vm->nets.count);
+        vm->nets.backend[vm->nets.count] = net_open(c->nets[vm->nets.count], seed, vm->loop, err);
+        if (!vm->nets.backend[vm->nets.count]) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--net");
+            return -EIO;
+        }
+        vm->nets.count++;
+    }
+    return 0;
+}
+
+static int open_consoles(struct vm *vm, struct error *err)
+{
+    struct chardev_owner owner = {vm_quit, vm};
+
+    for (unsigned i = 0; i < vm->config->nconsoles; i++) {
+        const struct vm_console *c = &vm->config->consoles[i];
+
+        vm->consoles.port[i].chr = chardev_open(c->where, vm->loop, &owner, err);
+        if (!vm->consoles.port[i].chr) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--console");
+            return -EIO;
+        }
+        vm->consoles.port[i].name = c->name[0] ? c->name : NULL;
+        vm->consoles.count++;
+    }
+    return 0;
+}
+
+static int open_vsock(struct vm *vm, struct error *err)
+{
+    if (!vm->config->vsock)
+        return 0;
+    vm->nets.vsock = vsock_open(vm->config->vsock, vm->loop, err);
+    if (vm->nets.vsock)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--vsock");
+    return -EIO;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -141,6 +234,9 @@ static int create_machine(struct vm *vm, struct error *err)
         .initrd = c->initrd,
         .cmdline = c->append,
         .serial = vm->serial,
+        .disks = &vm->disks,
+        .nets = &vm->nets,
+        .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
     };
@@ -188,6 +284,13 @@ static void close_all(struct vm *vm)
     if (vm->machine)
         machine_destroy(vm->machine);
     perf_map_destroy(vm->perf_map);
+    while (vm->disks.count)
+        block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    vsock_close(vm->nets.vsock);
+    while (vm->nets.count)
+        net_close(vm->nets.backend[--vm->nets.count]);
+    while (vm->consoles.count)
+        chardev_close(vm->consoles.port[--vm->consoles.count].chr);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -202,8 +305,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,   open_signals,   open_stats,
-        open_perf_map, open_serial, create_machine,
+        choose_engine, open_loop, open_signals, open_stats, open_perf_map, open_disks,
+        open_nets, open_vsock, open_serial, open_consoles, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

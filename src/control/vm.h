@@ -15,6 +15,24 @@ enum vm_status {
     VM_STATUS_GUEST_RESET = 3,
 };
 
+#define VM_DISKS_MAX 16
+#define VM_NETS_MAX 8
+
+struct vm_disk {
+    char path[1024];
+    char format[8];  /* empty: as the file looks */
+    char serial[21]; /* empty: none */
+    bool read_only;
+    bool stop_on_error;
+};
+
+#define VM_CONSOLES_MAX 16
+
+struct vm_console {
+    char where[1024]; /* as chardev_open takes it */
+    char name[64];    /* empty: a console, not a named port */
+};
+
 /* What the user asked for. Strings are borrowed. */
 struct vm_config {
     const char *name;
@@ -25,7 +43,14 @@ struct vm_config {
     const char *kernel; /* path */
     const char *initrd; /* path, or NULL */
     const char *append;
-    const char *serial;  /* as chardev_open takes it */
+    const char *serial; /* as chardev_open takes it */
+    struct vm_disk disks[VM_DISKS_MAX];
+    unsigned ndisks;
+    const char *nets[VM_NETS_MAX]; /* as net_open takes them */
+    unsigned nnets;
+    const char *vsock; /* as vsock_open takes it, or NULL */
+    struct vm_console consoles[VM_CONSOLES_MAX];
+    unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
     const char *stats;    /* path, or NULL */

@@ -29,10 +29,17 @@ struct device;
 struct device_ops {
     void (*reset)(struct device *dev);   /* to the power-on state; takes the lock itself */
     void (*destroy)(struct device *dev); /* takes timers and ranges away and frees it */
+    /*
+     * Optional, on the loop's thread with no vCPU running; they take the lock themselves. stop: finish
+     * what is in flight and begin nothing more, so that memory and state stand still. start: go on.
+     */
+    void (*start)(struct device *dev);
+    void (*stop)(struct device *dev);
 };
 
 struct device {
     const char *name;
+    u32 instance; /* tells apart those of one name in a saved state */
     const struct device_ops *ops;
     const struct state_desc *state; /* describes the struct that embeds this one */
     pthread_mutex_t lock;
@@ -72,6 +79,7 @@ enum power_request {
     POWER_OFF,        /* ACPI S5 */
     POWER_RESET,      /* a reset of the machine */
     POWER_DEBUG_EXIT, /* value: the status to exit with */
+    POWER_PAUSE,      /* stop until the user lets it go on: a disk's write failed */
     POWER_PANICKED,   /* pvpanic: the guest told that it panicked; value: its event bits */
 };
 struct power_sink {

@@ -94,17 +94,13 @@ static void port_92_write(void *opaque, u64 offset, u64 value, unsigned size)
         request_reset(s);
 }
 
-static u64 reset_control_read(void *opaque, u64 offset, unsigned size)
+u8 sysport_reset_control_read(struct sysport *s)
 {
-    struct sysport *s = opaque;
-
-    return register_read(s, &s->reset_control);
+    return (u8)register_read(s, &s->reset_control);
 }
 
-static void reset_control_write(void *opaque, u64 offset, u64 value, unsigned size)
+void sysport_reset_control_write(struct sysport *s, u8 value)
 {
-    struct sysport *s = opaque;
-
     /* The rise of RST_CPU resets; the other bits say how thoroughly, and here it is always thorough. */
     device_lock(&s->dev);
     bool reset = (value & ~s->reset_control) & RST_CNT_CPU;
@@ -112,6 +108,16 @@ static void reset_control_write(void *opaque, u64 offset, u64 value, unsigned si
     device_unlock(&s->dev);
     if (reset)
         request_reset(s);
+}
+
+static u64 reset_control_read(void *opaque, u64 offset, unsigned size)
+{
+    return sysport_reset_control_read(opaque);
+}
+
+static void reset_control_write(void *opaque, u64 offset, u64 value, unsigned size)
+{
+    sysport_reset_control_write(opaque, (u8)value);
 }
 
 static u64 post_read(void *opaque, u64 offset, unsigned size)
@@ -245,6 +251,8 @@ struct sysport *sysport_create(const struct device_env *env, const struct syspor
             .ops = &range_ops[s->nranges],
             .opaque = s,
         };
+        if (s->nranges == RANGE_RESET && cfg->reset_in_bridge)
+            continue;
         if (io_bus_add(env->ports, &s->range[s->nranges], err) < 0) {
             sysport_destroy(&s->dev);
             return NULL;

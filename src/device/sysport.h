@@ -32,10 +32,16 @@ struct sysport_config {
     struct a20_gate *a20;
     struct power_sink power;
     u16 debug_exit_port; /* 0: none */
+    /* 0xCF9 lies within the PCI host bridge's port: it calls sysport_reset_control_* instead. */
+    bool reset_in_bridge;
 };
 
 struct sysport *sysport_create(const struct device_env *env, const struct sysport_config *cfg,
                                struct error *err);
 struct device *sysport_device(struct sysport *sysport);
+
+/* The reset control register, 0xCF9. Any thread. */
+u8 sysport_reset_control_read(struct sysport *sysport);
+void sysport_reset_control_write(struct sysport *sysport, u8 value);
 
 #endif

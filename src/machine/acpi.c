@@ -4,12 +4,13 @@
  * The tables are laid out one after another in an image on the host, which is then written to the
  * guest at once. Pointers between tables are guest addresses, known as soon as a table is placed;
  * those that point elsewhere come later, so the order is FACS, DSDT, FADT (which points at both),
- * MADT, HPET, and the root tables; the RSDP has its place at the start.
+ * MADT, HPET, MCFG, and the root tables; the RSDP has its place at the start.
  *
  * Choices that guests see:
  * - Fixed hardware, not the hardware-reduced model, and always in ACPI mode (SMI_CMD is 0): there
  *   is no system management mode to hand over from. The power button is fixed hardware too.
- * - The ISA bus has no bridge device until there is PCI: the legacy devices stand in \_SB.
+ * - There is one PCI bus, with no ISA bridge on it: the legacy devices stand in \_SB. Its interrupts are
+ *   wired to inputs of the PIC or the IOAPIC for good, without link devices: _PRT names the inputs.
  * - Processors are ACPI0007 devices; the Processor term is gone since ACPI 6.4. _UID is the index,
  *   and the MADT's entries carry the same.
  * - ISA interrupts are the IOAPIC's inputs of the same number but for the PIT (2), and edges, but
@@ -20,6 +21,7 @@
 #include "device/acpi_pm.h"
 #include "device/fw_cfg.h"
 #include "device/hpet.h"
+#include "device/pci/host.h"
 #include "machine/aml.h"
 #include "machine/layout.h"
 
@@ -124,6 +126,9 @@ struct fadt { /* 5.2.9 */
 #define BOOT_ARCH_8042 BIT(1)
 #define BOOT_ARCH_NO_VGA BIT(2)
 
+#define ECAM_SIZE (LAYOUT_MMIO32_BASE - LAYOUT_ECAM_BASE)
+#define PCI_BUSES (ECAM_SIZE / PCI_ECAM_BUS_SIZE)
+
 #define P_LVL2_UNSUPPORTED 101  /* microseconds: more than 100 */
 #define P_LVL3_UNSUPPORTED 1001 /* more than 1000 */
 #define RTC_CENTURY 0x32        /* CMOS index */
@@ -196,6 +201,15 @@ struct hpet_table { /* IA-PC HPET 1.0a, 3.2.4 */
     u8 number;
     u16 min_tick;
     u8 page_protection;
+} __attribute__((packed));
+
+struct mcfg { /* PCI Firmware Specification 3.0, 4.1.2 */
+    struct table_header header;
+    u8 reserved[8];
+    u64 base;
+    u16 segment;
+    u8 first_bus, last_bus;
+    u8 reserved2[4];
 } __attribute__((packed));
 
 _Static_assert(sizeof(struct table_header) == 36, "ACPI 6.4, 5.2.6");
@@ -368,8 +382,72 @@ static void dsdt_motherboard(struct aml *a)
     aml_resource_io(a, PORT_FAST_A20, 1);
     aml_resource_io(a, PORT_ACPI_PM1_EVT, PORT_ACPI_GPE0 + ACPI_GPE0_LEN - PORT_ACPI_PM1_EVT);
     aml_resource_io(a, PORT_RESET, 1);
+    aml_resource_memory32(a, LAYOUT_ECAM_BASE, ECAM_SIZE, true);
     aml_resource_memory32(a, LAYOUT_IOAPIC_BASE, 0x1000, true);
     aml_resource_memory32(a, LAYOUT_LAPIC_BASE, 0x1000, true);
+    aml_end(a);
+    aml_end(a);
+}
+
+/* What the bus hands on to its functions: bus numbers, ports and memory. */
+static void pci_windows(struct aml *a, const struct acpi_config *cfg)
+{
+    aml_name(a, "_CRS");
+    aml_resources(a);
+    aml_resource_bus_range(a, 0, PCI_BUSES - 1);
+    aml_resource_io(a, PORT_PCI_CONFIG, 8);
+    aml_resource_io_range(a, 0, PORT_PCI_CONFIG - 1);
+    aml_resource_io_range(a, PORT_PCI_CONFIG + 8, 0xffff);
+    aml_resource_memory_range(a, LAYOUT_VGA_BASE, LAYOUT_VGA_END - 1);
+    aml_resource_memory_range(a, LAYOUT_MMIO32_BASE, LAYOUT_MMIO32_END - 1);
+    if (cfg->mmio64_size)
+        aml_resource_memory_range(a, cfg->mmio64_base, cfg->mmio64_base + cfg->mmio64_size - 1);
+    aml_end(a);
+}
+
+#define PCI_SLOTS 32
+#define PCI_PINS 4
+
+/* Where each slot's INTA to INTD arrive: at the IOAPIC or at the PIC (6.2.13). */
+static void pci_routes(struct aml *a, const char *name, bool ioapic)
+{
+    aml_name(a, name);
+    aml_package(a, PCI_SLOTS * PCI_PINS);
+    for (unsigned i = 0; i < PCI_SLOTS * PCI_PINS; i++) {
+        unsigned pirq = pci_host_pirq(i / PCI_PINS, i % PCI_PINS);
+
+        aml_package(a, 4);
+        aml_int(a, i / PCI_PINS << 16 | 0xffff);
+        aml_int(a, i % PCI_PINS);
+        aml_int(a, 0);
+        aml_int(a, ioapic ? GSI_PIRQ + pirq : pirq % 2 ? IRQ_PCI_ODD : IRQ_PCI_EVEN);
+        aml_end(a);
+    }
+    aml_end(a);
+}
+
+static void dsdt_pci(struct aml *a, const struct acpi_config *cfg)
+{
+    isa_device(a, "PCI0", "PNP0A08");
+    aml_name(a, "_CID");
+    aml_eisa_id(a, "PNP0A03");
+    aml_name(a, "_UID");
+    aml_int(a, 0);
+    aml_name(a, "_SEG");
+    aml_int(a, 0);
+    aml_name(a, "_BBN");
+    aml_int(a, 0);
+    pci_windows(a, cfg);
+    pci_routes(a, "PRTA", true);
+    pci_routes(a, "PRTP", false);
+    aml_method(a, "_PRT", 0);
+    aml_if(a);
+    aml_path(a, "\\PICM");
+    aml_return(a);
+    aml_path(a, "PRTA");
+    aml_end(a);
+    aml_return(a);
+    aml_path(a, "PRTP");
     aml_end(a);
     aml_end(a);
 }
@@ -408,7 +486,7 @@ static void dsdt_root(struct aml *a)
     aml_end(a);
 }
 
-static int put_dsdt(struct image *im, unsigned ncpus, gpa_t *gpa, struct error *err)
+static int put_dsdt(struct image *im, const struct acpi_config *cfg, gpa_t *gpa, struct error *err)
 {
     struct table_header header = table_header("DSDT", 2);
     size_t start = image_align(im);
@@ -417,8 +495,9 @@ static int put_dsdt(struct image *im, unsigned ncpus, gpa_t *gpa, struct error *
     aml_init(&a);
     dsdt_root(&a);
     aml_scope(&a, "\\_SB");
-    dsdt_processors(&a, ncpus);
+    dsdt_processors(&a, cfg->ncpus);
     dsdt_motherboard(&a);
+    dsdt_pci(&a, cfg);
     dsdt_legacy_devices(&a);
     dsdt_hpet(&a);
     virtual_device(&a, "FWCF", "QEMU0002", PORT_FW_CFG, FW_CFG_PORTS);
@@ -549,6 +628,19 @@ static gpa_t put_hpet(struct image *im)
     return image_finish(im, start);
 }
 
+static gpa_t put_mcfg(struct image *im)
+{
+    struct mcfg mcfg = {
+        .header = table_header("MCFG", 1),
+        .base = LAYOUT_ECAM_BASE,
+        .last_bus = PCI_BUSES - 1,
+    };
+    size_t start = image_align(im);
+
+    image_put(im, &mcfg, sizeof(mcfg));
+    return image_finish(im, start);
+}
+
 /* RSDT (4-byte pointers, for guests older than ACPI 2.0) or XSDT (8-byte pointers). */
 static gpa_t put_root(struct image *im, const char *signature, unsigned width, const gpa_t *tables,
                       unsigned n)
@@ -579,7 +671,7 @@ int acpi_build(const struct acpi_config *cfg, gpa_t base, u64 space, struct gues
     struct image im = {.base = base, .size = space};
     struct rsdp rsdp = {0};
     gpa_t dsdt = 0;
-    gpa_t tables[3];
+    gpa_t tables[4];
     int rc;
 
     assert(base % TABLE_ALIGN == 0 && cfg->ncpus >= 1);
@@ -588,12 +680,13 @@ int acpi_build(const struct acpi_config *cfg, gpa_t base, u64 space, struct gues
         return error_host(err, ENOMEM, "ACPI tables");
     image_put(&im, &rsdp, sizeof(rsdp));
     gpa_t facs = put_facs(&im);
-    rc = put_dsdt(&im, cfg->ncpus, &dsdt, err);
+    rc = put_dsdt(&im, cfg, &dsdt, err);
     if (rc < 0)
         goto out;
     tables[0] = put_fadt(&im, facs, dsdt); /* the FADT is to be the first */
     tables[1] = put_madt(&im, cfg);
     tables[2] = put_hpet(&im);
+    tables[3] = put_mcfg(&im);
     gpa_t rsdt = put_root(&im, "RSDT", 4, tables, ARRAY_SIZE(tables));
     gpa_t xsdt = put_root(&im, "XSDT", 8, tables, ARRAY_SIZE(tables));
     if (im.full) {

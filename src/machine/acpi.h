@@ -1,5 +1,5 @@
 /*
- * The ACPI tables of a direct boot (ACPI 6.4): RSDP, RSDT and XSDT, FADT, FACS, MADT, HPET, DSDT.
+ * The ACPI tables of a direct boot (ACPI 6.4): RSDP, RSDT and XSDT, FADT, FACS, MADT, HPET, MCFG, DSDT.
  * The addresses in them are those of machine/layout.h.
  */
 #ifndef DOPPEL_MACHINE_ACPI_H
@@ -12,6 +12,7 @@ struct acpi_config {
     unsigned ncpus;      /* at least 1 */
     const u32 *apic_ids; /* one each CPU; NULL: 0, 1, 2, ... */
     u8 ioapic_id;
+    u64 mmio64_base, mmio64_size; /* PCI's window above 4 GiB; size 0: none */
 };
 
 /*

@@ -31,6 +31,8 @@
 #define AML_ROOT_CHAR 0x5c
 #define AML_ARG0_OP 0x68
 #define AML_STORE_OP 0x70
+#define AML_IF_OP 0xa0
+#define AML_RETURN_OP 0xa4
 #define AML_DEVICE_OP 0x82 /* after AML_EXT_PREFIX */
 
 /* Resource descriptors (6.4.2, 6.4.3): small ones hold their length in the low three bits. */
@@ -39,6 +41,13 @@
 #define RESOURCE_END_TAG 0x79
 #define RESOURCE_MEMORY32_FIXED 0x86
 #define RESOURCE_IO_DECODE16 0x01
+#define RESOURCE_DWORD_RANGE 0x87
+#define RESOURCE_WORD_RANGE 0x88
+#define RESOURCE_QWORD_RANGE 0x8a
+enum { RANGE_MEMORY = 0, RANGE_IO = 1, RANGE_BUS = 2 };
+#define RANGE_FIXED 0x0c     /* both ends; decoded positively, and handed on */
+#define RANGE_IO_ENTIRE 0x03 /* ISA and non-ISA ports */
+#define RANGE_MEMORY_RW 0x01 /* and not cacheable */
 
 #define SEGMENT 4
 
@@ -213,6 +222,17 @@ void aml_package(struct aml *a, u8 nelements)
     emit_byte(a, nelements);
 }
 
+void aml_if(struct aml *a)
+{
+    emit_byte(a, AML_IF_OP);
+    aml_open(a, false);
+}
+
+void aml_return(struct aml *a)
+{
+    emit_byte(a, AML_RETURN_OP);
+}
+
 void aml_resources(struct aml *a)
 {
     emit_byte(a, AML_BUFFER_OP);
@@ -299,4 +319,37 @@ void aml_resource_memory32(struct aml *a, u32 base, u32 len, bool writable)
     emit_byte(a, writable);
     emit_le(a, base, 4);
     emit_le(a, len, 4);
+}
+
+/* An address space descriptor (6.4.3.5): granularity, minimum, maximum, translation, length. */
+static void emit_range(struct aml *a, unsigned width, u8 type, u8 type_flags, u64 first, u64 last)
+{
+    static const u8 tags[] = {
+        [2] = RESOURCE_WORD_RANGE, [4] = RESOURCE_DWORD_RANGE, [8] = RESOURCE_QWORD_RANGE};
+
+    emit_byte(a, tags[width]);
+    emit_le(a, 3 + 5 * width, 2);
+    emit_byte(a, type);
+    emit_byte(a, RANGE_FIXED);
+    emit_byte(a, type_flags);
+    emit_le(a, 0, width);
+    emit_le(a, first, width);
+    emit_le(a, last, width);
+    emit_le(a, 0, width);
+    emit_le(a, last - first + 1, width);
+}
+
+void aml_resource_bus_range(struct aml *a, u16 first, u16 last)
+{
+    emit_range(a, 2, RANGE_BUS, 0, first, last);
+}
+
+void aml_resource_io_range(struct aml *a, u16 first, u16 last)
+{
+    emit_range(a, 2, RANGE_IO, RANGE_IO_ENTIRE, first, last);
+}
+
+void aml_resource_memory_range(struct aml *a, u64 first, u64 last)
+{
+    emit_range(a, last > UINT32_MAX ? 8 : 4, RANGE_MEMORY, RANGE_MEMORY_RW, first, last);
 }

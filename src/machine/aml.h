@@ -44,6 +44,7 @@ void aml_scope(struct aml *a, const char *path);
 void aml_device(struct aml *a, const char *path);
 void aml_method(struct aml *a, const char *path, unsigned nargs);
 void aml_package(struct aml *a, u8 nelements);
+void aml_if(struct aml *a);        /* the first term in it is the condition */
 void aml_resources(struct aml *a); /* a buffer of resource descriptors */
 void aml_end(struct aml *a);
 
@@ -57,6 +58,8 @@ void aml_eisa_id(struct aml *a, const char *id);  /* "PNP0501": three letters, f
 void aml_path(struct aml *a, const char *path);
 void aml_arg(struct aml *a, unsigned n); /* ArgN, n < 7 */
 
+/* Return: the next term. */
+void aml_return(struct aml *a);
 /* Store: its source and its target are the next two terms. */
 void aml_store(struct aml *a);
 
@@ -64,5 +67,9 @@ void aml_store(struct aml *a);
 void aml_resource_io(struct aml *a, u16 port, u8 len);
 void aml_resource_irq(struct aml *a, unsigned irq); /* ISA: edge, active high; irq < 16 */
 void aml_resource_memory32(struct aml *a, u32 base, u32 len, bool writable);
+/* What a bridge hands on (6.4.3.5), first to last address. */
+void aml_resource_bus_range(struct aml *a, u16 first, u16 last);
+void aml_resource_io_range(struct aml *a, u16 first, u16 last);
+void aml_resource_memory_range(struct aml *a, u64 first, u64 last); /* uncacheable, writable */
 
 #endif

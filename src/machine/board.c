@@ -5,12 +5,13 @@
  *     RTC 8 ---+--> isa_line_set ---+
  *     HPET 0,8-+    (ISA lines)     +--> IOAPIC ----MSI---> local APICs
  *     COM1 4, keyboard 1, mouse 12, SCI 9
+ *     PCI's PIRQ A to H: to 10 and 11 in turn at the PIC, to pins 16 to 23 at the IOAPIC
  *
  * Each ISA interrupt goes to the PIC and to the IOAPIC at once; the guest masks the one that it doesn't
  * use. The PIT's line 0 arrives at the IOAPIC's pin 2, as on every PC and as the MADT says. ISA lines 0
  * and 8 have two sources: the HPET, while its legacy route is on, else the PIT and the RTC.
  *
- * Lock order: a device's lock, isa.lock, the PIC's or the IOAPIC's, the engine's.
+ * Lock order: the PCI bus's, a device's lock, the PCI lines', isa.lock, the PIC's or the IOAPIC's, the engine's.
  */
 #include "machine/board.h"
 
@@ -20,25 +21,36 @@
 #include "device/hpet.h"
 #include "device/i8042.h"
 #include "device/ioapic.h"
+#include "device/pci/host.h"
 #include "device/pic.h"
 #include "device/pit.h"
 #include "device/pvpanic.h"
 #include "device/rtc.h"
 #include "device/serial.h"
 #include "device/sysport.h"
+#include "device/virtio/balloon.h"
+#include "device/virtio/blk.h"
+#include "device/virtio/console.h"
+#include "device/virtio/net.h"
+#include "device/virtio/rng.h"
+#include "device/virtio/vsock.h"
 #include "host/log.h"
 #include "machine/acpi.h"
+#include "machine/cards.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
 #include "state/stream.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #define IOAPIC_PIN_PIT 2
 #define IOAPIC_ID 0
+#define DISK_QUEUES_MAX 16
 #define FAST_A20_ON 0x02
-#define BOARD_MAX_DEVICES 16
+#define BOARD_MAX_DEVICES 64
 
 /* The two lines that the HPET takes over, as indices into struct isa's arrays. */
 enum { LEGACY_PIT, LEGACY_RTC, LEGACY_COUNT };
@@ -49,12 +61,13 @@ struct isa {
     bool own[LEGACY_COUNT];  /* what the PIT and the RTC say */
     bool hpet[LEGACY_COUNT]; /* what the HPET says */
     bool driven[LEGACY_COUNT];
+    bool pirq[PCI_PIRQS];
 };
 
 static const struct state_field isa_fields[] = {
     STATE_HOST(struct isa, lock),    STATE_FIELD(struct isa, hpet_route),
     STATE_FIELD(struct isa, own),    STATE_FIELD(struct isa, hpet),
-    STATE_FIELD(struct isa, driven),
+    STATE_FIELD(struct isa, driven), STATE_FIELD(struct isa, pirq),
 };
 static const struct state_desc isa_state = STATE_DESC("isa", 1, struct isa, isa_fields);
 
@@ -67,6 +80,13 @@ struct board {
     struct ioapic *ioapic;
     struct serial *com1;
     struct rtc *rtc;
+    struct pci_host *pci;
+    struct sysport *sysport;
+    struct virtio_console *console; /* NULL: none */
+    struct console_end {            /* of a port's stream */
+        struct board *board;
+        unsigned port;
+    } console_ends[MACHINE_CONSOLES_MAX];
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
 };
@@ -161,18 +181,40 @@ static void hpet_legacy_route(void *opaque, bool on)
     pthread_mutex_unlock(&b->isa.lock);
 }
 
+static const u8 pirq_isa_irq[PCI_PIRQS] = {
+    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
+    IRQ_PCI_EVEN, IRQ_PCI_ODD, IRQ_PCI_EVEN, IRQ_PCI_ODD,
+};
+
+/* struct irq_line's set, for PIRQ n. Those that share an input of the PIC are ORed there. */
+static void pirq_set(void *opaque, unsigned n, bool level)
+{
+    struct board *b = opaque;
+    bool shared = false;
+
+    if (b->loading)
+        return;
+    pthread_mutex_lock(&b->isa.lock);
+    b->isa.pirq[n] = level;
+    for (unsigned i = 0; i < PCI_PIRQS; i++)
+        shared |= b->isa.pirq[i] && pirq_isa_irq[i] == pirq_isa_irq[n];
+    pic_set_irq(b->pic, pirq_isa_irq[n], shared);
+    ioapic_set_irq(b->ioapic, GSI_PIRQ + n, level);
+    pthread_mutex_unlock(&b->isa.lock);
+}
+
 static struct irq_line isa_line(struct board *b, unsigned n)
 {
     return (struct irq_line){.set = isa_line_set, .sink = b, .n = n};
 }
 
-/* COM1's ends of the stream, and the stream's ends of COM1. */
-static size_t com1_put(void *opaque, const u8 *buf, size_t len)
+/* A device's ends of its stream; and the stream's ends of COM1. */
+static size_t stream_put(void *opaque, const u8 *buf, size_t len)
 {
     return chardev_write(opaque, buf, len);
 }
 
-static void com1_accept_input(void *opaque)
+static void stream_accept_input(void *opaque)
 {
     chardev_accept_input(opaque);
 }
@@ -292,7 +334,7 @@ static int create_com1(struct board *b, struct error *err)
     struct serial_config config = {.base = PORT_COM1, .irq = isa_line(b, IRQ_COM1)};
 
     if (chr)
-        config.ops = (struct serial_ops){com1_put, com1_accept_input, chr};
+        config.ops = (struct serial_ops){stream_put, stream_accept_input, chr};
     b->com1 = serial_create(&b->config.env, &config, err);
     if (!b->com1)
         return -EIO;
@@ -318,17 +360,49 @@ static int create_i8042(struct board *b, struct error *err)
     return kbd ? add(b, i8042_device(kbd)) : -EIO;
 }
 
+/* Port 0xCF9, which lies within the host bridge's. No guest runs before there is a sysport. */
+static u8 reset_control_read(void *opaque)
+{
+    struct board *b = opaque;
+
+    return sysport_reset_control_read(b->sysport);
+}
+
+static void reset_control_write(void *opaque, u8 value)
+{
+    struct board *b = opaque;
+
+    sysport_reset_control_write(b->sysport, value);
+}
+
+static int create_pci(struct board *b, struct error *err)
+{
+    struct pci_host_config config = {
+        .port = PORT_PCI_CONFIG,
+        .msi = {deliver_msi, b},
+        .reset_control_read = reset_control_read,
+        .reset_control_write = reset_control_write,
+        .opaque = b,
+    };
+
+    for (unsigned i = 0; i < PCI_PIRQS; i++)
+        config.pirq[i] = (struct irq_line){.set = pirq_set, .sink = b, .n = i};
+    b->pci = pci_host_create(&b->config.env, &config, err);
+    return b->pci ? add(b, pci_host_device(b->pci)) : -EIO;
+}
+
 static int create_sysport(struct board *b, struct error *err)
 {
     struct sysport_config config = {
         .a20 = &b->a20,
         .power = b->config.power,
         .debug_exit_port = b->config.debug_exit_port,
+        .reset_in_bridge = true,
     };
-    struct sysport *ports = sysport_create(&b->config.env, &config, err);
 
-    if (ports)
-        return add(b, sysport_device(ports));
+    b->sysport = sysport_create(&b->config.env, &config, err);
+    if (b->sysport)
+        return add(b, sysport_device(b->sysport));
     if (err->class == ERROR_INPUT)
         error_prefix(err, "--debug-exit: give a free port, such as 0xf4");
     return -EIO;
@@ -372,6 +446,157 @@ static int create_fw_cfg(struct board *b, struct error *err)
     return ret;
 }
 
+/* A disk's write failed, under werror=stop: with the device's lock held. */
+static void disk_stop(void *opaque, const char *disk, int error)
+{
+    struct board *b = opaque;
+
+    log_error("%s: a write failed: %s: the machine is paused; mend that, then: kill -CONT %d", disk,
+              strerror(error), (int)getpid());
+    b->config.power.request(b->config.power.sink, POWER_PAUSE, 0);
+}
+
+/* The next free slot for a card, as a devfn; or -1 with err set. */
+static int card_devfn(struct board *b, struct error *err)
+{
+    int slot = pci_host_free_slot(b->pci, PCI_SLOT_FIRST_CARD);
+
+    if (slot < 0)
+        return error_input(err, "the PCI bus has no free slot: give fewer disks and network cards");
+    return PCI_DEVFN(slot, 0);
+}
+
+static int create_disk(struct board *b, const struct machine_disk *disk, struct error *err)
+{
+    struct virtio_blk_config config = {
+        .backend = disk->backend,
+        .serial = disk->serial,
+        .queues = MIN(b->config.cpus, DISK_QUEUES_MAX),
+        .stop = disk->stop_on_error ? disk_stop : NULL,
+        .opaque = b,
+    };
+    int devfn = card_devfn(b, err);
+    struct virtio *v;
+
+    if (devfn < 0)
+        return devfn;
+    v = virtio_blk_create(&b->config.env, &config, b->pci, (u8)devfn, err);
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
+/* A console port's ends of its stream, and the stream's ends of the port. */
+static size_t port_can_receive(void *opaque)
+{
+    struct console_end *e = opaque;
+
+    return virtio_console_can_receive(e->board->console, e->port);
+}
+
+static size_t port_receive(void *opaque, const u8 *buf, size_t len)
+{
+    struct console_end *e = opaque;
+
+    return virtio_console_receive(e->board->console, e->port, buf, len);
+}
+
+static void port_writable(void *opaque)
+{
+    struct console_end *e = opaque;
+
+    virtio_console_writable(e->board->console, e->port);
+}
+
+static void port_receive_break(void *opaque)
+{
+}
+
+static int create_console(struct board *b, struct error *err)
+{
+    const struct machine_consoles *c = b->config.consoles;
+    struct console_port ports[MACHINE_CONSOLES_MAX];
+    int devfn;
+
+    _Static_assert(MACHINE_CONSOLES_MAX <= VIRTIO_CONSOLE_PORTS_MAX, "the device has them all");
+    if (!c || !c->count)
+        return 0;
+    devfn = card_devfn(b, err);
+    if (devfn < 0)
+        return devfn;
+    for (unsigned i = 0; i < c->count; i++)
+        ports[i] = (struct console_port){.name = c->port[i].name,
+                                         .put = stream_put,
+                                         .accept_input = stream_accept_input,
+                                         .opaque = c->port[i].chr};
+    b->console = virtio_console_create(&b->config.env, ports, c->count, b->pci, (u8)devfn, err);
+    if (!b->console)
+        return -EIO;
+    for (unsigned i = 0; i < c->count; i++) {
+        struct chardev_handlers handlers = {port_can_receive, port_receive, port_writable,
+                                            port_receive_break, &b->console_ends[i]};
+
+        b->console_ends[i] = (struct console_end){b, i};
+        chardev_attach(c->port[i].chr, &handlers);
+    }
+    return add(b, virtio_device(virtio_console_virtio(b->console)));
+}
+
+static int create_rng(struct board *b, struct error *err)
+{
+    int devfn = card_devfn(b, err);
+    struct virtio *v = devfn < 0 ? NULL : virtio_rng_create(&b->config.env, b->pci, (u8)devfn, err);
+
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
+static int create_balloon(struct board *b, struct error *err)
+{
+    int devfn = card_devfn(b, err);
+    struct virtio_balloon *balloon =
+        devfn < 0 ? NULL : virtio_balloon_create(&b->config.env, b->pci, (u8)devfn, err);
+
+    return balloon ? add(b, virtio_device(virtio_balloon_virtio(balloon))) : -EIO;
+}
+
+static int create_disks(struct board *b, struct error *err)
+{
+    int ret = 0;
+
+    for (unsigned i = 0; b->config.disks && i < b->config.disks->count && !ret; i++)
+        ret = create_disk(b, &b->config.disks->disk[i], err);
+    return ret;
+}
+
+static int create_nets(struct board *b, struct error *err)
+{
+    for (unsigned i = 0; b->config.nets && i < b->config.nets->count; i++) {
+        int devfn = card_devfn(b, err);
+        struct virtio *v;
+
+        if (devfn < 0)
+            return devfn;
+        v = virtio_net_create(&b->config.env, b->config.nets->backend[i], b->pci, (u8)devfn, err);
+        if (!v)
+            return -EIO;
+        virtio_device(v)->instance = i;
+        add(b, virtio_device(v));
+    }
+    return 0;
+}
+
+static int create_vsock(struct board *b, struct error *err)
+{
+    int devfn;
+    struct virtio *v;
+
+    if (!b->config.nets || !b->config.nets->vsock)
+        return 0;
+    devfn = card_devfn(b, err);
+    if (devfn < 0)
+        return devfn;
+    v = virtio_vsock_create(&b->config.env, b->config.nets->vsock, b->pci, (u8)devfn, err);
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
 struct board *board_create(const struct board_config *config, struct error *err)
 {
     /*
@@ -379,12 +604,14 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,   create_ioapic,  create_pit,     create_hpet,   create_rtc,     create_com1,
-        create_i8042, create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
+        create_pic,   create_ioapic,  create_pci,     create_pit,     create_hpet,   create_rtc,
+        create_com1,  create_i8042,   create_acpi_pm, create_pvpanic, create_fw_cfg, create_sysport,
+        create_disks, create_console, create_rng,     create_balloon, create_nets,   create_vsock,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) <= BOARD_MAX_DEVICES, "devices[] holds them all");
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX <= BOARD_MAX_DEVICES,
+                   "devices[] holds them all");
     if (!b) {
         error_host(err, ENOMEM, "cannot create the board");
         return NULL;
@@ -405,6 +632,8 @@ void board_destroy(struct board *b)
 {
     if (b->config.serial)
         chardev_attach(b->config.serial, NULL);
+    for (unsigned i = 0; b->console && i < b->config.consoles->count; i++)
+        chardev_attach(b->config.consoles->port[i].chr, NULL);
     /* The last first, so that whoever raises a line goes before what it is wired to. */
     while (b->ndevices) {
         struct device *dev = b->devices[--b->ndevices];
@@ -421,8 +650,20 @@ void board_reset(struct board *b)
         b->devices[i]->ops->reset(b->devices[i]);
 }
 
+void board_stop(struct board *b)
+{
+    for (unsigned i = 0; i < b->ndevices; i++) {
+        if (b->devices[i]->ops->stop)
+            b->devices[i]->ops->stop(b->devices[i]);
+    }
+}
+
 void board_start(struct board *b)
 {
+    for (unsigned i = 0; i < b->ndevices; i++) {
+        if (b->devices[i]->ops->start)
+            b->devices[i]->ops->start(b->devices[i]);
+    }
     if (!b->config.serial)
         return;
     serial_writable(b->com1);
@@ -438,7 +679,7 @@ void board_save(struct board *b, struct state_writer *w)
         struct device *dev = b->devices[i];
 
         device_lock(dev);
-        state_write_section(w, dev->state, 0, dev);
+        state_write_section(w, dev->state, dev->instance, dev);
         device_unlock(dev);
     }
 }
@@ -454,7 +695,7 @@ static int load_sections(struct board *b, struct state_reader *r, struct error *
         struct device *dev = b->devices[i];
 
         device_lock(dev);
-        ret = state_read_section(r, dev->state, 0, dev, err);
+        ret = state_read_section(r, dev->state, dev->instance, dev, err);
         device_unlock(dev);
     }
     return ret;
@@ -472,6 +713,7 @@ int board_load(struct board *b, struct state_reader *r, struct error *err)
 
     b->loading = true;
     ret = load_sections(b, r, err);
+    pci_host_loaded(b->pci);
     b->loading = false;
     return ret;
 }
@@ -485,11 +727,43 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
     return difference;
 }
 
+/* The PCI windows of a direct boot. The one above 4 GiB lies behind the RAM, if it ends on the bus. */
+static void pci_window64(struct board *b, struct acpi_config *config)
+{
+    u64 end = LAYOUT_HIGH_RAM_BASE;
+
+    for (unsigned i = 0; i < b->config.env.memory->nslots; i++) {
+        const struct memory_slot *slot = &b->config.env.memory->slots[i];
+
+        end = MAX(end, slot->gpa + slot->size);
+    }
+    end = (end + LAYOUT_MMIO64_ALIGN - 1) & ~(LAYOUT_MMIO64_ALIGN - 1);
+    if (end + LAYOUT_MMIO64_ALIGN > BIT(b->config.phys_bits))
+        return;
+    config->mmio64_base = end;
+    config->mmio64_size = LAYOUT_MMIO64_ALIGN;
+}
+
+/* PCI's interrupts are levels at the PIC. */
+static void set_elcr(struct board *b)
+{
+    io_bus_write(b->config.env.ports, PORT_PIC_ELCR, BIT(IRQ_PCI_EVEN) | BIT(IRQ_PCI_ODD), 2);
+}
+
 int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
 {
+    static const struct pci_windows windows = {
+        .mmio_base = LAYOUT_MMIO32_BASE,
+        .mmio_end = LAYOUT_MMIO32_END,
+        .io_base = PORT_PCI_IO_BASE,
+        .io_end = PORT_PCI_IO_END,
+    };
     struct acpi_config config = {.ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID};
 
     io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
+    set_elcr(b);
+    pci_host_assign(b->pci, &windows, LAYOUT_ECAM_BASE, pirq_isa_irq);
+    pci_window64(b, &config);
     return acpi_build(&config, LAYOUT_ACPI_BASE, LAYOUT_ACPI_END - LAYOUT_ACPI_BASE,
                       b->config.env.memory, rsdp, err);
 }

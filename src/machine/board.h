@@ -9,6 +9,9 @@
 
 struct board;
 struct chardev;
+struct machine_consoles;
+struct machine_disks;
+struct machine_nets;
 struct e820_map;
 struct state_reader;
 struct state_writer;
@@ -19,9 +22,13 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
-    const struct e820_map *e820; /* for the CMOS's memory sizes and fw_cfg */
-    struct chardev *serial;      /* for COM1, or NULL */
-    u16 debug_exit_port;         /* 0: none */
+    unsigned phys_bits;                      /* of the processors' addresses */
+    const struct e820_map *e820;             /* for the CMOS's memory sizes and fw_cfg */
+    struct chardev *serial;                  /* for COM1, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
 };
 
 /* All devices in their power-on state. What config points to must outlive the board. */
@@ -31,8 +38,13 @@ void board_destroy(struct board *board);
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);
 
-/* Wakes what waits for a machine that runs: characters on their way through COM1. Any number of times. */
+/*
+ * Wakes what waits for a machine that runs (characters on their way through COM1, queues of requests), and
+ * brings all of it to a stand: after it nothing changes memory or the devices' state. On the loop's thread
+ * with no vCPU running; any number of times.
+ */
 void board_start(struct board *board);
+void board_stop(struct board *board);
 
 /*
  * The state of all devices and of the wires between them, while no vCPU runs and the clock stands.
@@ -46,8 +58,8 @@ int board_load(struct board *board, struct state_reader *r, struct error *err);
 const char *board_compare(const struct board *a, const struct board *b, char *buf, size_t buflen);
 
 /*
- * What firmware leaves behind for a kernel: the A20 gate open, and the ACPI tables in guest memory;
- * *rsdp is where their root is.
+ * What firmware leaves behind for a kernel: the A20 gate open, addresses in PCI's BARs, and the ACPI
+ * tables in guest memory; *rsdp is where their root is.
  */
 int board_prepare_boot(struct board *board, gpa_t *rsdp, struct error *err);
 

@@ -33,7 +33,7 @@ struct machine {
 
     /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
     pthread_mutex_t request_lock;
-    bool reset_requested;
+    bool reset_requested, pause_requested;
     struct machine_end end; /* the first reason wins */
     int request_fd;         /* eventfd that wakes the loop */
     struct fd_watch request_watch;

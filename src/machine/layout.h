@@ -12,6 +12,7 @@
 #define LAYOUT_ECAM_BASE 0xb0000000ULL /* 256 MiB */
 #define LAYOUT_MMIO32_BASE 0xc0000000ULL
 #define LAYOUT_MMIO32_END 0xfe000000ULL
+#define LAYOUT_MMIO64_ALIGN 0x800000000ULL /* a window of 32 GiB behind the last RAM, aligned so */
 #define LAYOUT_HIGH_RAM_BASE 0x100000000ULL
 
 #define LAYOUT_EBDA_BASE 0x9fc00ULL /* to 640 KiB: reserved */
@@ -39,7 +40,10 @@
 #define PORT_COM1 0x3f8
 #define PORT_PVPANIC 0x505
 #define PORT_FW_CFG 0x510
+#define PORT_PCI_CONFIG 0xcf8 /* with the reset control register in it */
 #define PORT_RESET 0xcf9
+#define PORT_PCI_IO_BASE 0xc000 /* where BARs get ports in a direct boot */
+#define PORT_PCI_IO_END 0x10000
 /* ACPI fixed hardware */
 #define PORT_ACPI_PM1_EVT 0x600
 #define PORT_ACPI_PM1_CNT 0x604
@@ -54,5 +58,12 @@
 #define IRQ_RTC 8
 #define IRQ_SCI 9
 #define IRQ_MOUSE 12
+/* PIRQ A to H of the PCI bus: at the PIC in turn on these two, at the IOAPIC on pins of their own. */
+#define IRQ_PCI_EVEN 10
+#define IRQ_PCI_ODD 11
+#define GSI_PIRQ 16
+
+/* Slots of the PCI bus: 0 is the host bridge, 31 the chipset's; cards take what is free from here on. */
+#define PCI_SLOT_FIRST_CARD 2
 
 #endif

@@ -65,6 +65,12 @@ static void power_request(void *opaque, enum power_request what, u32 value)
     case POWER_DEBUG_EXIT:
         request_end(m, &(struct machine_end){.reason = MACHINE_END_DEBUG_EXIT, .value = value});
         break;
+    case POWER_PAUSE:
+        pthread_mutex_lock(&m->request_lock);
+        m->pause_requested = true;
+        pthread_mutex_unlock(&m->request_lock);
+        notify(m);
+        break;
     case POWER_PANICKED:
         /* What follows (a reboot, a crash kernel, a halt) is the guest's own choice. */
         log_once(LOG_WARN, "the guest tells that it panicked");
@@ -88,7 +94,7 @@ static void requests_ready(void *opaque, u32 events)
 {
     struct machine *m = opaque;
     struct machine_end end = {.reason = MACHINE_END_ERROR};
-    bool ended, reset;
+    bool ended, reset, pause;
     u64 count;
 
     if (read(m->request_fd, &count, sizeof(count)) < 0)
@@ -96,13 +102,16 @@ static void requests_ready(void *opaque, u32 events)
     pthread_mutex_lock(&m->request_lock);
     ended = m->end.reason != MACHINE_END_NONE;
     reset = m->reset_requested;
-    m->reset_requested = false;
+    pause = m->pause_requested;
+    m->reset_requested = m->pause_requested = false;
     pthread_mutex_unlock(&m->request_lock);
 
     if (ended)
         event_loop_stop(m->loop);
     else if (reset && machine_reset(m, &end.error))
         request_end(m, &end);
+    else if (pause && m->running)
+        machine_pause(m);
 }
 
 static int engine_ack_extint(void *opaque)
@@ -193,8 +202,12 @@ static int create_board(struct machine *m, struct error *err)
         .engine = m->engine,
         .power = {power_request, m},
         .cpus = m->config.cpus,
+        .phys_bits = cpuid_model_phys_bits(m->cpuid),
         .e820 = &m->e820,
         .serial = m->config.serial,
+        .disks = m->config.disks,
+        .nets = m->config.nets,
+        .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
     };
 
@@ -380,6 +393,7 @@ void machine_pause(struct machine *m)
     park_all(m);
     for (unsigned i = 0; i < m->ncpus; i++)
         vcpu_thread_wait_parked(&m->cpus[i]);
+    board_stop(m->board);
     vm_clock_stop(m->clock);
     m->running = false;
 }

@@ -11,6 +11,7 @@
 #include "engine/engine.h"
 #include "host/error.h"
 #include "host/event_loop.h"
+#include "machine/cards.h"
 
 struct chardev;
 struct machine;
@@ -25,10 +26,13 @@ struct machine_config {
     const char *cpu;           /* name of the CPUID model */
     u64 memory;                /* bytes */
     unsigned cpus;
-    const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
-    struct chardev *serial;                /* what COM1 is connected to, or NULL */
-    u16 debug_exit_port;                   /* 0: none */
-    bool no_reboot;                        /* a reset ends the machine */
+    const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */
+    struct chardev *serial;                  /* what COM1 is connected to, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
+    bool no_reboot;                          /* a reset ends the machine */
 };
 
 enum machine_end_reason {
@@ -65,7 +69,7 @@ void machine_run(struct machine *m, struct machine_end *end);
 
 /* Starts or goes on: the clock and all vCPUs. A machine that has ended stays as it is. */
 void machine_start(struct machine *m);
-/* Stops all vCPUs, then the clock. Returns when they have stopped. */
+/* Stops all vCPUs, devices, and then the clock. Returns when they have stopped. */
 void machine_pause(struct machine *m);
 /*
  * What the reset button does: processors and devices to their power-on state, the kernel loaded

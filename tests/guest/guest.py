@@ -47,10 +47,18 @@ def kernel(flavour="cloud-amd64"):
                           stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def initramfs(directory, script=None, *programs):
+def modules(names, flavour="cloud-amd64"):
+    """The paths of modules of Debian's kernel."""
+    folder = subprocess.run([os.path.join(ROOT, "scripts", "fetch-kernel"), "--modules", flavour],
+                            check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return [os.path.join(folder, name + ".ko") for name in names]
+
+
+def initramfs(directory, script=None, *files):
     """Builds an initramfs in `directory` and returns its path.
 
-    `script` is text to run, or None; `programs` are paths of what it finds in /bin.
+    `script` is text to run, or None; `files` are paths of what it finds in /bin, and in
+    /lib when they are modules.
     """
     out = os.path.join(directory, "initramfs")
     args = [os.path.join(ROOT, "scripts", "make-initramfs"), out]
@@ -58,7 +66,7 @@ def initramfs(directory, script=None, *programs):
         path = os.path.join(directory, "script")
         with open(path, "w", encoding="ascii") as file:
             file.write(script)
-        args += [path, *programs]
+        args += [path, *files]
     subprocess.run(args, check=True)
     return out
 

@@ -65,7 +65,7 @@ static const u8 *find(struct guest_memory *m, const u8 *rsdp, const char *signat
     return NULL;
 }
 
-static const char *const checked[] = {"XSDT", "FACP", "APIC", "HPET", "DSDT"};
+static const char *const checked[] = {"XSDT", "FACP", "APIC", "HPET", "MCFG", "DSDT"};
 
 static void every_checksum_is_right(void **state)
 {
@@ -206,9 +206,12 @@ static void dump(const char *dir, const char *name, const u8 *table)
 /* iasl -d, then iasl on what came of it. Errors, warnings and remarks of the compiler count. */
 static void iasl_takes_every_table(void **state)
 {
-    static const char *const tables[] = {"FACP", "APIC", "HPET", "DSDT", "FACS", "XSDT"};
+    static const char *const tables[] = {"FACP", "APIC", "HPET", "MCFG", "DSDT", "FACS", "XSDT"};
     u32 ids[] = {0, 1, 300};
-    struct acpi_config cfg = {.ncpus = ARRAY_SIZE(ids), .apic_ids = ids};
+    struct acpi_config cfg = {.ncpus = ARRAY_SIZE(ids),
+                              .apic_ids = ids,
+                              .mmio64_base = LAYOUT_MMIO64_ALIGN,
+                              .mmio64_size = LAYOUT_MMIO64_ALIGN};
     struct guest_memory m;
     const u8 *rsdp;
     char dir[] = "/tmp/doppel-acpi-XXXXXX", command[512];

@@ -1,0 +1,86 @@
+/*
+ * Names of the configuration space's registers: PCI Local Bus Specification 3.0, section 6.1 (header),
+ * 6.7 (capabilities), 6.8 (MSI and MSI-X); class codes from its appendix D.
+ */
+#ifndef DOPPEL_DEVICE_PCI_REGS_H
+#define DOPPEL_DEVICE_PCI_REGS_H
+
+#define PCI_VENDOR_ID 0x00
+#define PCI_DEVICE_ID 0x02
+#define PCI_COMMAND 0x04
+#define PCI_STATUS 0x06
+#define PCI_REVISION_ID 0x08
+#define PCI_CLASS_PROG 0x09
+#define PCI_CLASS_DEVICE 0x0a
+#define PCI_CACHE_LINE_SIZE 0x0c
+#define PCI_LATENCY_TIMER 0x0d
+#define PCI_HEADER_TYPE 0x0e
+#define PCI_BASE_ADDRESS_0 0x10
+#define PCI_SUBSYSTEM_VENDOR_ID 0x2c
+#define PCI_SUBSYSTEM_ID 0x2e
+#define PCI_CAPABILITY_LIST 0x34
+#define PCI_INTERRUPT_LINE 0x3c
+#define PCI_INTERRUPT_PIN 0x3d
+#define PCI_FIRST_CAPABILITY 0x40 /* what lies from here on is the device's own */
+
+#define PCI_COMMAND_IO BIT(0)
+#define PCI_COMMAND_MEMORY BIT(1)
+#define PCI_COMMAND_MASTER BIT(2)
+#define PCI_COMMAND_PARITY BIT(6)
+#define PCI_COMMAND_SERR BIT(8)
+#define PCI_COMMAND_INTX_DISABLE BIT(10)
+
+#define PCI_STATUS_INTERRUPT BIT(3)
+#define PCI_STATUS_CAP_LIST BIT(4)
+
+#define PCI_HEADER_TYPE_MULTI_FUNCTION 0x80
+
+#define PCI_BASE_ADDRESS_SPACE_IO BIT(0)
+#define PCI_BASE_ADDRESS_MEM_TYPE_64 BIT(2)
+#define PCI_BASE_ADDRESS_MEM_PREFETCH BIT(3)
+#define PCI_BASE_ADDRESS_IO_FLAGS 3U
+#define PCI_BASE_ADDRESS_MEM_FLAGS 15U
+
+#define PCI_CAP_ID_MSI 0x05
+#define PCI_CAP_ID_VNDR 0x09
+#define PCI_CAP_ID_MSIX 0x11
+
+/* MSI (6.8.1), as offsets in a capability with 64-bit addresses and masks for each vector. */
+#define PCI_MSI_FLAGS 2
+#define PCI_MSI_ADDRESS_LO 4
+#define PCI_MSI_ADDRESS_HI 8
+#define PCI_MSI_DATA 12
+#define PCI_MSI_MASK 16
+#define PCI_MSI_PENDING 20
+#define PCI_MSI_LENGTH 24
+#define PCI_MSI_FLAGS_ENABLE BIT(0)
+#define PCI_MSI_FLAGS_CAPABLE_SHIFT 1 /* log2 of the vectors that the device has */
+#define PCI_MSI_FLAGS_ENABLED_SHIFT 4 /* and of those that the guest gave it */
+#define PCI_MSI_FLAGS_ENABLED (7U << PCI_MSI_FLAGS_ENABLED_SHIFT)
+#define PCI_MSI_FLAGS_64BIT BIT(7)
+#define PCI_MSI_FLAGS_MASKBIT BIT(8)
+
+/* MSI-X (6.8.2). */
+#define PCI_MSIX_FLAGS 2
+#define PCI_MSIX_TABLE 4
+#define PCI_MSIX_PBA 8
+#define PCI_MSIX_LENGTH 12
+#define PCI_MSIX_FLAGS_MASKALL BIT(14)
+#define PCI_MSIX_FLAGS_ENABLE BIT(15)
+#define PCI_MSIX_ENTRY_SIZE 16
+#define PCI_MSIX_ENTRY_CTRL_MASKBIT BIT(0)
+
+#define PCI_CLASS_STORAGE_SCSI 0x0100
+#define PCI_CLASS_STORAGE_IDE 0x0101
+#define PCI_CLASS_STORAGE_SATA 0x0106
+#define PCI_CLASS_STORAGE_EXPRESS 0x0108
+#define PCI_CLASS_NETWORK_ETHERNET 0x0200
+#define PCI_CLASS_DISPLAY_VGA 0x0300
+#define PCI_CLASS_MEMORY_RAM 0x0500
+#define PCI_CLASS_BRIDGE_HOST 0x0600
+#define PCI_CLASS_BRIDGE_ISA 0x0601
+#define PCI_CLASS_COMMUNICATION_OTHER 0x0780
+#define PCI_CLASS_SERIAL_SMBUS 0x0c05
+#define PCI_CLASS_OTHERS 0x00ff
+
+#endif

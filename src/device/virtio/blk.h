@@ -1,0 +1,29 @@
+/*
+ * virtio-blk: a disk. VIRTIO 1.2, 5.2.
+ */
+#ifndef DOPPEL_DEVICE_VIRTIO_BLK_H
+#define DOPPEL_DEVICE_VIRTIO_BLK_H
+
+#include "block/block.h"
+#include "device/virtio/virtio.h"
+
+#define VIRTIO_BLK_SERIAL_SIZE 20
+
+struct virtio_blk_config {
+    struct block_backend *backend; /* borrowed; outlives the device */
+    const char *serial;            /* up to 20 characters; NULL: none */
+    unsigned queues;
+    /*
+     * werror=stop: a write that fails for the host's sake (no space, an I/O error) is not told to the
+     * guest; stop is called instead, on the loop's thread with the device's lock held, and the write is
+     * tried again when the machine goes on. NULL: the guest gets an I/O error.
+     */
+    void (*stop)(void *opaque, const char *disk, int error);
+    void *opaque;
+};
+
+/* The device, on the bus at devfn. NULL with err set. */
+struct virtio *virtio_blk_create(const struct device_env *env, const struct virtio_blk_config *cfg,
+                                 struct pci_host *host, u8 devfn, struct error *err);
+
+#endif
