@@ -658,6 +658,15 @@ void board_stop(struct board *b)
     }
 }
 
+bool board_is_busy(struct board *b)
+{
+    bool busy = false;
+
+    for (unsigned i = 0; i < b->ndevices; i++)
+        busy |= b->devices[i]->ops->busy && b->devices[i]->ops->busy(b->devices[i]);
+    return busy;
+}
+
 void board_start(struct board *b)
 {
     for (unsigned i = 0; i < b->ndevices; i++) {

@@ -45,6 +45,8 @@ void board_reset(struct board *board);
  */
 void board_start(struct board *board);
 void board_stop(struct board *board);
+/* Whether a stopped board still keeps what can't be saved: a failed write, to be tried again (werror=stop). */
+bool board_is_busy(struct board *board);
 
 /*
  * The state of all devices and of the wires between them, while no vCPU runs and the clock stands.

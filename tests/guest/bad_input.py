@@ -74,6 +74,8 @@ def options(cases):
             ("debug-exit-taken-later", *run, "--debug-exit", "0x505"),
             ("name-empty", *run, "--name", ""),
             ("name-slash", *run, "--name", "a/b"),
+            ("console-option", *run, "--console", "none,speed=high"),
+            ("console-name", *run, "--console", "none,name=-"),
             ("disk-missing", *run, "--disk", "missing.img"),
             ("disk-option", *run, "--disk", "disk.img,speed=high"),
             ("disk-format", *run, "--disk", "disk.img,format=vmdk"),

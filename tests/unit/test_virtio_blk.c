@@ -332,6 +332,7 @@ static void werror_stop_keeps_the_write_until_there_is_space(void **state)
     }
     assert_int_equal(f->stops, 1);
     dev->ops->stop(dev);
+    assert_true(dev->ops->busy(dev));
     assert_false(take_used(&f->d, 3, &id, &len));
     __atomic_store_n(&f->disk->error, 0, __ATOMIC_SEQ_CST);
     dev->ops->start(dev);

@@ -259,6 +259,17 @@ static void virtio_stop(struct device *dev)
         v->ops->drain(v);
 }
 
+static bool virtio_busy(struct device *dev)
+{
+    struct virtio *v = container_of(dev, struct virtio, pci.dev);
+    bool busy;
+
+    device_lock(dev);
+    busy = v->in_flight > 0;
+    device_unlock(dev);
+    return busy;
+}
+
 static void virtio_start(struct device *dev)
 {
     struct virtio *v = container_of(dev, struct virtio, pci.dev);
@@ -312,7 +323,8 @@ static const struct pci_device_ops virtio_pci_ops = {
     .dev = {.reset = virtio_device_reset,
             .destroy = virtio_destroy,
             .start = virtio_start,
-            .stop = virtio_stop},
+            .stop = virtio_stop,
+            .busy = virtio_busy},
     .config_read = virtio_pci_config_read,
     .config_written = virtio_pci_config_written,
 };
