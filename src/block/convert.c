@@ -15,13 +15,14 @@ static bool is_zero(const u8 *p, u64 len)
 static int copy_data(struct disk *from, struct disk *to, u64 at, u64 len, bool keep_zeroes, u8 *buf,
                      struct error *err)
 {
-    u64 in = at < from->size ? MIN(len, from->size - at) : 0;
-    int ret = disk_read(from, at, buf, in);
+    int ret = disk_read(from, at, buf, len);
 
     if (ret)
         return error_host(err, -ret, "%s: cannot read at %llu", from->file.path,
                           (unsigned long long)at);
-    memset(buf + in, 0, len - in);
+    /* A file that ends within a sector: the disk has all of it. */
+    memset(buf + len, 0, DISK_SECTOR);
+    len = MIN((len + DISK_SECTOR - 1) & ~(u64)(DISK_SECTOR - 1), to->size - at);
     /* As fine as clusters are, so that they need not be allocated. */
     for (u64 done = 0, here; done < len; done += here) {
         here = MIN(len - done, KIB(64) - (at + done) % KIB(64));
@@ -63,7 +64,7 @@ int disk_copy(struct disk *from, struct disk *to, bool has_backing, disk_progres
               void *opaque, struct error *err)
 {
     u64 total = from->size, at = 0;
-    u8 *buf = malloc(CHUNK);
+    u8 *buf = malloc(CHUNK + DISK_SECTOR);
     int ret = buf ? 0 : error_host(err, ENOMEM, "convert");
 
     while (at < total && !ret) {
@@ -78,11 +79,7 @@ int disk_copy(struct disk *from, struct disk *to, bool has_backing, disk_progres
         if (status == DISK_ZERO && has_backing)
             ret = copy_zeroes(to, at, end - at, err);
         else if (status != DISK_ZERO)
-            /* The last sector may be a part of one. */
-            ret = copy_data(from, to, at,
-                            end == total ? to->size - at < CHUNK ? to->size - at : end - at
-                                         : end - at,
-                            has_backing, buf, err);
+            ret = copy_data(from, to, at, end - at, has_backing, buf, err);
         at = end;
         progress(opaque, at, total);
     }
@@ -102,7 +99,7 @@ static int commit_pieces(struct disk *top, struct disk *base, disk_progress *pro
                          struct error *err)
 {
     u64 at = 0;
-    u8 *buf = malloc(CHUNK);
+    u8 *buf = malloc(CHUNK + DISK_SECTOR);
     int ret = buf ? 0 : error_host(err, ENOMEM, "commit");
 
     while (at < top->size && !ret) {

@@ -49,6 +49,17 @@ static int open_fd(struct block_file *f, const char *path, int flags, struct err
     return 0;
 }
 
+/*
+ * Opened without blocking, for a FIFO would wait for ever; from then on with it, or io_uring gives up on what is
+ * not in the page cache.
+ */
+static int set_blocking(struct block_file *f)
+{
+    int flags = fcntl(f->fd, F_GETFL);
+
+    return flags < 0 || fcntl(f->fd, F_SETFL, flags & ~O_NONBLOCK) < 0 ? -errno : 0;
+}
+
 static int check_kind(struct block_file *f, struct error *err)
 {
     struct stat st;
@@ -57,6 +68,8 @@ static int check_kind(struct block_file *f, struct error *err)
         return error_host(err, errno, "%s", f->path);
     if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         return error_input(err, "%s: neither a file nor a block device", f->path);
+    if (set_blocking(f) < 0)
+        return error_host(err, errno, "%s", f->path);
     return 0;
 }
 

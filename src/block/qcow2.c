@@ -281,7 +281,7 @@ static int open_backing(struct qcow2 *q, const struct disk_options *options, str
         return error_host(err, ENOMEM, "%s", q->im.file.path);
     q->im.backing = disk_open(path, &o, err);
     free(path);
-    if (!q->im.backing)
+    if (!q->im.backing && !options->depth)
         error_prefix(err, "%s: backing file", q->im.file.path);
     return q->im.backing ? 0 : -EINVAL;
 }
@@ -525,13 +525,11 @@ static int qcow2_resize(struct disk *im, u64 size, struct error *err)
 
 /* ---- creating ---- */
 
-static void put_extension(u8 *header, u64 *at, u32 type, const char *text)
+static void put_extension(u8 *header, u64 *at, u32 type, const void *data, u32 len)
 {
-    u32 len = (u32)strlen(text);
-
     put_be32(header + *at, type);
     put_be32(header + *at + 4, len);
-    memcpy(header + *at + 8, text, len);
+    memcpy(header + *at + 8, data, len);
     *at += 8 + ((len + 7) & ~7ULL);
 }
 
@@ -558,7 +556,8 @@ static void fill_header(u8 *b, const struct disk_create *o, unsigned cluster_bit
     }
     if (!o->backing)
         return;
-    put_extension(b, &at, EXTENSION_BACKING_FORMAT, o->backing_format);
+    put_extension(b, &at, EXTENSION_BACKING_FORMAT, o->backing_format,
+                  (u32)strlen(o->backing_format));
     put_be32(b + at, EXTENSION_END);
     at += 8;
     put_be64(b + 8, at);

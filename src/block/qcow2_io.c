@@ -247,9 +247,12 @@ static int read_old(struct qcow2 *q, u64 offset, u8 *buf, u64 len)
 {
     struct extent e;
     struct iovec iov = {buf, len};
-    int ret = get_extent(q, offset, len, &e);
+    int ret;
 
-    if (ret || !len)
+    if (!len)
+        return 0;
+    ret = get_extent(q, offset, len, &e);
+    if (ret)
         return ret;
     if (e.kind == EXTENT_COMPRESSED)
         return read_compressed(q, &e, offset, &iov, 1);

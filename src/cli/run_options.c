@@ -10,7 +10,8 @@
 
 struct option {
     const char *name;
-    const char *value; /* what the value is, for the help; NULL: takes none */
+    const char
+        *value; /* what the value is, for the help; NULL: takes none; "[=...": may be left out */
     const char *help;
     int (*set)(struct vm_config *config, const char *value, struct error *err);
 };
@@ -212,9 +213,43 @@ static int set_boot(struct vm_config *config, const char *value, struct error *e
     return parse_choice("--boot", value, "cdrom", "disk", &config->firmware.cdrom_first, err);
 }
 
+static int set_console(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_console *c = &config->consoles[config->nconsoles];
+    char key[16], option[sizeof(c->name)];
+    const char *options;
+    int ret;
+
+    if (config->nconsoles == VM_CONSOLES_MAX)
+        return error_input(err, "a machine has %d console ports at most", VM_CONSOLES_MAX);
+    *c = (struct vm_console){0};
+    ret = parse_file_options(value, c->where, sizeof(c->where), &options, err);
+    if (ret)
+        return ret;
+    while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        if (strcmp(key, "name"))
+            return error_input(err, "unknown option '%s': give name", key);
+        ret = parse_name(option, err);
+        if (ret)
+            return ret;
+        strcpy(c->name, option);
+    }
+    config->nconsoles += ret == 0;
+    return ret;
+}
+
 static int set_net(struct vm_config *config, const char *value, struct error *err)
 {
-    return error_input(err, "this build has no network");
+    if (config->nnets == VM_NETS_MAX)
+        return error_input(err, "a machine has %d network cards at most", VM_NETS_MAX);
+    config->nets[config->nnets++] = value;
+    return 0;
+}
+
+static int set_vsock(struct vm_config *config, const char *value, struct error *err)
+{
+    config->vsock = value;
+    return 0;
 }
 
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
@@ -238,6 +273,12 @@ static int set_no_reboot(struct vm_config *config, const char *value, struct err
     return 0;
 }
 
+static int set_perf_map(struct vm_config *config, const char *value, struct error *err)
+{
+    config->perf_map = "";
+    return value ? set_path(&config->perf_map, value, err) : 0;
+}
+
 static int set_stats(struct vm_config *config, const char *value, struct error *err)
 {
     return set_path(&config->stats, value, err);
@@ -257,8 +298,7 @@ static const struct option options[] = {
     {"--initrd", "FILE", "initial file system (multiboot: modules, FILE[ ARGS][,...])", set_initrd},
     {"--append", "STRING", "kernel command line", set_append},
     {"--name", "NAME", "name of the machine (default: doppel)", set_name},
-    {"--engine", "ENGINE", "auto, kvm or interp (default: auto); bt is not in this build",
-     set_engine},
+    {"--engine", "ENGINE", "auto, kvm, bt[,verify] or interp (default: auto)", set_engine},
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
@@ -270,19 +310,25 @@ static const struct option options[] = {
     {"--uuid", "UUID", "the machine's, in SMBIOS", set_uuid},
     {"--product", "NAME", "its product name there (default: doppel)", set_product},
     {"--serial-number", "TEXT", "its serial number there", set_machine_serial},
-    {"--net", "WHAT", "a network card (not in this build)", set_net},
+    {"--net", "WHAT", "a network card; see below", set_net},
+    {"--vsock", "cid=N,path=S", "vsock by a Unix socket; see below", set_vsock},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
+    {"--console", "WHERE[,...]",
+     "a virtio console: as --serial; with name=NAME a port of that name", set_console},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
     {"--screenshot", "FILE", "at exit and on SIGUSR1, the screen as .png, or its text as .txt",
      set_screenshot},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
+    {"--perf-map", "[=FILE]", "bt: write /tmp/perf-PID.map for perf; FILE is a System.map",
+     set_perf_map},
 };
 
 static bool may_be_repeated(const struct option *o)
 {
-    return o->set == set_disk || o->set == set_cdrom || o->set == set_screenshot;
+    return o->set == set_disk || o->set == set_cdrom || o->set == set_screenshot ||
+           o->set == set_console || o->set == set_net;
 }
 
 static const struct option *find_option(const char *arg, size_t len)
@@ -317,6 +363,8 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
             return error_input(err, "%s takes no value", o->name);
     } else if (value) {
         value++;
+    } else if (o->value[0] == '[') {
+        /* it is left out */
     } else if (*i + 1 < argc) {
         value = argv[++*i];
     } else {
@@ -371,7 +419,8 @@ void cli_run_help(FILE *out)
           out);
     for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
         const struct option *o = &options[i];
-        int used = fprintf(out, "  %s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+        int used = fprintf(out, "  %s%s%s", o->name, o->value && o->value[0] != '[' ? " " : "",
+                           o->value ? o->value : "");
 
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }
@@ -386,6 +435,20 @@ void cli_run_help(FILE *out)
         "\n"
         "--firmware uefi,vars=FILE keeps UEFI's variables in FILE, which is made when it isn't\n"
         "there; without, they are forgotten at the end.\n"
+        "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...: a network of the guest's own, "
+        "whose\n"
+        "packets leave as this process's connections. The guest is 10.0.2.15 by DHCP, the host is\n"
+        "10.0.2.2, DNS is 10.0.2.3. hostfwd (tcp or udp) lets the host in, by its loopback "
+        "address\n"
+        "unless HOST is another.\n"
+        "--net tap=IF[,queues=N]: a tap interface of the host's.\n"
+        "--net socket=PATH: a cable to another doppel; the first one listens, the second "
+        "connects.\n"
+        "All take mac=ADDRESS, mtu=BYTES and pcap=FILE, a capture for tcpdump. More than once for\n"
+        "more cards.\n"
+        "--vsock cid=N,path=SOCKET: the guest has CID N. Who connects to SOCKET and sends "
+        "\"CONNECT P\"\n"
+        "reaches its port P; port P of the host (CID 2) is the socket SOCKET_P.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -5,9 +5,12 @@
 #include "control/screenshot.h"
 #include "control/stats.h"
 #include "engine/engine.h"
+#include "engine/perf_map.h"
 #include "host/event_loop.h"
 #include "host/log.h"
 #include "machine/machine.h"
+#include "net/net.h"
+#include "net/vsock.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -20,10 +23,13 @@ struct vm {
     const struct vm_config *config;
     u64 begin_ns;
     const struct engine_ops *engine;
-    bool verify;
+    struct engine_checks checks;
+    struct perf_map *perf_map;
     struct event_loop *loop;
     struct chardev *serial;
     struct machine_disks disks;
+    struct machine_nets nets;
+    struct machine_consoles consoles;
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -109,7 +115,7 @@ static int open_loop(struct vm *vm, struct error *err)
 
 static int choose_engine(struct vm *vm, struct error *err)
 {
-    vm->engine = engine_choose(vm->config->engine, &vm->verify, err);
+    vm->engine = engine_choose(vm->config->engine, &vm->checks, err);
     if (vm->engine)
         return 0;
     if (err->class == ERROR_INPUT)
@@ -126,6 +132,22 @@ static int open_stats(struct vm *vm, struct error *err)
         return 0;
     vm->stats = fopen(path, "we");
     return vm->stats ? 0 : error_input(err, "--stats: %s: %s", path, strerror(errno));
+}
+
+static int open_perf_map(struct vm *vm, struct error *err)
+{
+    const char *symbols = vm->config->perf_map;
+
+    if (!symbols)
+        return 0;
+    if (vm->engine != &engine_bt)
+        return error_input(err, "--perf-map: the engine %s makes no code: give --engine bt",
+                           vm->engine->name);
+    vm->perf_map = perf_map_create(symbols, err);
+    if (vm->perf_map)
+        return 0;
+    error_prefix(err, "--perf-map");
+    return -EIO;
 }
 
 static int open_serial(struct vm *vm, struct error *err)
@@ -174,12 +196,63 @@ static int open_disks(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_nets(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+
+    while (vm->nets.count < c->nnets) {
+        char seed[128];
+
+        snprintf(seed, sizeof(seed), "%s.%u", c->name, vm->nets.count);
+        vm->nets.backend[vm->nets.count] = net_open(c->nets[vm->nets.count], seed, vm->loop, err);
+        if (!vm->nets.backend[vm->nets.count]) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--net");
+            return -EIO;
+        }
+        vm->nets.count++;
+    }
+    return 0;
+}
+
+static int open_consoles(struct vm *vm, struct error *err)
+{
+    struct chardev_owner owner = {vm_quit, vm};
+
+    for (unsigned i = 0; i < vm->config->nconsoles; i++) {
+        const struct vm_console *c = &vm->config->consoles[i];
+
+        vm->consoles.port[i].chr = chardev_open(c->where, vm->loop, &owner, err);
+        if (!vm->consoles.port[i].chr) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--console");
+            return -EIO;
+        }
+        vm->consoles.port[i].name = c->name[0] ? c->name : NULL;
+        vm->consoles.count++;
+    }
+    return 0;
+}
+
+static int open_vsock(struct vm *vm, struct error *err)
+{
+    if (!vm->config->vsock)
+        return 0;
+    vm->nets.vsock = vsock_open(vm->config->vsock, vm->loop, err);
+    if (vm->nets.vsock)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--vsock");
+    return -EIO;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
     struct machine_config config = {
         .engine = vm->engine,
-        .verify = vm->verify,
+        .checks = vm->checks,
+        .perf_map = vm->perf_map,
         .cpu = c->cpu,
         .memory = c->memory,
         .cpus = c->cpus,
@@ -189,6 +262,8 @@ static int create_machine(struct vm *vm, struct error *err)
         .firmware = c->firmware,
         .serial = vm->serial,
         .disks = &vm->disks,
+        .nets = &vm->nets,
+        .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
     };
@@ -235,8 +310,14 @@ static void close_all(struct vm *vm)
 {
     if (vm->machine)
         machine_destroy(vm->machine);
+    perf_map_destroy(vm->perf_map);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    vsock_close(vm->nets.vsock);
+    while (vm->nets.count)
+        net_close(vm->nets.backend[--vm->nets.count]);
+    while (vm->consoles.count)
+        chardev_close(vm->consoles.port[--vm->consoles.count].chr);
     chardev_close(vm->serial);
     if (vm->stats)
         fclose(vm->stats);
@@ -251,7 +332,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats, open_disks, open_serial, create_machine,
+        choose_engine, open_loop,  open_signals, open_stats,    open_perf_map,  open_disks,
+        open_nets,     open_vsock, open_serial,  open_consoles, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

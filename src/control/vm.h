@@ -18,6 +18,7 @@ enum vm_status {
 
 #define VM_SCREENSHOTS_MAX 2
 #define VM_DISKS_MAX 16
+#define VM_NETS_MAX 8
 
 struct vm_disk {
     char path[1024];
@@ -26,6 +27,13 @@ struct vm_disk {
     bool read_only;
     bool stop_on_error;
     bool ide, cdrom;
+};
+
+#define VM_CONSOLES_MAX 16
+
+struct vm_console {
+    char where[1024]; /* as chardev_open takes it */
+    char name[64];    /* empty: a console, not a named port */
 };
 
 /* What the user asked for. Strings are borrowed. */
@@ -43,9 +51,15 @@ struct vm_config {
     const char *serial;                            /* as chardev_open takes it */
     struct vm_disk disks[VM_DISKS_MAX];
     unsigned ndisks;
+    const char *nets[VM_NETS_MAX]; /* as net_open takes them */
+    unsigned nnets;
+    const char *vsock; /* as vsock_open takes it, or NULL */
+    struct vm_console consoles[VM_CONSOLES_MAX];
+    unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
-    const char *stats;                           /* path, or NULL */
+    const char *stats;    /* path, or NULL */
+    const char *perf_map; /* path of a System.map, "" for none; NULL: no map is written */
     const char *screenshots[VM_SCREENSHOTS_MAX]; /* paths, for screenshot_write */
     unsigned nscreenshots;
 };

@@ -35,6 +35,8 @@ struct device_ops {
      */
     void (*start)(struct device *dev);
     void (*stop)(struct device *dev);
+    /* Optional. After stop: whether something waits that a saved state can't hold. */
+    bool (*busy)(struct device *dev);
 };
 
 struct device {

@@ -6,6 +6,7 @@
 #include "host/log.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 const struct engine_ops *const engines[] = {&engine_kvm, &engine_bt, &engine_interp, NULL};
@@ -47,12 +48,37 @@ static const struct engine_ops *choose_auto(struct error *err)
     return NULL;
 }
 
-const struct engine_ops *engine_choose(const char *name, bool *verify, struct error *err)
+/* ",verify" and ",seed=N", in this order. */
+static bool parse_checks(const char *text, struct engine_checks *checks)
+{
+    static const char verify[] = ",verify", seed[] = ",seed=";
+
+    if (!strncmp(text, verify, strlen(verify))) {
+        checks->verify = true;
+        text += strlen(verify);
+    }
+    if (!strncmp(text, seed, strlen(seed))) {
+        char *end;
+
+        text += strlen(seed);
+        if (*text < '0' || *text > '9')
+            return false;
+        errno = 0;
+        checks->seed = strtoull(text, &end, 10);
+        if (errno)
+            return false;
+        text = end;
+    }
+    return !*text;
+}
+
+const struct engine_ops *engine_choose(const char *name, struct engine_checks *checks,
+                                       struct error *err)
 {
     size_t len = strcspn(name, ",");
 
-    *verify = false;
-    if (!is_known(name, len) || (name[len] && strcmp(name + len, ",verify"))) {
+    *checks = (struct engine_checks){0};
+    if (!is_known(name, len) || !parse_checks(name + len, checks)) {
         error_input(err, "no engine '%s': give auto, kvm, bt or interp", name);
         return NULL;
     }
@@ -60,7 +86,6 @@ const struct engine_ops *engine_choose(const char *name, bool *verify, struct er
         error_input(err, "%s: only the engine bt can verify itself: give bt,verify", name);
         return NULL;
     }
-    *verify = name[len];
     if (!strcmp(name, "auto"))
         return choose_auto(err);
     for (size_t i = 0; engines[i]; i++) {

@@ -23,6 +23,7 @@
 #include "x86/lapic.h"
 
 struct engine;
+struct perf_map;
 struct vcpu;
 
 enum vcpu_exit_reason {
@@ -49,6 +50,12 @@ struct engine_machine_ops {
     void *machine;
 };
 
+/* What may follow the name in --engine: bt[,verify][,seed=N]. */
+struct engine_checks {
+    bool verify; /* run in lockstep with the interpreter */
+    u64 seed;    /* of the translator's free choices, for tests; 0: the best ones */
+};
+
 struct engine_config {
     struct guest_memory *memory; /* slots may be added later: memory_changed */
     struct io_bus *ports, *mmio;
@@ -56,7 +63,8 @@ struct engine_config {
     struct engine_machine_ops machine;
     const struct cpuid_model *cpuid;
     unsigned ncpus;
-    bool verify; /* bt: run in lockstep with the interpreter */
+    struct engine_checks checks;
+    struct perf_map *perf_map; /* bt: where translated code is told to perf; NULL: nowhere */
 };
 
 struct engine_stats {
@@ -126,6 +134,7 @@ extern const struct engine_ops *const engines[];
 extern const struct engine_ops engine_interp, engine_bt, engine_kvm;
 
 /* `name` as in --engine ("auto", "interp", ...); on failure NULL, and err says what is to be had. */
-const struct engine_ops *engine_choose(const char *name, bool *verify, struct error *err);
+const struct engine_ops *engine_choose(const char *name, struct engine_checks *checks,
+                                       struct error *err);
 
 #endif

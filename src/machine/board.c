@@ -33,10 +33,15 @@
 #include "device/serial.h"
 #include "device/sysport.h"
 #include "device/vga.h"
+#include "device/virtio/balloon.h"
 #include "device/virtio/blk.h"
+#include "device/virtio/console.h"
+#include "device/virtio/net.h"
+#include "device/virtio/rng.h"
+#include "device/virtio/vsock.h"
 #include "host/log.h"
 #include "machine/acpi.h"
-#include "machine/disk_config.h"
+#include "machine/cards.h"
 #include "machine/firmware.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
@@ -92,6 +97,11 @@ struct board {
     char boot_paths[MACHINE_DISKS_MAX][FIRMWARE_PATH_MAX]; /* of each disk, as firmware names it */
     u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
+    struct virtio_console *console; /* NULL: none */
+    struct console_end {            /* of a port's stream */
+        struct board *board;
+        unsigned port;
+    } console_ends[MACHINE_CONSOLES_MAX];
     struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
     unsigned ndevices;
 };
@@ -246,13 +256,13 @@ static struct irq_line isa_line(struct board *b, unsigned n)
     return (struct irq_line){.set = isa_line_set, .sink = b, .n = n};
 }
 
-/* COM1's ends of the stream, and the stream's ends of COM1. */
-static size_t com1_put(void *opaque, const u8 *buf, size_t len)
+/* A device's ends of its stream; and the stream's ends of COM1. */
+static size_t stream_put(void *opaque, const u8 *buf, size_t len)
 {
     return chardev_write(opaque, buf, len);
 }
 
-static void com1_accept_input(void *opaque)
+static void stream_accept_input(void *opaque)
 {
     chardev_accept_input(opaque);
 }
@@ -372,7 +382,7 @@ static int create_com1(struct board *b, struct error *err)
     struct serial_config config = {.base = PORT_COM1, .irq = isa_line(b, IRQ_COM1)};
 
     if (chr)
-        config.ops = (struct serial_ops){com1_put, com1_accept_input, chr};
+        config.ops = (struct serial_ops){stream_put, stream_accept_input, chr};
     b->com1 = serial_create(&b->config.env, &config, err);
     if (!b->com1)
         return -EIO;
@@ -592,7 +602,7 @@ static int card_devfn(struct board *b, struct error *err)
     int slot = pci_host_free_slot(b->pci, PCI_SLOT_FIRST_CARD);
 
     if (slot < 0)
-        return error_input(err, "the PCI bus has no free slot: give fewer disks");
+        return error_input(err, "the PCI bus has no free slot: give fewer disks and network cards");
     return PCI_DEVFN(slot, 0);
 }
 
@@ -616,6 +626,79 @@ static int create_disk(struct board *b, const struct machine_disk *disk, char *b
     return v ? add(b, virtio_device(v)) : -EIO;
 }
 
+/* A console port's ends of its stream, and the stream's ends of the port. */
+static size_t port_can_receive(void *opaque)
+{
+    struct console_end *e = opaque;
+
+    return virtio_console_can_receive(e->board->console, e->port);
+}
+
+static size_t port_receive(void *opaque, const u8 *buf, size_t len)
+{
+    struct console_end *e = opaque;
+
+    return virtio_console_receive(e->board->console, e->port, buf, len);
+}
+
+static void port_writable(void *opaque)
+{
+    struct console_end *e = opaque;
+
+    virtio_console_writable(e->board->console, e->port);
+}
+
+static void port_receive_break(void *opaque)
+{
+}
+
+static int create_console(struct board *b, struct error *err)
+{
+    const struct machine_consoles *c = b->config.consoles;
+    struct console_port ports[MACHINE_CONSOLES_MAX];
+    int devfn;
+
+    _Static_assert(MACHINE_CONSOLES_MAX <= VIRTIO_CONSOLE_PORTS_MAX, "the device has them all");
+    if (!c || !c->count)
+        return 0;
+    devfn = card_devfn(b, err);
+    if (devfn < 0)
+        return devfn;
+    for (unsigned i = 0; i < c->count; i++)
+        ports[i] = (struct console_port){.name = c->port[i].name,
+                                         .put = stream_put,
+                                         .accept_input = stream_accept_input,
+                                         .opaque = c->port[i].chr};
+    b->console = virtio_console_create(&b->config.env, ports, c->count, b->pci, (u8)devfn, err);
+    if (!b->console)
+        return -EIO;
+    for (unsigned i = 0; i < c->count; i++) {
+        struct chardev_handlers handlers = {port_can_receive, port_receive, port_writable,
+                                            port_receive_break, &b->console_ends[i]};
+
+        b->console_ends[i] = (struct console_end){b, i};
+        chardev_attach(c->port[i].chr, &handlers);
+    }
+    return add(b, virtio_device(virtio_console_virtio(b->console)));
+}
+
+static int create_rng(struct board *b, struct error *err)
+{
+    int devfn = card_devfn(b, err);
+    struct virtio *v = devfn < 0 ? NULL : virtio_rng_create(&b->config.env, b->pci, (u8)devfn, err);
+
+    return v ? add(b, virtio_device(v)) : -EIO;
+}
+
+static int create_balloon(struct board *b, struct error *err)
+{
+    int devfn = card_devfn(b, err);
+    struct virtio_balloon *balloon =
+        devfn < 0 ? NULL : virtio_balloon_create(&b->config.env, b->pci, (u8)devfn, err);
+
+    return balloon ? add(b, virtio_device(virtio_balloon_virtio(balloon))) : -EIO;
+}
+
 static int create_disks(struct board *b, struct error *err)
 {
     const struct machine_disks *disks = b->config.disks;
@@ -626,6 +709,37 @@ static int create_disks(struct board *b, struct error *err)
             ret = create_disk(b, &disks->disk[i], b->boot_paths[i], err);
     }
     return ret;
+}
+
+static int create_nets(struct board *b, struct error *err)
+{
+    for (unsigned i = 0; b->config.nets && i < b->config.nets->count; i++) {
+        int devfn = card_devfn(b, err);
+        struct virtio *v;
+
+        if (devfn < 0)
+            return devfn;
+        v = virtio_net_create(&b->config.env, b->config.nets->backend[i], b->pci, (u8)devfn, err);
+        if (!v)
+            return -EIO;
+        virtio_device(v)->instance = i;
+        add(b, virtio_device(v));
+    }
+    return 0;
+}
+
+static int create_vsock(struct board *b, struct error *err)
+{
+    int devfn;
+    struct virtio *v;
+
+    if (!b->config.nets || !b->config.nets->vsock)
+        return 0;
+    devfn = card_devfn(b, err);
+    if (devfn < 0)
+        return devfn;
+    v = virtio_vsock_create(&b->config.env, b->config.nets->vsock, b->pci, (u8)devfn, err);
+    return v ? add(b, virtio_device(v)) : -EIO;
 }
 
 /* Disks begin at the first drive, CD-ROMs at the third, which is the second channel's first. -1: no room. */
@@ -700,11 +814,12 @@ struct board *board_create(const struct board_config *config, struct error *err)
         create_pic,     create_ioapic,  create_pci,      create_pit,         create_hpet,
         create_rtc,     create_com1,    create_i8042,    create_acpi_pm,     create_lpc,
         create_vga,     create_pvpanic, create_debugcon, create_pflash,      create_fw_cfg,
-        create_sysport, create_disks,   create_ide,      add_firmware_files,
+        create_sysport, create_disks,   create_ide,      create_console,     create_rng,
+        create_balloon, create_nets,    create_vsock,    add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX <= BOARD_MAX_DEVICES,
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX <= BOARD_MAX_DEVICES,
                    "devices[] holds them all");
     if (!b) {
         error_host(err, ENOMEM, "cannot create the board");
@@ -735,6 +850,8 @@ void board_destroy(struct board *b)
 {
     if (b->config.serial)
         chardev_attach(b->config.serial, NULL);
+    for (unsigned i = 0; b->console && i < b->config.consoles->count; i++)
+        chardev_attach(b->config.consoles->port[i].chr, NULL);
     /* The last first, so that whoever raises a line goes before what it is wired to. */
     while (b->ndevices) {
         struct device *dev = b->devices[--b->ndevices];
@@ -758,6 +875,15 @@ void board_stop(struct board *b)
         if (b->devices[i]->ops->stop)
             b->devices[i]->ops->stop(b->devices[i]);
     }
+}
+
+bool board_is_busy(struct board *b)
+{
+    bool busy = false;
+
+    for (unsigned i = 0; i < b->ndevices; i++)
+        busy |= b->devices[i]->ops->busy && b->devices[i]->ops->busy(b->devices[i]);
+    return busy;
 }
 
 void board_start(struct board *b)

@@ -9,7 +9,9 @@
 
 struct board;
 struct chardev;
+struct machine_consoles;
 struct machine_disks;
+struct machine_nets;
 struct e820_map;
 struct firmware;
 struct vga;
@@ -22,12 +24,14 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
-    unsigned phys_bits;                /* of the processors' addresses */
-    const struct e820_map *e820;       /* for the CMOS's memory sizes and fw_cfg */
-    struct chardev *serial;            /* for COM1, or NULL */
-    const struct machine_disks *disks; /* NULL: none */
-    u16 debug_exit_port;               /* 0: none */
-    struct firmware *firmware;         /* NULL: a direct boot */
+    unsigned phys_bits;                      /* of the processors' addresses */
+    const struct e820_map *e820;             /* for the CMOS's memory sizes and fw_cfg */
+    struct chardev *serial;                  /* for COM1, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
+    struct firmware *firmware;               /* NULL: a direct boot */
     /* With firmware: board_update_memory is to be called, with no vCPU running. On a vCPU's thread. */
     void (*memory_changed)(void *opaque);
     void *opaque;
@@ -50,6 +54,8 @@ void board_reset(struct board *board);
  */
 void board_start(struct board *board);
 void board_stop(struct board *board);
+/* Whether a stopped board still keeps what can't be saved: a failed write, to be tried again (werror=stop). */
+bool board_is_busy(struct board *board);
 
 /*
  * The state of all devices and of the wires between them, while no vCPU runs and the clock stands.

@@ -249,7 +249,8 @@ static int create_engine(struct machine *m, struct error *err)
         .machine = {engine_ack_extint, engine_eoi_broadcast, m},
         .cpuid = m->cpuid,
         .ncpus = m->config.cpus,
-        .verify = m->config.verify,
+        .checks = m->config.checks,
+        .perf_map = m->config.perf_map,
     };
 
     m->engine = m->ops->create(&config, err);
@@ -275,6 +276,8 @@ static int create_board(struct machine *m, struct error *err)
         .e820 = &m->e820,
         .serial = m->config.serial,
         .disks = m->config.disks,
+        .nets = m->config.nets,
+        .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
         .firmware = m->config.firmware.what ? &m->firmware : NULL,
         .memory_changed = m->config.firmware.what ? request_remap : NULL,

@@ -11,7 +11,7 @@
 #include "engine/engine.h"
 #include "host/error.h"
 #include "host/event_loop.h"
-#include "machine/disk_config.h"
+#include "machine/cards.h"
 #include "machine/firmware.h"
 
 struct chardev;
@@ -23,16 +23,19 @@ struct state_writer;
 /* Strings and the stream are borrowed, and must outlive the machine. */
 struct machine_config {
     const struct engine_ops *engine;
-    bool verify;     /* the engine checks itself */
-    const char *cpu; /* name of the CPUID model */
-    u64 memory;      /* bytes */
+    struct engine_checks checks;
+    struct perf_map *perf_map; /* as in struct engine_config */
+    const char *cpu;           /* name of the CPUID model */
+    u64 memory;                /* bytes */
     unsigned cpus;
-    const char *kernel, *initrd, *cmdline; /* as in struct loader_request */
-    struct firmware_config firmware;       /* in place of a kernel */
-    struct chardev *serial;                /* what COM1 is connected to, or NULL */
-    const struct machine_disks *disks;     /* NULL: none */
-    u16 debug_exit_port;                   /* 0: none */
-    bool no_reboot;                        /* a reset ends the machine */
+    const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */
+    struct firmware_config firmware;         /* in place of a kernel */
+    struct chardev *serial;                  /* what COM1 is connected to, or NULL */
+    const struct machine_disks *disks;       /* NULL: none */
+    const struct machine_consoles *consoles; /* NULL: none */
+    const struct machine_nets *nets;         /* NULL: none */
+    u16 debug_exit_port;                     /* 0: none */
+    bool no_reboot;                          /* a reset ends the machine */
 };
 
 enum machine_end_reason {

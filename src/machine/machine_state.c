@@ -228,6 +228,9 @@ static int check_idle(struct machine *m, struct error *err)
         return error_host(err, EBUSY, "the machine's state: it is running");
     if (machine_has_request(m))
         return error_host(err, EBUSY, "the machine's state: it is about to end or to be reset");
+    if (board_is_busy(m->board))
+        return error_host(err, EBUSY,
+                          "the machine's state: a disk's failed write waits to be tried again");
     return 0;
 }
 

@@ -7,7 +7,7 @@
  * batches of cases go one way, their outcomes the other.
  *
  * What a case sees, the same on both sides
- *  1. CODE_PAGE: one page, readable and executable, filled with INT3; the instructions are in it.
+ *  1. CODE: two pages, readable and executable, filled with INT3; the instructions are in them.
  *  2. WINDOW: pages 0, 1 and 4 can be written, page 2 can be read, pages 3 and 5 are not there, and
  *     none can be executed. All else is unmapped to user mode.
  *  3. The GDT of a Linux kernel (its user segments, kernel segments of privilege 0).
@@ -19,7 +19,9 @@
 
 #define PAGE 4096u
 
-#define CODE_PAGE 0x10000000u
+#define CODE 0x10000000u
+#define CODE_PAGES 2u
+#define CODE_SIZE (CODE_PAGES * PAGE)
 #define WINDOW 0x20000000u
 #define WINDOW_PAGES 6u
 #define WINDOW_READ_ONLY 2u /* this page */
@@ -27,22 +29,31 @@
 /* The pages that can be written, in the order in which images hold them. */
 static const u8 writable_pages[WRITABLE_PAGES] = {0, 1, 4};
 
+#define INT3 0xcc
+
 #define USER_CS32 0x23u
 #define USER_DS 0x2bu
 #define USER_CS64 0x33u
 
 #define BATCH 128u
 #define IMAGES 8u
-#define CODE_MAX 128u
+#define CODE_MAX 1024u
+#define INSNS_MAX 160u
 #define POKES 6u
 
-/* What user mode can see of a processor. */
+/* What this processor has, of which user mode sees registers. */
+struct host {
+    u32 mxcsr_mask;
+    u64 xcr0;
+};
+
+/* What user mode can see of a processor. Registers that the host lacks are zero. */
 struct user_state {
     u64 gpr[16], rip, rflags;
     u16 es, cs, ss, ds, fs, gs;
     u16 fcw, fsw, fop;
     u8 ftw; /* abridged, as FXSAVE has it: one bit a register that is not empty, R0 first */
-    u32 mxcsr;
+    u32 mxcsr, pkru;
     u64 fs_base, gs_base;
     u64 fip, fdp;
     u64 k[8];
@@ -59,10 +70,10 @@ struct poke {
 struct test_case {
     struct user_state before;
     u8 image; /* what the writable pages hold */
-    u8 code_len;
-    u8 ncode;        /* instructions */
-    u8 starts[8];    /* where each begins in code */
-    u16 code_offset; /* of the first instruction in its page */
+    u16 code_len;
+    u16 ncode;             /* instructions */
+    u16 starts[INSNS_MAX]; /* where each begins in code */
+    u16 code_offset;       /* of the first instruction, from CODE on */
     u8 code[CODE_MAX];
     u8 npokes;
     struct poke pokes[POKES];
@@ -83,7 +94,6 @@ struct shared {
     u32 command; /* a futex: NATIVE_RUN until the native side is done */
     u32 count;
     u32 running; /* the case that is being run */
-    u32 mxcsr_mask;
     u8 read_only[PAGE];
     u8 images[IMAGES][WRITABLE_PAGES * PAGE];
     struct test_case cases[BATCH];

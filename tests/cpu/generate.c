@@ -17,6 +17,8 @@
 #define _GNU_SOURCE
 #include "generate.h"
 
+#include "x86/regs.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,6 +28,10 @@
 #define FLAG_AC BIT(18)
 #define FLAG_ID BIT(21)
 #define FLAGS_ARITH 0x8d5u
+#define MXCSR_MM (1u << 17) /* AMD's: operands needn't be aligned */
+
+/* Key 0 is that of all pages, and Linux needs it to deliver signals. */
+#define PKRU_ALL_BUT_0 0xfffffffcu
 
 /* Valid XSAVE images lie here in every other image: standard format, and compacted. */
 #define XSAVE_STANDARD 0x400u
@@ -64,13 +70,16 @@ struct mnemonic_forms {
 
 struct generator {
     bool mode64;
-    u32 mxcsr_mask;
+    struct host host;
     ZydisDecoder decoder;
     struct form *forms;
     u32 nforms, room;
     struct mnemonic_forms *mnemonics; /* sorted by group */
     u32 nmnemonics;
     u32 group_first[GROUPS + 1];
+    bool *lacking; /* one a form: the processor hasn't got it */
+    const struct mnemonic_forms **choices[CHOICES];
+    u32 nchoices[CHOICES];
 };
 
 /*
@@ -100,6 +109,8 @@ static const struct {
     {ZYDIS_MNEMONIC_STR, "Linux emulates what UMIP forbids"},
     {ZYDIS_MNEMONIC_SYSEXIT, "KVM emulates it"},
     {ZYDIS_MNEMONIC_INT1, "KVM on AMD reports it before the instruction"},
+    {ZYDIS_MNEMONIC_CLUI, "without user interrupts, RDPKRU with a prefix that AMD's ignore"},
+    {ZYDIS_MNEMONIC_STUI, "without user interrupts, WRPKRU with a prefix that AMD's ignore"},
     {ZYDIS_MNEMONIC_PVALIDATE, "the host's hypervisor has SEV-SNP on"},
     {ZYDIS_MNEMONIC_CLZERO, "not offered to guests"},
     {ZYDIS_MNEMONIC_MONITORX, "not offered to guests"},
@@ -187,8 +198,27 @@ static unsigned put_legacy(const struct form *f, struct random *r, bool mode64, 
     return n;
 }
 
-/* The bytes of a form; r: free bits at random, else plain. Returns where ModRM is. */
-static unsigned put_form(const struct form *f, struct random *r, bool mode64, u8 *p)
+/* ModRM and SIB at p for a memory operand like *a, as far as REX, VEX or EVEX agree. */
+static void put_address(const struct address *a, struct random *r, u8 reg, u8 *p)
+{
+    bool has_base = a->base != NO_REGISTER, has_index = a->index != NO_REGISTER;
+    bool sib = has_index || (has_base && (a->base & 7) == 4) || random_percent(r, 15);
+    u8 mod = has_base ? (u8)random_below(r, 3) : 0, base = has_base ? a->base & 7 : 5;
+
+    if (has_base && base == 5 && mod == 0)
+        mod = 1;
+    /* Without a base it is [disp32], or [RIP + disp32]. */
+    p[0] = (u8)(mod << 6 | reg << 3 | (sib ? 4 : base));
+    if (sib)
+        p[1] = (u8)(a->scale << 6 | (has_index ? a->index & 7 : 4) << 3 | base);
+}
+
+/*
+ * The bytes of a form; r: free bits at random, else plain. a: what its memory operand should be like, or
+ * NULL. Returns where ModRM is; all behind ModRM, or SIB when there is an address, is the caller's.
+ */
+static unsigned put_form(const struct form *f, struct random *r, bool mode64,
+                         const struct address *a, u8 *p)
 {
     unsigned n = f->kind == ENCODING_VEX    ? put_vex(f, r, mode64, p)
                  : f->kind == ENCODING_EVEX ? put_evex(f, r, mode64, p)
@@ -212,6 +242,8 @@ static unsigned put_form(const struct form *f, struct random *r, bool mode64, u8
     if (f->rm >= 0)
         rm = (u8)f->rm;
     p[n] = (u8)(mod << 6 | reg << 3 | rm);
+    if (f->memory && a)
+        put_address(a, r, reg, p + n);
     return n;
 }
 
@@ -268,7 +300,7 @@ static u16 probe(const struct generator *g, const struct form *f, ZydisDecodedIn
                  ZydisDecodedOperand *ops)
 {
     u8 code[32] = {0};
-    unsigned n = put_form(f, NULL, g->mode64, code);
+    unsigned n = put_form(f, NULL, g->mode64, NULL, code);
 
     if (f->kind != ENCODING_LEGACY && f->memory)
         code[n + 1] = 0x20; /* SIB: with an index, for gathers */
@@ -448,14 +480,170 @@ static void index_forms(struct generator *g, const char *only)
         g->group_first[n + 1] = MAX(g->group_first[n + 1], g->group_first[n]);
 }
 
-struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask)
+/* --- What blocks choose from --- */
+
+#define M(name) ZYDIS_MNEMONIC_##name
+#define BY_CONDITION(prefix)                                                                       \
+    M(prefix##O), M(prefix##NO), M(prefix##B), M(prefix##NB), M(prefix##Z), M(prefix##NZ),         \
+        M(prefix##BE), M(prefix##NBE), M(prefix##S), M(prefix##NS), M(prefix##P), M(prefix##NP),   \
+        M(prefix##L), M(prefix##NL), M(prefix##LE), M(prefix##NLE)
+
+/* What compilers emit, and their like. What stands here more often is chosen more often. */
+static const u16 common[] = {
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(MOV),
+    M(LEA),
+    M(LEA),
+    M(LEA),
+    M(ADD),
+    M(ADD),
+    M(ADD),
+    M(SUB),
+    M(SUB),
+    M(AND),
+    M(OR),
+    M(XOR),
+    M(CMP),
+    M(CMP),
+    M(TEST),
+    M(TEST),
+    M(ADC),
+    M(SBB),
+    M(INC),
+    M(DEC),
+    M(NEG),
+    M(NOT),
+    M(SHL),
+    M(SHR),
+    M(SAR),
+    M(SHL),
+    M(SHR),
+    M(ROL),
+    M(ROR),
+    M(RCL),
+    M(RCR),
+    M(IMUL),
+    M(IMUL),
+    M(MUL),
+    M(MOVZX),
+    M(MOVZX),
+    M(MOVSX),
+    M(MOVSX),
+    M(MOVSXD),
+    M(PUSH),
+    M(PUSH),
+    M(POP),
+    M(POP),
+    M(XCHG),
+    M(BT),
+    M(BTS),
+    M(BTR),
+    M(BTC),
+    M(BSWAP),
+    M(CBW),
+    M(CWDE),
+    M(CDQE),
+    M(CWD),
+    M(CDQ),
+    M(CQO),
+    M(SHLD),
+    M(SHRD),
+    M(XADD),
+    M(CMPXCHG),
+    M(BSF),
+    M(BSR),
+    M(POPCNT),
+    M(LZCNT),
+    M(TZCNT),
+    M(ANDN),
+    M(BLSR),
+    M(RORX),
+    M(SHLX),
+    M(SHRX),
+    M(SARX),
+    M(MULX),
+    M(LAHF),
+    M(SAHF),
+    M(NOP),
+    M(MOVBE),
+    M(MOVDQU),
+    M(MOVUPS),
+    M(MOVD),
+    M(MOVQ),
+    M(PXOR),
+    M(PMOVMSKB),
+    M(MOVSD),
+    M(UCOMISD),
+    BY_CONDITION(SET),
+    BY_CONDITION(CMOV),
+};
+static const u16 producers[] = {
+    M(ADD), M(SUB), M(CMP), M(TEST), M(AND), M(OR),  M(XOR),  M(INC),  M(DEC), M(NEG), M(ADC),
+    M(SBB), M(SHL), M(SHR), M(SAR),  M(ROL), M(RCR), M(IMUL), M(SHLD), M(BT),  M(BSF), M(UCOMISD),
+};
+/* They leave flags alone. */
+static const u16 moves[] = {
+    M(MOV),   M(MOV),  M(MOV), M(MOV),  M(MOVZX), M(MOVSX), M(LEA),    M(XCHG),  M(NOT),
+    M(BSWAP), M(PUSH), M(POP), M(SHLX), M(RORX),  M(MULX),  M(MOVDQU), M(MOVBE), M(MOVQ),
+};
+static const u16 consumers[] = {
+    BY_CONDITION(SET),
+    BY_CONDITION(CMOV),
+    M(ADC),
+    M(ADC),
+    M(SBB),
+    M(SBB),
+    M(RCL),
+    M(RCR),
+    M(LAHF),
+    M(CMC),
+    M(ADCX),
+    M(ADOX),
+    M(SALC),
+    M(INC),
+    M(DEC),
+    M(STC),
+    M(CLC),
+};
+#undef M
+
+static const struct {
+    const u16 *mnemonics;
+    size_t count;
+} choice_lists[CHOICES] = {
+    [CHOICE_COMMON] = {common, ARRAY_SIZE(common)},
+    [CHOICE_PRODUCER] = {producers, ARRAY_SIZE(producers)},
+    [CHOICE_MOVE] = {moves, ARRAY_SIZE(moves)},
+    [CHOICE_CONSUMER] = {consumers, ARRAY_SIZE(consumers)},
+};
+
+static void find_choices(struct generator *g)
+{
+    for (unsigned n = 0; n < CHOICES; n++) {
+        g->choices[n] = calloc(choice_lists[n].count + 1, sizeof(g->choices[n][0]));
+        if (!g->choices[n])
+            abort();
+        for (size_t at = 0; at < choice_lists[n].count; at++) {
+            for (u32 m = 0; m < g->nmnemonics; m++) {
+                if (g->mnemonics[m].mnemonic == choice_lists[n].mnemonics[at])
+                    g->choices[n][g->nchoices[n]++] = &g->mnemonics[m];
+            }
+        }
+    }
+}
+
+struct generator *generator_create(bool mode64, const char *only, const struct host *host)
 {
     struct generator *g = calloc(1, sizeof(*g));
 
     if (!g)
         return NULL;
     g->mode64 = mode64;
-    g->mxcsr_mask = mxcsr_mask;
+    g->host = *host;
     if (mode64)
         ZydisDecoderInit(&g->decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     else
@@ -466,7 +654,9 @@ struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask
     find_legacy(g);
     find_vector(g);
     index_forms(g, only);
-    if (g->nmnemonics)
+    find_choices(g);
+    g->lacking = calloc(g->nforms, sizeof(*g->lacking));
+    if (g->nmnemonics && g->lacking)
         return g;
     generator_destroy(g);
     return NULL;
@@ -474,6 +664,9 @@ struct generator *generator_create(bool mode64, const char *only, u32 mxcsr_mask
 
 void generator_destroy(struct generator *g)
 {
+    for (unsigned n = 0; n < CHOICES; n++)
+        free(g->choices[n]);
+    free(g->lacking);
     free(g->forms);
     free(g->mnemonics);
     free(g);
@@ -644,7 +837,7 @@ static u32 random_mxcsr(struct random *r, u32 mask)
     if (random_percent(r, 12))
         v &= ~((u32)random_next(r) & 0x1f80); /* unmasked */
     if (random_percent(r, 4))
-        v |= BIT(17); /* AMD's MM */
+        v |= MXCSR_MM;
     return v & mask;
 }
 
@@ -673,7 +866,23 @@ static void random_x87(struct random *r, struct user_state *s)
         random_extended(r, s->st[n]);
 }
 
-static void random_state(const struct generator *g, struct random *r, struct user_state *s)
+/* Bytes of a vector register. */
+static unsigned vector_size(const struct host *host)
+{
+    return host->xcr0 & XCR0_ZMM_HI256 ? 64 : host->xcr0 & XCR0_AVX ? 32 : 16;
+}
+
+static void random_vectors(struct random *r, const struct host *host, struct user_state *s)
+{
+    bool avx512 = host->xcr0 & XCR0_ZMM_HI256;
+
+    for (unsigned n = 0; n < (avx512 ? 32u : 16u); n++)
+        fill(r, s->vec[n], vector_size(host));
+    for (unsigned n = 0; avx512 && n < 8; n++)
+        s->k[n] = random_percent(r, 70) ? random_next(r) : random_integer(r);
+}
+
+void generate_state(const struct generator *g, struct random *r, struct user_state *s)
 {
     memset(s, 0, sizeof(*s));
     for (unsigned n = 0; n < (g->mode64 ? 16u : 8u); n++)
@@ -697,19 +906,19 @@ static void random_state(const struct generator *g, struct random *r, struct use
         s->gs_base = random_below(r, PAGE);
     }
     random_x87(r, s);
-    s->mxcsr = random_mxcsr(r, g->mxcsr_mask);
-    for (unsigned n = 0; n < 32; n++)
-        fill(r, s->vec[n], 64);
-    for (unsigned n = 0; n < 8; n++)
-        s->k[n] = random_percent(r, 70) ? random_next(r) : random_integer(r);
+    s->mxcsr = random_mxcsr(r, g->host.mxcsr_mask);
+    if (g->host.xcr0 & XCR0_PKRU)
+        s->pkru = (u32)random_next(r) & PKRU_ALL_BUT_0;
+    random_vectors(r, &g->host, s);
 }
 
 /* --- Memory --- */
 
-static void put_xsave_image(struct random *r, u8 *p, u32 mxcsr_mask, bool compact)
+static void put_xsave_image(struct random *r, u8 *p, const struct host *host, bool compact)
 {
-    u32 mxcsr = random_mxcsr(r, mxcsr_mask);
-    u64 present = random_next(r) & 0xe7, comp = 0;
+    u32 mxcsr = random_mxcsr(r, host->mxcsr_mask);
+    u64 components = host->xcr0 & (XCR0_X87 | XCR0_SSE | XCR0_AVX | XCR0_AVX512);
+    u64 present = random_next(r) & components, comp = 0;
     struct user_state s;
 
     random_x87(r, &s);
@@ -723,21 +932,22 @@ static void put_xsave_image(struct random *r, u8 *p, u32 mxcsr_mask, bool compac
     memcpy(p + 32, s.st, sizeof(s.st));
     memset(p + 512, 0, 64);
     if (compact) {
-        comp = BIT(63) | (random_percent(r, 50) ? 0xe7 : random_next(r) & 0xe7);
+        comp = BIT(63) | (random_percent(r, 50) ? components : random_next(r) & components);
         present &= comp;
     }
     memcpy(p + 512, &present, 8);
     memcpy(p + 520, &comp, 8);
 }
 
-void generate_images(struct random *r, u8 images[IMAGES][WRITABLE_PAGES * PAGE], u32 mxcsr_mask)
+void generate_images(struct random *r, const struct host *host,
+                     u8 images[IMAGES][WRITABLE_PAGES * PAGE])
 {
     for (unsigned n = 0; n < IMAGES; n++) {
         for (unsigned at = 0; at < WRITABLE_PAGES * PAGE; at += 256)
             fill(r, images[n] + at, 256);
         if (n & 1) {
-            put_xsave_image(r, images[n] + XSAVE_STANDARD, mxcsr_mask, false);
-            put_xsave_image(r, images[n] + XSAVE_COMPACT, mxcsr_mask, true);
+            put_xsave_image(r, images[n] + XSAVE_STANDARD, host, false);
+            put_xsave_image(r, images[n] + XSAVE_COMPACT, host, true);
         }
     }
 }
@@ -783,7 +993,7 @@ static u64 random_target(struct random *r, bool mode64, unsigned size)
 
 /* --- Fitting the state to an instruction --- */
 
-static int gpr_number(ZydisRegister reg)
+int gpr_number(ZydisRegister reg)
 {
     ZydisRegisterClass class = ZydisRegisterGetClass(reg);
 
@@ -801,12 +1011,16 @@ static bool is_dword_indexed(const ZydisDecodedInstruction *zi)
 }
 
 /* Makes the elements of an index register small. */
-static void set_vector_index(struct random *r, const ZydisDecodedInstruction *zi,
-                             struct user_state *s, ZydisRegister reg)
+static void set_vector_index(const struct generator *g, struct random *r,
+                             const ZydisDecodedInstruction *zi, struct user_state *s,
+                             ZydisRegister reg)
 {
-    u8 *v = s->vec[ZydisRegisterGetId(reg)];
+    unsigned number = (unsigned)ZydisRegisterGetId(reg);
+    u8 *v = s->vec[number];
 
-    for (unsigned n = 0; n < 64; n += is_dword_indexed(zi) ? 4 : 8) {
+    if (number >= 16 && !(g->host.xcr0 & XCR0_HI16_ZMM))
+        return;
+    for (unsigned n = 0; n < vector_size(&g->host); n += is_dword_indexed(zi) ? 4 : 8) {
         s64 index = (s64)random_below(r, 480) - 240;
 
         memcpy(v + n, &index, is_dword_indexed(zi) ? 4 : 8);
@@ -873,7 +1087,7 @@ static void prepare_memory(const struct generator *g, struct random *r, struct t
     static const u16 selectors[] = {USER_CS32, USER_CS64, USER_DS, 0, 8, 0x10, 0x18, 0x40, 0x63};
     u16 selector = selectors[random_below(r, ARRAY_SIZE(selectors))];
     unsigned size = zi->operand_width / 8;
-    u64 rip = CODE_PAGE + random_below(r, PAGE);
+    u64 rip = CODE + random_below(r, CODE_SIZE);
     u64 frame[5] = {rip, selector, random_next(r) & 0x254dd5, WINDOW + random_below(r, 2 * PAGE),
                     USER_DS};
 
@@ -881,7 +1095,7 @@ static void prepare_memory(const struct generator *g, struct random *r, struct t
     case ZYDIS_MNEMONIC_LDMXCSR:
     case ZYDIS_MNEMONIC_VLDMXCSR:
         if (random_percent(r, 80))
-            poke(c, target, random_mxcsr(r, g->mxcsr_mask));
+            poke(c, target, random_mxcsr(r, g->host.mxcsr_mask));
         break;
     case ZYDIS_MNEMONIC_IRET:
     case ZYDIS_MNEMONIC_IRETD:
@@ -954,6 +1168,15 @@ static void prepare_registers(struct random *r, struct test_case *c,
         break;
     case ZYDIS_MNEMONIC_XGETBV:
         s->gpr[1] = 0;
+        break;
+    case ZYDIS_MNEMONIC_WRPKRU:
+        s->gpr[0] &= PKRU_ALL_BUT_0;
+        if (random_percent(r, 80))
+            s->gpr[1] = s->gpr[2] = 0;
+        break;
+    case ZYDIS_MNEMONIC_RDPKRU:
+        if (random_percent(r, 80))
+            s->gpr[1] = 0;
         break;
     case ZYDIS_MNEMONIC_XSAVE:
     case ZYDIS_MNEMONIC_XSAVE64:
@@ -1029,7 +1252,7 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
 {
     prepare_registers(r, c, zi, ops);
     if (reads_half_under_mm(zi->mnemonic))
-        c->before.mxcsr &= ~(u32)BIT(17);
+        c->before.mxcsr &= ~MXCSR_MM;
     for (unsigned n = 0; n < zi->operand_count; n++) {
         const ZydisDecodedOperandMem *m = &ops[n].mem;
         u64 target;
@@ -1045,7 +1268,7 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
             target = c->before.gpr[4];
         if (m->type == ZYDIS_MEMOP_TYPE_VSIB) {
             target = WINDOW + PAGE + random_below(r, 256) * 8;
-            set_vector_index(r, zi, &c->before, m->index);
+            set_vector_index(g, r, zi, &c->before, m->index);
         }
         if (wants_xsave_image(zi->mnemonic) && random_percent(r, 85)) {
             c->image |= 1;
@@ -1063,10 +1286,11 @@ static void fit_state(const struct generator *g, struct random *r, struct test_c
 static void place_code(const struct generator *g, struct random *r, struct test_case *c)
 {
     c->code_offset = (u16)(0x100 + random_below(r, 0xc00));
-    /* At the page's end: whole, or cut short by it. */
-    if (random_percent(r, 3))
-        c->code_offset = (u16)(PAGE - 1 - random_below(r, c->code_len + 1));
-    c->before.rip = CODE_PAGE + c->code_offset;
+    /* Across the pages' border, or at their end: whole, or cut short by it. */
+    if (random_percent(r, 6))
+        c->code_offset =
+            (u16)((1 + random_below(r, CODE_PAGES)) * PAGE - 1 - random_below(r, c->code_len + 1u));
+    c->before.rip = CODE + c->code_offset;
 }
 
 /* Bytes that would leave for the kernel if the decoder is wrong about them. */
@@ -1150,7 +1374,7 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
         const struct form *f = &g->forms[m->first + random_below(r, m->count)];
 
         for (unsigned attempt = 0; attempt < 24; attempt++) {
-            unsigned n = put_form(f, r, g->mode64, code);
+            unsigned n = put_form(f, r, g->mode64, NULL, code);
 
             for (unsigned at = n + 1; at < 32; at++)
                 code[at] = (u8)random_next(r);
@@ -1168,7 +1392,11 @@ static bool goes_on(const ZydisDecodedInstruction *zi)
 {
     if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
         return false;
+    if (wants_xsave_image(zi->mnemonic)) /* pointers of more bits than some processors keep */
+        return false;
     if (zi->mnemonic == ZYDIS_MNEMONIC_LSL) /* of selector 0x78: the processor's number */
+        return false;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_WRPKRU) /* of what else than PKRU_ALL_BUT_0? */
         return false;
     switch (zi->meta.category) {
     case ZYDIS_CATEGORY_DECIMAL: /* undefined flags would spread */
@@ -1176,7 +1404,8 @@ static bool goes_on(const ZydisDecodedInstruction *zi)
     case ZYDIS_CATEGORY_INTERRUPT:
     case ZYDIS_CATEGORY_RET:
     case ZYDIS_CATEGORY_SYSTEM:
-    case ZYDIS_CATEGORY_XSAVE:
+    case ZYDIS_CATEGORY_XSAVE: /* what is in its initial state may count as in use, or not */
+    case ZYDIS_CATEGORY_XSAVEOPT:
         return false;
     default:
         return true;
@@ -1196,16 +1425,18 @@ static void add_followers(const struct generator *g, struct random *r, struct te
 
         if (!valid || !goes_on(&zi))
             continue;
+        if (reads_half_under_mm(zi.mnemonic))
+            c->before.mxcsr &= ~MXCSR_MM;
         memcpy(c->code + c->code_len, code, len);
         c->starts[c->ncode++] = c->code_len;
-        c->code_len = (u8)(c->code_len + len);
+        c->code_len = (u16)(c->code_len + len);
     }
 }
 
 static void start_case(const struct generator *g, struct random *r, struct test_case *c)
 {
     memset(c, 0, sizeof(*c));
-    random_state(g, r, &c->before);
+    generate_state(g, r, &c->before);
     c->image = (u8)random_below(r, IMAGES);
     c->ncode = 1;
 }
@@ -1217,7 +1448,7 @@ static void finish_case(const struct generator *g, struct random *r, struct test
     ZydisDecodedInstruction zi;
     bool step = !valid || random_percent(r, 35);
 
-    c->code_len = (u8)len;
+    c->code_len = (u16)len;
     place_code(g, r, c);
     if (valid && decode(g, c->code, len, &zi, ops)) {
         fit_state(g, r, c, &zi, ops);
@@ -1259,4 +1490,55 @@ void generate_case(const struct generator *g, struct random *r, struct test_case
         len = random_instruction(g, r, c->code, &zi, ops, &valid);
     }
     finish_case(g, r, c, len, valid);
+}
+
+/* --- For blocks --- */
+
+u32 generator_forms(const struct generator *g)
+{
+    return g->nforms;
+}
+
+void generator_set_lacking(struct generator *g, u32 form, bool lacking)
+{
+    g->lacking[form] = lacking;
+}
+
+bool generate_probe(const struct generator *g, struct random *r, u32 form, struct test_case *c)
+{
+    ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisDecodedInstruction zi;
+
+    for (unsigned attempt = 0; attempt < 24; attempt++) {
+        start_case(g, r, c);
+        for (unsigned n = 0; n < 32; n++)
+            c->code[n] = (u8)random_next(r);
+        put_form(&g->forms[form], r, g->mode64, NULL, c->code);
+        if (!decode(g, c->code, 15, &zi, ops) || !is_usable(&zi))
+            continue;
+        finish_case(g, r, c, zi.length, true);
+        c->code_offset = 0x100; /* all of it is there */
+        c->before.rip = CODE + c->code_offset;
+        c->before.rflags |= FLAG_TF;
+        c->code_len = zi.length;
+        c->ncode = 1;
+        return true;
+    }
+    return false;
+}
+
+bool generate_candidate(const struct generator *g, struct random *r, enum choice choice,
+                        const struct address *a, struct candidate *out)
+{
+    const struct mnemonic_forms *m = g->nchoices[choice]
+                                         ? g->choices[choice][random_below(r, g->nchoices[choice])]
+                                         : pick_mnemonic(g, r);
+    u32 form = m->first + random_below(r, m->count);
+
+    if (g->lacking[form] && random_below(r, 2000))
+        return false;
+    for (unsigned n = 0; n < sizeof(out->code); n++)
+        out->code[n] = (u8)random_next(r);
+    put_form(&g->forms[form], r, g->mode64, a, out->code);
+    return decode(g, out->code, 15, &out->zi, out->ops) && is_usable(&out->zi) && goes_on(&out->zi);
 }

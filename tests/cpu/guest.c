@@ -10,8 +10,11 @@
 #include "engine/engine.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Guest-physical places. The kernel half of the linear addresses maps them at KERNEL + gpa. */
 #define KERNEL 0xffff800000000000ULL
@@ -27,7 +30,7 @@
 #define TSS 0xb000u
 #define STUBS 0xc000u
 #define STACK_TOP 0xf000u
-#define CODE 0x10000u
+#define CODE_GPA(page) (0x18000u - (page)*0x4000u) /* not in the order of the linear addresses */
 #define WINDOW_GPA 0x20000u
 #define MEMORY_SIZE MIB(2)
 
@@ -46,7 +49,11 @@ struct guest {
     struct vcpu *vcpu;
     struct cpu start;
     struct lapic_state apic;
-    int vector; /* of the stub that wrote its port; -1: none did */
+    u8 code[CODE_SIZE]; /* what the code pages hold */
+    int vector;         /* of the stub that wrote its port; -1: none did */
+    bool kicked;        /* from time to time, by the kicker */
+    _Atomic bool kicking;
+    pthread_t kicker;
 };
 
 /* --- Guest memory --- */
@@ -63,9 +70,10 @@ static void put_page_tables(struct guest *g)
 
     put64(g, PML4, PDPT_USER | table);
     put64(g, PDPT_USER, PD_USER | table);
-    put64(g, PD_USER + (CODE_PAGE >> 21) * 8, PT_CODE | table);
+    put64(g, PD_USER + (CODE >> 21) * 8, PT_CODE | table);
     put64(g, PD_USER + (WINDOW >> 21) * 8, PT_WINDOW | table);
-    put64(g, PT_CODE, CODE | page);
+    for (unsigned n = 0; n < CODE_PAGES; n++)
+        put64(g, PT_CODE + 8 * n, CODE_GPA(n) | page);
     for (unsigned n = 0; n < WINDOW_PAGES; n++) {
         u64 access = n == WINDOW_READ_ONLY ? PTE_NX : PTE_NX | PTE_W;
 
@@ -122,7 +130,7 @@ static struct segment segment_of(struct guest *g, u16 selector)
     return s;
 }
 
-static void make_start(struct guest *g)
+static void make_start(struct guest *g, const struct host *host)
 {
     struct cpu *cpu = &g->start;
 
@@ -132,7 +140,9 @@ static void make_start(struct guest *g)
     cpu->cr4 = CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT |
                CR4_UMIP | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP;
     cpu->msr.efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
-    cpu->xcr0 = cpuid_model_xcr0(g->cpuid);
+    if (host->xcr0 & XCR0_PKRU)
+        cpu->cr4 |= CR4_PKE;
+    cpu->xcr0 = cpuid_model_xcr0(g->cpuid) & host->xcr0;
     cpu->gdtr = (struct descriptor_table){.base = KERNEL + GDT, .limit = 127};
     cpu->idtr = (struct descriptor_table){.base = KERNEL + IDT, .limit = 4095};
     cpu->tr = segment_of(g, TSS_SELECTOR);
@@ -188,17 +198,18 @@ static int create_machine(struct guest *g, struct error *err)
     return g->cpuid ? 0 : -1;
 }
 
-struct guest *guest_create(const char *engine, const u8 *read_only, struct error *err)
+struct guest *guest_create(const char *engine, const struct host *host, const u8 *read_only,
+                           struct error *err)
 {
     struct guest *g = calloc(1, sizeof(*g));
     struct engine_config config;
-    bool verify = false;
+    struct engine_checks checks;
 
     if (!g) {
         error_host(err, ENOMEM, "can't make the guest");
         return NULL;
     }
-    g->ops = engine_choose(engine, &verify, err);
+    g->ops = engine_choose(engine, &checks, err);
     if (!g->ops || create_machine(g, err) < 0)
         goto fail;
     config = (struct engine_config){
@@ -209,7 +220,7 @@ struct guest *guest_create(const char *engine, const u8 *read_only, struct error
         .machine = {no_interrupt, no_eoi, g},
         .cpuid = g->cpuid,
         .ncpus = 1,
-        .verify = verify,
+        .checks = checks,
     };
     g->engine = g->ops->create(&config, err);
     g->vcpu = g->engine ? g->ops->vcpu_create(g->engine, 0, err) : NULL;
@@ -220,15 +231,43 @@ struct guest *guest_create(const char *engine, const u8 *read_only, struct error
     put_page_tables(g);
     put_descriptors(g);
     memory_write(&g->memory, WINDOW_GPA + WINDOW_READ_ONLY * PAGE, read_only, PAGE);
-    make_start(g);
+    make_start(g, host);
     return g;
 fail:
     guest_destroy(g);
     return NULL;
 }
 
+#define KICK_NS 20000
+
+static void *kick(void *opaque)
+{
+    const struct timespec wait = {.tv_nsec = KICK_NS};
+    struct guest *g = opaque;
+
+    while (atomic_load(&g->kicking)) {
+        nanosleep(&wait, NULL);
+        g->ops->vcpu_kick(g->vcpu);
+    }
+    return NULL;
+}
+
+int guest_start_kicks(struct guest *g)
+{
+    int error;
+
+    atomic_store(&g->kicking, true);
+    error = pthread_create(&g->kicker, NULL, kick, g);
+    g->kicked = !error;
+    return -error;
+}
+
 void guest_destroy(struct guest *g)
 {
+    if (g->kicked) {
+        atomic_store(&g->kicking, false);
+        pthread_join(g->kicker, NULL);
+    }
     if (g->vcpu)
         g->ops->vcpu_destroy(g->vcpu);
     if (g->engine)
@@ -290,6 +329,7 @@ static void set_state(struct guest *g, const struct user_state *s)
     cpu.fip = s->fip;
     cpu.fdp = s->fdp;
     cpu.mxcsr = s->mxcsr;
+    cpu.pkru = s->pkru;
     cpu.ftw = 0;
     for (unsigned n = 0; n < 8; n++) {
         unsigned r = (top + n) & 7;
@@ -338,6 +378,7 @@ static void get_state(struct guest *g, struct outcome *out)
     s->fip = cpu.fip;
     s->fdp = cpu.fdp;
     s->mxcsr = cpu.mxcsr;
+    s->pkru = cpu.pkru;
     for (unsigned n = 0; n < 8; n++) {
         memcpy(s->st[n], cpu.fpr[(top_of(cpu.fsw) + n) & 7], 10);
         if ((cpu.ftw >> 2 * n & 3) != 3)
@@ -355,14 +396,37 @@ static gpa_t window_gpa(unsigned image_offset)
     return WINDOW_GPA + writable_pages[image_offset / PAGE] * PAGE + image_offset % PAGE;
 }
 
+/* Into the guest's pages, unless it is there already: then the engine can go on with what it made of
+ * it. */
+static void set_code(struct guest *g, const struct test_case *c)
+{
+    u8 code[CODE_SIZE];
+
+    memset(code, INT3, CODE_SIZE);
+    memcpy(code + c->code_offset, c->code, MIN(CODE_SIZE - c->code_offset, c->code_len));
+    for (unsigned n = 0; n < CODE_PAGES; n++) {
+        if (!memcmp(g->code + n * PAGE, code + n * PAGE, PAGE))
+            continue;
+        memcpy(g->code + n * PAGE, code + n * PAGE, PAGE);
+        memory_write(&g->memory, CODE_GPA(n), code + n * PAGE, PAGE);
+    }
+}
+
+/* Out and in again: the whole state is there between any two instructions. */
+static void move_state(struct guest *g)
+{
+    struct lapic_state apic;
+    struct cpu cpu;
+
+    g->ops->vcpu_get_state(g->vcpu, &cpu, &apic);
+    g->ops->vcpu_set_state(g->vcpu, &cpu, &apic, &(struct error){0});
+}
+
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out)
 {
-    u8 page[PAGE];
     struct vcpu_exit exit = {0};
 
-    memset(page, 0xcc, PAGE);
-    memcpy(page + c->code_offset, c->code, MIN(PAGE - c->code_offset, c->code_len));
-    memory_write(&g->memory, CODE, page, PAGE);
+    set_code(g, c);
     for (unsigned n = 0; n < WRITABLE_PAGES; n++)
         memory_write(&g->memory, window_gpa(n * PAGE), image + n * PAGE, PAGE);
     for (unsigned n = 0; n < c->npokes; n++)
@@ -371,10 +435,33 @@ void guest_run(struct guest *g, const struct test_case *c, const u8 *image, stru
 
     g->vector = -1;
     g->ops->vcpu_run(g->vcpu, &exit);
+    while (g->kicked && exit.reason == VCPU_EXIT_KICKED && g->vector < 0) {
+        move_state(g);
+        g->ops->vcpu_run(g->vcpu, &exit);
+    }
     out->lost = exit.reason != VCPU_EXIT_KICKED || g->vector < 0;
     if (out->lost)
         return;
     get_state(g, out);
     for (unsigned n = 0; n < WRITABLE_PAGES; n++)
         memory_read(&g->memory, window_gpa(n * PAGE), out->window + n * PAGE, PAGE);
+}
+
+u64 guest_translated(struct guest *g)
+{
+    struct engine_stats stats = {0};
+
+    g->ops->stats(g->engine, &stats);
+    return stats.blocks_translated;
+}
+
+const char *guest_engine(unsigned n)
+{
+    for (unsigned at = 0; engines[at]; at++) {
+        const char *name = engines[at]->name;
+
+        if ((!strcmp(name, "interp") || !strcmp(name, "bt")) && n-- == 0)
+            return name;
+    }
+    return NULL;
 }

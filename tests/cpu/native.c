@@ -36,13 +36,21 @@
 #define UC_SIGCONTEXT_SS 2
 #define UC_STRICT_RESTORE_SS 4
 
-enum { XCOMP_AVX = 2, XCOMP_OPMASK = 5, XCOMP_ZMM_HI256 = 6, XCOMP_HI16_ZMM = 7, XCOMPS = 8 };
+enum {
+    XCOMP_AVX = 2,
+    XCOMP_OPMASK = 5,
+    XCOMP_ZMM_HI256 = 6,
+    XCOMP_HI16_ZMM = 7,
+    XCOMP_PKRU = 9,
+    XCOMPS = 10,
+};
 #define XSAVE_HEADER 512
 #define SW_RESERVED 464 /* in the legacy area: the kernel's description of the frame */
 #define XSAVE_MAX 8192
 
 static struct shared *shared;
-static u8 *code_alias; /* the code page, writable */
+static u8 *code_alias; /* the code pages, writable */
+static u32 code_used, code_used_len;
 static u32 xcomp_offset[XCOMPS];
 
 static bool active;
@@ -123,6 +131,8 @@ static void load_xsave(u8 *x, const struct user_state *s)
             memcpy(x + xcomp_offset[XCOMP_ZMM_HI256] + 32 * n, s->vec[n] + 32, 32);
         memcpy(x + xcomp_offset[XCOMP_HI16_ZMM], s->vec[16], 16 * 64);
     }
+    if (features & BIT(XCOMP_PKRU))
+        memcpy(x + xcomp_offset[XCOMP_PKRU], &s->pkru, 4);
 }
 
 static void save_xsave(const u8 *x, struct user_state *s)
@@ -157,16 +167,18 @@ static void save_xsave(const u8 *x, struct user_state *s)
     }
     if (present & BIT(XCOMP_HI16_ZMM))
         memcpy(s->vec[16], x + xcomp_offset[XCOMP_HI16_ZMM], 16 * 64);
+    if (present & BIT(XCOMP_PKRU))
+        memcpy(&s->pkru, x + xcomp_offset[XCOMP_PKRU], 4);
 }
 
 /* --- One case --- */
 
 static void set_code(const struct test_case *c)
 {
-    unsigned room = PAGE - c->code_offset;
-
-    memset(code_alias, 0xcc, PAGE);
-    memcpy(code_alias + c->code_offset, c->code, MIN(room, c->code_len));
+    memset(code_alias + code_used, INT3, code_used_len);
+    code_used = c->code_offset;
+    code_used_len = MIN(CODE_SIZE - c->code_offset, c->code_len);
+    memcpy(code_alias + code_used, c->code, code_used_len);
 }
 
 /* Returning from the handler enters the case, but for what `segments` has still to set. */
@@ -284,13 +296,14 @@ static void map_code(void)
 {
     int fd = memfd_create("code", 0);
 
-    if (fd < 0 || ftruncate(fd, PAGE) < 0)
-        die("the code page");
-    code_alias = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (fd < 0 || ftruncate(fd, CODE_SIZE) < 0)
+        die("the code pages");
+    code_alias = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (code_alias == MAP_FAILED ||
-        mmap((void *)(uintptr_t)CODE_PAGE, PAGE, PROT_READ | PROT_EXEC,
+        mmap((void *)(uintptr_t)CODE, CODE_SIZE, PROT_READ | PROT_EXEC,
              MAP_SHARED | MAP_POPULATE | MAP_FIXED_NOREPLACE, fd, 0) == MAP_FAILED)
-        die("the code page");
+        die("the code pages");
+    memset(code_alias, INT3, CODE_SIZE);
     close(fd);
 }
 

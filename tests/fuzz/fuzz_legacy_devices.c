@@ -39,7 +39,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct rtc_config rtc_config = {lines[8]};
     struct serial_config serial_config = {0x3f8, lines[4], {put, NULL, NULL}};
     struct i8042_config i8042_config = {lines[1], lines[12], &gate, rig_power(r)};
-    struct sysport_config sysport_config = {&gate, rig_power(r), 0xf4};
+    struct sysport_config sysport_config = {&gate, rig_power(r), 0xf4, false};
     struct serial *serial = serial_create(&r->env, &serial_config, &r->err);
     struct i8042 *i8042 = i8042_create(&r->env, &i8042_config, &r->err);
     struct device *devices[] = {

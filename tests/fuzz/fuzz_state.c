@@ -97,6 +97,7 @@ static void build(void)
 
     log_set_level(LOG_ERROR);
     rig = rig_create();
+    rig->env.loop = event_loop_create(&err); /* never run: notifications stay where they are */
     engine_interp.cpuid_support(&support);
     struct engine_config config = {
         .memory = &rig->memory,

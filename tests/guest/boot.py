@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Boots one of Debian's kernels, runs checks.sh in it, and compares its clock with the host's.
 
-    boot.py cloud-amd64|amd64
+    boot.py cloud-amd64|amd64 ENGINE
 """
 
 import os
@@ -14,12 +14,12 @@ import guest
 
 def main():
     """One boot, many cases."""
-    flavour = sys.argv[1]
+    flavour, engine = sys.argv[1:3]
     cases = guest.Cases()
     with open(os.path.join(os.path.dirname(__file__), "checks.sh"), encoding="ascii") as file:
         script = file.read()
     with guest.temporary() as directory:
-        vm = guest.Guest("--kernel", guest.kernel(flavour),
+        vm = guest.Guest("--engine", engine, "--kernel", guest.kernel(flavour),
                          "--initrd", guest.initramfs(directory, script),
                          "--append", "console=ttyS0 quiet", "--memory", "512M")
         status = vm.finish()

@@ -8,6 +8,7 @@ import random
 import re
 import select
 import subprocess
+import sys
 import termios
 import time
 
@@ -69,7 +70,8 @@ def main():
     cases = guest.Cases()
     rng = random.Random(2)
     with guest.temporary() as directory:
-        term = Terminal("--kernel", guest.kernel(), "--initrd", guest.initramfs(directory),
+        term = Terminal("--engine", sys.argv[1], "--kernel", guest.kernel(),
+                        "--initrd", guest.initramfs(directory),
                         "--append", "console=ttyS0 quiet")
         if not cases.check("prompt", term.pump(b"", lambda seen: seen.endswith(PROMPT)),
                            f"saw {term.seen[-500:]!r}"):

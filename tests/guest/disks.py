@@ -5,11 +5,13 @@ images whole."""
 
 import hashlib
 import os
+import socket
 import subprocess
 import time
 
 import guest
 
+DEVICES = ["virtio-rng", "virtio_console", "virtio_balloon"]
 MODULES = ["virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
            "virtio_blk"]
 
@@ -49,16 +51,26 @@ for d in vda vdb; do
     mount -t ext4 /dev/$d /mnt/$d
     echo "disk: found $d $(md5sum </mnt/$d/kept | cut -c1-32)"
     umount /mnt/$d
-    fsck.ext2 -fn /dev/$d >/dev/null 2>&1
 done
+for m in virtio-rng virtio_console virtio_balloon; do insmod /lib/$m.ko; done
+echo "disk: rng $(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)"
+echo "disk: balloon $(cat /sys/bus/virtio/drivers/virtio_balloon/virtio*/device)"
+sleep 1
+port=$(grep -l '^agent$' /sys/class/virtio-ports/*/name | cut -d/ -f5)
+exec 3<>/dev/$port  # open all the time: Linux drops what has come when a port is closed
+echo "to the host" >&3
+read -r line <&3
+echo "disk: port $line"
+echo "from hvc0" >/dev/hvc0
 """
 
 
-def boot(directory, script, *disks):
+def boot(directory, script, *disks, more=()):
     """A guest with these disks that runs a script."""
-    options = [option for disk in disks for option in ("--disk", disk)]
+    options = [option for disk in disks for option in ("--disk", disk)] + list(more)
     return guest.Guest("--engine", "interp", "--kernel", guest.kernel(),
-                       "--initrd", guest.initramfs(directory, script, guest.modules(MODULES)),
+                       "--initrd", guest.initramfs(directory, script,
+                                                   *guest.modules(MODULES + DEVICES)),
                        "--append", "console=ttyS0 quiet", "--memory", "256M", *options)
 
 
@@ -76,6 +88,22 @@ def qemu_img(*args):
     result = subprocess.run(["qemu-img", *args], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, check=False)
     return result.returncode, result.stdout
+
+
+def answer_port(path):
+    """Sends back the line that comes from the guest's port."""
+    deadline = time.monotonic() + guest.PATIENCE
+    with socket.socket(socket.AF_UNIX) as stream:
+        while time.monotonic() < deadline:
+            try:
+                stream.connect(path)
+                break
+            except OSError:
+                time.sleep(0.1)
+        stream.settimeout(guest.PATIENCE)
+        line = stream.makefile("rb").readline()
+        stream.sendall(b"got: " + line)
+        time.sleep(1)
 
 
 def main():
@@ -116,9 +144,17 @@ def main():
         status, output = qemu_img("check", qcow2)
         cases.check("disks-check-after-kill", status in (0, 3), output)  # 3: leaks only
 
-        vm = boot(directory, READ, raw + ",format=raw", qcow2)
+        hvc, port = os.path.join(directory, "hvc0"), os.path.join(directory, "port")
+        vm = boot(directory, READ, raw + ",format=raw", qcow2,
+                  more=("--console", hvc, "--console", f"socket={port},name=agent"))
+        answer_port(port)
         cases.equal("disks-power-off", vm.finish(), 0)
         second_boot = told(vm)
+        cases.equal("virtio-rng", second_boot.get("rng"), "virtio_rng.0 64")
+        cases.equal("virtio-balloon", second_boot.get("balloon"), "0x0005")
+        cases.equal("virtio-port", second_boot.get("port"), "got: to the host")
+        with open(hvc, encoding="ascii") as file:
+            cases.check("virtio-console", "from hvc0" in file.read(), "nothing came")
         for disk in ("vda", "vdb"):
             kept = first.get(("synced", disk))
             cases.check(f"disks-{disk}-kept",

@@ -2,6 +2,7 @@
 """Firmware and the old PC: SeaBIOS boots a sector of our own from virtio and IDE disks, GRUB's rescue ISO from a
 CD-ROM drive, and memtest86+ through GRUB; what they show is read from the screen."""
 
+import itertools
 import os
 import re
 import shutil
@@ -137,41 +138,42 @@ def boots_to(directory, pattern, *options, patience=guest.PATIENCE):
 
 
 def sector_cases(cases, directory):
-    """The boot sector, from each kind of disk."""
+    """The boot sector, from each kind of disk, with each software engine."""
     image = boot_disk(directory)
-    for bus in "virtio", "ide":
+    for bus, engine in itertools.product(("virtio", "ide"), ("interp", "bt")):
+        name = f"{bus}, {engine}"
         text, picture = (os.path.join(directory, "screen" + end) for end in (".txt", ".png"))
-        run = guest.Guest("--firmware", "bios", "--engine", "interp", "--disk",
+        run = guest.Guest("--firmware", "bios", "--engine", engine, "--disk",
                           f"{image},format=raw,bus={bus}", "--debug-exit", "0xf4", "--screenshot", text,
                           "--screenshot", picture)
         status = run.finish()
-        cases.equal(f"SeaBIOS boots a sector from {bus}", status, 21 << 1 | 1)
+        cases.equal(f"SeaBIOS boots a sector ({name})", status, 21 << 1 | 1)
         if status != 43:
             run.show()
             continue
         with open(text, encoding="utf-8") as file:
             screen = file.read()
-        cases.check(f"text from {bus} is on the screen", "read by INT 13h\n" in screen, screen)
-        cases.check(f"text from {bus} is on the serial port",
+        cases.check(f"the text is on the screen ({name})", "read by INT 13h\n" in screen, screen)
+        cases.check(f"the text is on the serial port ({name})",
                     "read by INT 13h" in [line for _, line in run.lines], run.lines)
         with open(picture, "rb") as file:
-            cases.equal(f"a picture of the screen is a PNG ({bus})", file.read(8),
+            cases.equal(f"a picture of the screen is a PNG ({name})", file.read(8),
                         b"\x89PNG\r\n\x1a\n")
 
 
 def iso_cases(cases, directory):
     """GRUB from a CD-ROM, and what it boots."""
-    screen, reached = boots_to(directory, r"(?m)^grub>", "--firmware", "bios", "--engine", "interp",
+    screen, reached = boots_to(directory, r"(?m)^grub>", "--firmware", "bios", "--engine", "bt",
                                "--cdrom", rescue_iso(directory))
     cases.check("GRUB's rescue ISO comes to its prompt", reached, screen)
     screen, reached = boots_to(directory, r"(?s)Memtest86\+.*Pass.*Test", "--firmware", "bios",
-                               "--engine", "interp", "--memory", "64M", "--cdrom",
+                               "--engine", "bt", "--memory", "64M", "--cdrom",
                                memtest_iso(directory))
     cases.check("memtest86+ tests", reached, screen)
 
 
 def uefi_cases(cases, directory):
-    """GRUB from the same CD-ROM by OVMF, whose variables end up in their file. Under bt, as it is a long way."""
+    """GRUB from the same CD-ROM by OVMF, whose variables end up in their file."""
     variables = os.path.join(directory, "vars.fd")
     run = guest.Guest("--firmware", "uefi,vars=" + variables, "--engine", "bt", "--memory", "256M",
                       "--cdrom", os.path.join(directory, "memtest.iso"))

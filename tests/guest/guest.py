@@ -57,7 +57,8 @@ def modules(names, flavour="cloud-amd64"):
 def initramfs(directory, script=None, *files):
     """Builds an initramfs in `directory` and returns its path.
 
-    `script` is text to run, or None; `files` are paths of what it finds in /bin, or /lib when they are modules.
+    `script` is text to run, or None; `files` are paths of what it finds in /bin, and in
+    /lib when they are modules.
     """
     out = os.path.join(directory, "initramfs")
     args = [os.path.join(ROOT, "scripts", "make-initramfs"), out]

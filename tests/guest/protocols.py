@@ -46,7 +46,7 @@ def main():
                         "-device", f"isa-debug-exit,iobase={system.PORT:#x}", "-display", "none",
                         "-serial", "stdio", "-no-reboot"], system.PASSED)
             cases.done()
-        for engine in system.ENGINES:
+        for engine in system.ENGINES + system.CHECKED:
             system.run(cases, engine,
                        [guest.DOPPEL, "run", "--engine", engine, "--cpu", "max",
                         "--memory", "64M", "--kernel", image, "--initrd", initrd,

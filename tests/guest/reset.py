@@ -1,16 +1,20 @@
 #!/usr/bin/python3
-"""The ways in which a guest's life ends or starts anew, and the exit statuses that go with them."""
+"""The ways in which a guest's life ends or starts anew, and the exit statuses that go with them.
+
+    reset.py ENGINE
+"""
 
 import json
 import os
 import signal
+import sys
 
 import guest
 
 
 def run(directory, script, append, *options):
     """Boots the cloud kernel with a script; returns the Guest."""
-    return guest.Guest("--kernel", guest.kernel(), "--initrd", guest.initramfs(directory, script),
+    return guest.Guest("--engine", sys.argv[1], "--kernel", guest.kernel(), "--initrd", guest.initramfs(directory, script),
                        "--append", f"console=ttyS0 quiet {append}", *options)
 
 

@@ -1,14 +1,17 @@
 /*
- * A guest doesn't notice that its machine is paused, saved, and restored into another one.
+ * A guest doesn't notice that its machine is paused, saved, and restored into another one, by this
+ * software engine or that.
  *
  *     test_state ROOT [SEED]
  *
- * Debian's kernel runs a script that computes, sleeps and prints; at random moments, from the first
+ * Debian's kernel runs a script that computes, sleeps, prints, and keeps what it works on in a file on a virtio
+ * disk; at random moments, from the first
  * instructions on, the machine's state moves to a fresh machine, and the first is destroyed. What the
  * guest prints must be what the same script prints here, and its clock must have stood meanwhile.
  * ROOT is doppel's source, for scripts/. The same seed gives the same moments, more or less: they are
  * in host time.
  */
+#include "block/block.h"
 #include "chardev/chardev.h"
 #include "machine/machine.h"
 #include "state/stream.h"
@@ -28,20 +31,33 @@
 /* The lines that begin with "state: " are the same wherever it runs. */
 static const char script[] =
     "set -e\n"
+    "d=$(mktemp -d)\n"
+    "if [ -e /lib/virtio_blk.ko ]; then\n"
+    "    for m in ring '' pci_modern_dev pci_legacy_dev pci blk; do\n"
+    "        insmod /lib/virtio${m:+_$m}.ko\n"
+    "    done\n"
+    "    mke2fs -F /dev/vda >/dev/null 2>&1\n"
+    "    mount -t ext4 /dev/vda $d\n"
+    "fi\n"
     "i=1\n"
     "while [ $i -le 32 ]; do\n"
-    "    hash=$(seq $i 5000 | sha256sum | cut -c1-64)\n"
+    "    seq $i 5000 >$d/file\n"
+    "    sync $d/file\n"
+    "    [ ! -e /lib/virtio_blk.ko ] || echo 3 >/proc/sys/vm/drop_caches\n"
+    "    hash=$(sha256sum <$d/file | cut -c1-64)\n"
     "    sum=$(awk -v n=$i 'BEGIN { for (k = 1; k < 3000; k++) s += k / (k + n / 7);"
     " printf \"%.12f\", s }')\n"
     "    echo \"state: $i $hash $sum\"\n"
     "    echo \"uptime: $(cut -d' ' -f1 /proc/uptime)\"\n"
     "    sleep 0.05\n"
     "    i=$((i + 1))\n"
-    "done\n";
+    "done\n"
+    "[ -e /lib/virtio_blk.ko ] || rm -r $d\n";
 
 static char directory[] = "/tmp/doppel-state.XXXXXX";
 static char kernel[512], initrd[64];
 static struct event_loop *loop;
+static struct machine_disks disks; /* one, which all the machines have in turn */
 static u64 seed;
 static unsigned failures;
 
@@ -115,7 +131,27 @@ static void prepare(const char *root)
         die("can't write the script");
     shell(kernel, sizeof(kernel), "'%s'/scripts/fetch-kernel", root);
     kernel[strcspn(kernel, "\n")] = '\0';
-    shell(none, sizeof(none), "'%s'/scripts/make-initramfs '%s' '%s'", root, initrd, path);
+    shell(none, sizeof(none),
+          "'%s'/scripts/make-initramfs '%s' '%s' \"$('%s'/scripts/fetch-kernel --modules)\"/*.ko",
+          root, initrd, path, root);
+}
+
+static void create_disk(void)
+{
+    struct disk_create c = {.format = "qcow2", .size = MIB(16), .size_given = true};
+    struct disk_options options = {0};
+    struct error err = {0};
+    struct disk *disk;
+    char path[64];
+
+    snprintf(path, sizeof(path), "%s/disk", directory);
+    disk = disk_create(path, &c, &err) ? NULL : disk_open(path, &options, &err);
+    if (!disk)
+        die(err.text);
+    disks.disk[0].backend = block_create(disk, loop, false, &err);
+    if (!disks.disk[0].backend)
+        die(err.text);
+    disks.count = 1;
 }
 
 /* ---- a guest and the machines that it passes through ---- */
@@ -140,7 +176,7 @@ static void console_path(char *buf, size_t len, unsigned n)
 static struct machine *create_machine(struct chardev *console, u64 memory)
 {
     struct machine_config config = {
-        .engine = &engine_interp,
+        .engine = random_below(2) ? &engine_bt : &engine_interp,
         .cpu = "host",
         .memory = memory,
         .cpus = 1,
@@ -148,6 +184,7 @@ static struct machine *create_machine(struct chardev *console, u64 memory)
         .initrd = initrd,
         .cmdline = "console=ttyS0 quiet",
         .serial = console,
+        .disks = &disks,
     };
     struct machine *m;
     struct error err;
@@ -399,10 +436,12 @@ int main(int argc, char **argv)
     loop = event_loop_create(&err);
     if (!loop)
         die(err.text);
+    create_disk();
     test_refusals();
     test_pauses(expected);
     test_moves("moves-while-booting", 10, 60, expected);
     test_moves("moves", 20, 300, expected);
+    block_destroy(disks.disk[0].backend);
     event_loop_destroy(loop);
     shell(none, sizeof(none), "rm -r %s", directory);
     return failures ? 1 : 0;

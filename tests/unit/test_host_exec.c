@@ -1,7 +1,7 @@
 /*
  * Proves that x87 and SIMD instructions run by the software processor do what the same bytes do
  * when the host runs them: random instructions, registers and memory, both ways, everything
- * compared.
+ * compared. And that for 32-bit code the host is given no general register of 64 bits.
  */
 #include "engine/soft/host_exec.h"
 #include "engine/soft/soft_cpuid.h"
@@ -394,10 +394,73 @@ static void instructions_match_the_host(void **state)
     assert_int_equal(bad, 0);
 }
 
+/* Of VEX and EVEX alike. */
+static bool has_w(const struct thunk_spec *s)
+{
+    return s->insn[2] & 0x80;
+}
+
+/* Whatever the host has: the instructions are not run. */
+static void w_is_cleared_for_32_bit_general_registers(void **state)
+{
+    static const enum cpuid_feature features[] = {
+        FEATURE_XSAVE,   FEATURE_AVX,      FEATURE_AVX2,     FEATURE_FMA,
+        FEATURE_AVX512F, FEATURE_AVX512DQ, FEATURE_AVX512BW, FEATURE_AVX512VL,
+    };
+    static const struct {
+        u8 bytes[7];
+        bool w;
+    } cases[] = {
+        {"\xc4\xe1\xfb\x93\xe7", false},     /* KMOVD ESP, K7 */
+        {"\xc4\xe1\xfb\x92\xfc", false},     /* KMOVD K7, ESP */
+        {"\xc4\xe1\xf9\x6e\xc4", false},     /* VMOVD XMM0, ESP */
+        {"\xc4\xe1\xf9\x7e\x06", false},     /* VMOVD [ESI], XMM0 */
+        {"\xc4\xe1\xfb\x2a\x06", false},     /* VCVTSI2SD XMM0, XMM0, [ESI] */
+        {"\xc4\xe1\xfa\x2d\xe0", false},     /* VCVTSS2SI ESP, XMM0 */
+        {"\x62\xf1\xff\x08\x79\xe0", false}, /* VCVTSD2USI ESP, XMM0 */
+        {"\x62\xf2\xfd\x48\x7c\xc4", false}, /* VPBROADCASTD ZMM0, ESP */
+        {"\xc4\xe3\xf9\x61\xc0\x00", false}, /* VPCMPESTRI XMM0, XMM0, 0 */
+        {"\xc4\xe1\xf9\x90\x06", true},      /* KMOVD K0, [ESI] */
+        {"\xc4\xe1\xf8\x90\xc1", true},      /* KMOVQ K0, K1 */
+        {"\xc4\xe2\xf9\x98\xc0", true},      /* VFMADD132PD XMM0, XMM0, XMM0 */
+        {"\x62\xf2\xfd\x48\x59\xc0", true},  /* VPBROADCASTQ ZMM0, XMM0 */
+    };
+    struct cpuid_support support = *soft_cpuid_support();
+    ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisDecodedInstruction zi;
+    ZydisDecoder decoder;
+    struct soft_vcpu *v = aligned_alloc(64, (sizeof(*v) + 63) & ~(size_t)63);
+    struct error err;
+
+    memset(v, 0, sizeof(*v));
+    for (unsigned n = 0; n < ARRAY_SIZE(features); n++)
+        support.bits[features[n] / 64] |= BIT(features[n] % 64);
+    v->cpuid = cpuid_model_create("max", &support, 1, 1000000000, &err);
+    v->mode = MODE_CODE32 | MODE_PROTECTED;
+    assert_int_equal(host_exec_create(v, &err), 0);
+    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
+    for (unsigned n = 0; n < ARRAY_SIZE(cases); n++) {
+        struct decode_context ctx = {&zi, ops, cases[n].bytes, v->mode};
+        struct insn insn = {.seg = SEG_DS, .asize = 4};
+        const struct thunk *t;
+
+        assert_true(ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, cases[n].bytes, 7, &zi, ops)));
+        assert_true(host_exec_decode(v, &ctx, &insn));
+        t = insn.ext;
+        assert_non_null(t);
+        if (has_w(&t->spec) != cases[n].w)
+            fail_msg("case %u: W %u", n, has_w(&t->spec));
+    }
+    host_exec_destroy(v);
+    cpuid_model_destroy((struct cpuid_model *)(uintptr_t)v->cpuid);
+    free(v);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(instructions_match_the_host),
+        cmocka_unit_test(w_is_cleared_for_32_bit_general_registers),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

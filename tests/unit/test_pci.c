@@ -52,7 +52,7 @@ static void toy_destroy(struct device *dev)
     pci_device_fini(&t->pci);
     free(t);
 }
-static const struct pci_device_ops toy_ops = {.dev = {toy_reset, toy_destroy}};
+static const struct pci_device_ops toy_ops = {.dev = {.reset = toy_reset, .destroy = toy_destroy}};
 
 static struct toy *toy_create(struct pci_host *host, unsigned devfn, u8 pin)
 {

@@ -78,8 +78,8 @@ void pci_device_init(struct pci_device *pci, const char *name, const struct pci_
 void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64 size,
                  const struct io_ops *ops, void *opaque)
 {
-    struct pci_bar *bar = &pci->bars[n];
     unsigned offset = pci_bar_offset(n);
+    struct pci_bar *bar = &pci->bars[n];
     u64 mask = ~(size - 1);
 
     assert(n < PCI_BARS && (size & (size - 1)) == 0 && size >= 4 && !pci->host);

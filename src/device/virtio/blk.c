@@ -253,8 +253,9 @@ static int start(struct blk_request *q)
     }
 }
 
-static void accept(struct virtio_blk *blk, unsigned queue, struct virtq_chain *chain)
+static void serve(struct virtio *v, unsigned queue, struct virtq_chain *chain)
 {
+    struct virtio_blk *blk = blk_of(v);
     struct blk_request *q;
     int status;
 
@@ -284,20 +285,7 @@ static void accept(struct virtio_blk *blk, unsigned queue, struct virtq_chain *c
 
 static void queue_ready(struct virtio *v, unsigned queue)
 {
-    struct virtq_chain *chain;
-    bool any;
-
-    do {
-        virtio_set_notify(v, queue, false);
-        for (any = false; virtio_pop(v, queue, &chain); any = true)
-            accept(blk_of(v), queue, chain);
-        virtio_set_notify(v, queue, true);
-        /* One that came before the driver saw that it is to notify again. */
-        if (virtio_pop(v, queue, &chain)) {
-            accept(blk_of(v), queue, chain);
-            any = true;
-        }
-    } while (any);
+    virtio_serve(v, queue, serve);
 }
 
 /* Requests that failed under werror=stop: tried again, or told to the guest at a reset. */

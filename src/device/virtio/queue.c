@@ -281,6 +281,21 @@ int virtq_pop(struct virtq *q, const struct guest_memory *m, struct virtq_chain 
     return q->packed ? pop_packed(q, m, chain) : pop_split(q, m, chain);
 }
 
+void virtq_unpop(struct virtq *q, const struct virtq_chain *chain)
+{
+    if (!q->enabled)
+        return;
+    if (!q->packed) {
+        q->next_avail--;
+        return;
+    }
+    if (chain->ndesc > q->next_avail) {
+        q->next_avail += q->size;
+        q->avail_wrap = !q->avail_wrap;
+    }
+    q->next_avail -= chain->ndesc;
+}
+
 /* ---- giving back ---- */
 
 static void tell_written(const struct guest_memory *m, const struct virtq_chain *chain, u32 written)

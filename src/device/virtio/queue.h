@@ -61,6 +61,8 @@ int virtq_enable(struct virtq *q, const struct guest_memory *m);
 
 /* Takes the next chain: 1, 0 when there is none, -EPROTO for nonsense. */
 int virtq_pop(struct virtq *q, const struct guest_memory *m, struct virtq_chain *chain);
+/* Takes the last pop back: the chain will be popped again. */
+void virtq_unpop(struct virtq *q, const struct virtq_chain *chain);
 /*
  * Gives a chain back, `written` bytes of its writable buffers filled (from the first on). 0 or -EPROTO.
  */

@@ -146,6 +146,14 @@ static void finish_queue_reset(struct virtio *v, unsigned q)
     v->queue_resetting &= ~BIT(q);
 }
 
+void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain)
+{
+    virtq_unpop(&v->queues[q], chain);
+    free(chain);
+    v->in_flight--;
+    v->queue_in_flight[q]--;
+}
+
 void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written)
 {
     bool wanted =
@@ -167,20 +175,42 @@ void virtio_set_notify(struct virtio *v, unsigned q, bool on)
     virtq_set_notify(&v->queues[q], v->env.memory, on);
 }
 
+#define SERVE_MAX (2 * VIRTQ_SIZE_MAX)
+
+void virtio_serve(struct virtio *v, unsigned q,
+                  void (*serve)(struct virtio *v, unsigned q, struct virtq_chain *chain))
+{
+    struct virtq_chain *chain;
+    unsigned n = 0, before;
+
+    do {
+        before = n;
+        virtio_set_notify(v, q, false);
+        for (; n < SERVE_MAX && virtio_pop(v, q, &chain); n++)
+            serve(v, q, chain);
+        virtio_set_notify(v, q, true);
+        /* Chains that came before the driver saw that it is to notify again are found once more. */
+    } while (n != before && n < SERVE_MAX);
+    if (n == SERVE_MAX)
+        virtio_kick(v, q);
+}
+
 /* ---- what the driver asks for ---- */
 
 void virtio_set_status(struct virtio *v, u8 value)
 {
     u8 new = value & ~v->status;
 
+    if (v->resetting)
+        return;
     if (!value) {
         v->resetting = true;
-        if (!v->in_flight)
+        if (v->in_flight && v->ops->resetting)
+            v->ops->resetting(v);
+        if (v->resetting && !v->in_flight)
             finish_reset(v);
         return;
     }
-    if (v->resetting)
-        return;
     /* A driver takes what was offered, VERSION_1 among it: else it is a legacy one (3.1.1, 6.2). */
     if ((new &VIRTIO_STATUS_FEATURES_OK) &&
         (!virtio_has(v, VIRTIO_F_VERSION_1) || (v->features & ~v->offered)))
@@ -210,7 +240,9 @@ void virtio_enable_queue(struct virtio *v, unsigned q)
 void virtio_reset_queue(struct virtio *v, unsigned q)
 {
     v->queue_resetting |= BIT(q);
-    if (!v->queue_in_flight[q])
+    if (v->queue_in_flight[q] && v->ops->resetting)
+        v->ops->resetting(v);
+    if ((v->queue_resetting & BIT(q)) && !v->queue_in_flight[q])
         finish_queue_reset(v, q);
 }
 
@@ -225,6 +257,17 @@ static void virtio_stop(struct device *dev)
     device_unlock(dev);
     if (v->ops->drain)
         v->ops->drain(v);
+}
+
+static bool virtio_busy(struct device *dev)
+{
+    struct virtio *v = container_of(dev, struct virtio, pci.dev);
+    bool busy;
+
+    device_lock(dev);
+    busy = v->in_flight > 0;
+    device_unlock(dev);
+    return busy;
 }
 
 static void virtio_start(struct device *dev)
@@ -280,7 +323,8 @@ static const struct pci_device_ops virtio_pci_ops = {
     .dev = {.reset = virtio_device_reset,
             .destroy = virtio_destroy,
             .start = virtio_start,
-            .stop = virtio_stop},
+            .stop = virtio_stop,
+            .busy = virtio_busy},
     .config_read = virtio_pci_config_read,
     .config_written = virtio_pci_config_written,
 };

@@ -31,6 +31,7 @@ enum virtio_type { /* chapter 5 */
                    VIRTIO_TYPE_CONSOLE = 3,
                    VIRTIO_TYPE_ENTROPY = 4,
                    VIRTIO_TYPE_BALLOON = 5,
+                   VIRTIO_TYPE_VSOCK = 19,
 };
 
 /* Feature bits that aren't of one type of device (chapter 6). */
@@ -56,6 +57,8 @@ struct virtio_ops {
     void (*queue_ready)(struct virtio *v, unsigned q);
     /* Optional. The driver wrote to [offset, offset + size) of the device's configuration. */
     void (*config_written)(struct virtio *v, unsigned offset, unsigned size);
+    /* Optional. A reset of the device or of a queue begins: give back chains that wait for nothing. */
+    void (*resetting)(struct virtio *v);
     /* Optional. A reset is over: nothing is in flight, and the driver starts anew. */
     void (*reset)(struct virtio *v);
     /* Optional. Features are agreed on and the driver is ready. */
@@ -119,11 +122,19 @@ int virtio_add(struct virtio *v, struct pci_host *host, u8 devfn, struct error *
 
 /* For ops, the lock held. 1 with *chain set (the caller frees it), 0: none, or the driver broke the rules. */
 int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **chain);
+/* Takes the last pop of a queue back, and frees the chain: the guest's, and to be popped again later. */
+void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain);
 /* Gives a popped chain back and frees it. Then virtio_signal once for all that were given back. */
 void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written);
 void virtio_signal(struct virtio *v, unsigned q);
 /* Asks for notifications (virtq_set_notify). */
 void virtio_set_notify(struct virtio *v, unsigned q, bool on);
+/*
+ * What queue_ready does for a queue whose chains are answered one by one: `serve` owns each chain. It gives way
+ * to the loop's other work now and then, should the driver never stop to send.
+ */
+void virtio_serve(struct virtio *v, unsigned q,
+                  void (*serve)(struct virtio *v, unsigned q, struct virtq_chain *chain));
 /* The device's configuration changed. */
 void virtio_config_changed(struct virtio *v);
 /* The driver did what no driver may. */

@@ -147,6 +147,12 @@ void soft_stack_commit(struct soft_vcpu *v, const struct stack *s);
  */
 struct stack soft_inner_stack(struct soft_vcpu *v, unsigned cpl, unsigned ist, struct segment *ss);
 
+/* The old stack pointer as a new stack holds it: outside 64-bit mode ESP, whatever is above it. */
+static inline u64 soft_saved_sp(const struct soft_vcpu *v)
+{
+    return soft_code64(v) ? v->cpu.gpr[RSP] : (u32)v->cpu.gpr[RSP];
+}
+
 /* EFLAGS as the event under delivery (cpu.event_*) saves it: RF is set by faults. */
 u64 soft_event_flags(const struct soft_vcpu *v);
 

@@ -234,7 +234,7 @@ static void deliver_gate(struct soft_vcpu *v, const struct gate *g, bool has_err
     }
     if (inner || wide) {
         frame[n++] = cpu->seg[SEG_SS].selector;
-        frame[n++] = cpu->gpr[RSP];
+        frame[n++] = soft_saved_sp(v);
     }
     frame[n++] = soft_event_flags(v);
     frame[n++] = cpu->seg[SEG_CS].selector;

@@ -322,7 +322,7 @@ static void call_inner(struct soft_vcpu *v, const struct call_gate *g)
     soft_stack_room(v, &s, (4 + g->params) * g->size);
     soft_check_ip(v, code, g->offset);
     frame[n++] = v->cpu.seg[SEG_SS].selector;
-    frame[n++] = v->cpu.gpr[RSP];
+    frame[n++] = soft_saved_sp(v);
     if (g->params)
         soft_stack_pop(v, &old, params, g->params, g->size);
     for (unsigned k = g->params; k-- > 0;)

@@ -228,7 +228,10 @@ const struct thunk_spec *host_exec_spec(const struct insn *i)
 {
     const struct thunk *t = i->ext;
 
-    return i->fn == run_register || i->fn == run_load || i->fn == run_store ? &t->spec : NULL;
+    return i->fn == run_register || i->fn == run_load || i->fn == run_store ||
+                   i->fn == run_x87_register || i->fn == run_x87_load || i->fn == run_x87_store
+               ? &t->spec
+               : NULL;
 }
 
 /* --- Which instructions the model offers --- */
@@ -690,32 +693,40 @@ static void put(struct thunk_spec *s, unsigned byte)
     s->insn[s->insn_len++] = (u8)byte;
 }
 
-/* W is ignored outside 64-bit mode by instructions that move or convert a general register. */
-static bool ignores_w(const ZydisDecodedInstruction *zi)
+/* Those whose memory operand stands for a general register. */
+static bool has_gpr_in_memory(const ZydisDecodedInstruction *zi)
 {
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_VMOVD:
     case ZYDIS_MNEMONIC_VPEXTRD:
     case ZYDIS_MNEMONIC_VPINSRD:
-    case ZYDIS_MNEMONIC_VPBROADCASTD:
     case ZYDIS_MNEMONIC_VCVTSI2SS:
     case ZYDIS_MNEMONIC_VCVTSI2SD:
     case ZYDIS_MNEMONIC_VCVTUSI2SS:
     case ZYDIS_MNEMONIC_VCVTUSI2SD:
-    case ZYDIS_MNEMONIC_VCVTSS2SI:
-    case ZYDIS_MNEMONIC_VCVTSD2SI:
-    case ZYDIS_MNEMONIC_VCVTTSS2SI:
-    case ZYDIS_MNEMONIC_VCVTTSD2SI:
-    case ZYDIS_MNEMONIC_VCVTSS2USI:
-    case ZYDIS_MNEMONIC_VCVTSD2USI:
-    case ZYDIS_MNEMONIC_VCVTTSS2USI:
-    case ZYDIS_MNEMONIC_VCVTTSD2USI:
-    case ZYDIS_MNEMONIC_VPCMPESTRI:
-    case ZYDIS_MNEMONIC_VPCMPESTRM:
         return true;
     default:
         return false;
     }
+}
+
+/*
+ * The W that the host's 64-bit mode needs. Where an instruction has a general register, W is that
+ * register's width, and outside 64-bit mode it is ignored (SDM vol. 2A, 2.3.5.1): no guest register
+ * is wider than 32 bits there.
+ */
+static unsigned host_w(const struct decode_context *ctx, unsigned w)
+{
+    const ZydisDecodedInstruction *zi = ctx->zi;
+
+    if ((ctx->mode & MODE_CODE_MASK) == MODE_CODE64)
+        return w;
+    for (unsigned n = 0; n < zi->operand_count; n++) {
+        if (ctx->ops[n].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+            is_gpr(ZydisRegisterGetClass(ctx->ops[n].reg.value)))
+            return 0;
+    }
+    return has_gpr_in_memory(zi) ? 0 : w;
 }
 
 static void put_legacy(struct thunk_spec *s, const struct decode_context *ctx,
@@ -755,8 +766,7 @@ static void put_vex(struct thunk_spec *s, const struct decode_context *ctx,
                     const struct encoding *e)
 {
     const struct ZydisDecodedInstructionRawVex_ *vex = &ctx->zi->raw.vex;
-    bool long_mode = (ctx->mode & MODE_CODE_MASK) == MODE_CODE64;
-    unsigned w = vex->W && (long_mode || !ignores_w(ctx->zi));
+    unsigned w = host_w(ctx, vex->W);
     /* Without a register in it, vvvv must be 1111. */
     unsigned vvvv = ~(unsigned)e->vvvv & 15;
 
@@ -769,8 +779,7 @@ static void put_evex(struct thunk_spec *s, const struct decode_context *ctx,
                      const struct encoding *e)
 {
     const struct ZydisDecodedInstructionRawEvex *evex = &ctx->zi->raw.evex;
-    bool long_mode = (ctx->mode & MODE_CODE_MASK) == MODE_CODE64;
-    unsigned w = evex->W && (long_mode || !ignores_w(ctx->zi));
+    unsigned w = host_w(ctx, evex->W);
     unsigned rm = e->memory ? 0 : e->rm;
 
     put(s, 0x62);

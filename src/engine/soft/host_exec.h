@@ -15,7 +15,6 @@
 #include "engine/soft/thunk.h"
 
 struct host_exec {
-    bool fpu_live; /* the guest's x87 registers are in the host's */
     u32 mxcsr_mask;
     struct thunk_arena *arena;
     struct {
@@ -40,7 +39,7 @@ void soft_fpu_drop(struct soft_vcpu *v);
 bool host_exec_full(const struct soft_vcpu *v);
 void host_exec_restart(struct soft_vcpu *v);
 
-/* How a SIMD instruction runs in one piece; NULL: another kind of instruction, or one that doesn't. */
+/* How an x87 or SIMD instruction runs in one piece; NULL: another kind of instruction, or one that doesn't. */
 const struct thunk_spec *host_exec_spec(const struct insn *i);
 
 /* --- between the files of this module --- */
@@ -63,7 +62,7 @@ void thunk_run_at(struct soft_vcpu *v, const struct insn *i, const struct thunk 
 void fpu_load(struct soft_vcpu *v);
 static inline void fpu_make_live(struct soft_vcpu *v)
 {
-    if (unlikely(!v->host_exec->fpu_live))
+    if (unlikely(!v->fpu_live))
         fpu_load(v);
 }
 /* Makes the tags what the contents say, where they only told empty from used (vol. 1, 8.1.7). */

@@ -11,11 +11,12 @@
  *  2. write_tag is never set on a page with a bit in code_lines, nor on one whose next write the dirty
  *     log must see. Who sets such a bit calls soft_tlb_protect first for every vCPU.
  *  3. While v->tlb is tlb_none (alignment checks, data breakpoints) every access comes through here.
- *  4. map_generation changes whenever a translation may have changed for fetches; the block cache and
- *     v->fetches compare it.
+ *  4. map_generation changes whenever a translation may have changed for fetches; the block cache
+ *     compares it. v->fetches holds nothing that was dropped.
  *
  * Entries carry no PCID: a write of CR3 drops what is not global, whatever CR3 bit 63 asks. That is
- * allowed (vol. 3, 4.10.4.1: bit 63 permits to keep, nothing more).
+ * allowed (vol. 3, 4.10.4.1: bit 63 permits to keep, nothing more). The translator's jump cache keeps the
+ * address spaces apart.
  */
 #include "engine/soft/mmu.h"
 
@@ -373,12 +374,17 @@ static void grant_writes(struct soft_vcpu *v, struct tlb_entry *e, gva_t page,
 }
 
 /* Where large pages are, so that INVLPG knows when it has more to do. */
-static void note_large(struct soft_vcpu *v, gva_t lin, u64 mask)
+static void note_large(struct large_range *r, gva_t lin, u64 mask)
 {
     if (mask == GUEST_PAGE_SIZE - 1)
         return;
-    v->large_low = MIN(v->large_low, lin & ~mask);
-    v->large_high = MAX(v->large_high, lin | mask);
+    r->low = MIN(r->low, lin & ~mask);
+    r->high = MAX(r->high, lin | mask);
+}
+
+static bool in_large(const struct large_range *r, gva_t lin)
+{
+    return lin >= r->low && lin <= r->high;
 }
 
 /* Translates within one page, and keeps the result. */
@@ -412,7 +418,7 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
             info |= TLB_INFO_GLOBAL;
         if (w.page_mask != GUEST_PAGE_SIZE - 1)
             info |= w.page_mask >= GIB(1) - 1 ? TLB_INFO_HUGE : TLB_INFO_LARGE;
-        note_large(v, lin, w.page_mask);
+        note_large(&v->large_data[lin >> 63], lin, w.page_mask);
     } else {
         p = place_of(v, lin & v->a20_mask);
         info |= TLB_INFO_WRITABLE;
@@ -676,7 +682,7 @@ const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)
     in_page = lin & (GUEST_PAGE_SIZE - 1);
     page = lin - in_page;
     f = &v->fetches[(page >> GUEST_PAGE_SHIFT) % FETCH_ENTRIES];
-    if (f->lin != page || f->generation != v->map_generation || f->user != user) {
+    if (f->lin != page || f->user != user) {
         bool global = false;
         struct place p;
 
@@ -686,11 +692,11 @@ const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)
             translate_paged(v, page | in_page, user ? TLB_USER : TLB_KERNEL, ACCESS_EXEC, &w);
             p = place_of(v, w.gpa - in_page);
             global = w.global;
-            note_large(v, lin, w.page_mask);
+            note_large(&v->large_code, lin, w.page_mask);
         } else {
             p = place_of(v, page & v->a20_mask);
         }
-        *f = (struct fetch_entry){page, v->map_generation, p.gpa, p.host, user, global};
+        *f = (struct fetch_entry){page, p.gpa, p.host, user, global};
     }
     *gpa = f->gpa + in_page;
     return f->host ? f->host + in_page : NULL;
@@ -734,25 +740,46 @@ void soft_tlb_init(struct soft_vcpu *v)
     }
 }
 
+static void drop_fetches(struct soft_vcpu *v, bool global_too)
+{
+    for (unsigned n = 0; n < FETCH_ENTRIES; n++)
+        if (global_too || !v->fetches[n].global)
+            v->fetches[n].lin = FETCH_NONE;
+}
+
 void soft_tlb_flush(struct soft_vcpu *v)
+{
+    static const struct large_range none = {UINT64_MAX, 0};
+
+    v->map_generation++;
+    v->stats.tlb_flushes++;
+    v->large_data[0] = v->large_data[1] = v->large_code = none;
+    FOR_EACH_USED(v, tlb, n)
+    drop_entry(tlb, n);
+    drop_fetches(v, true);
+    bt_mappings_dropped(v);
+}
+
+static void drop_nonglobal(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
-    v->large_low = UINT64_MAX;
-    v->large_high = 0;
-    FOR_EACH_USED (v, tlb, n)
+    FOR_EACH_USED(v, tlb, n)
+    if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
         drop_entry(tlb, n);
-    bt_mappings_dropped(v);
+    drop_fetches(v, false);
 }
 
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
 {
-    v->map_generation++;
-    v->stats.tlb_flushes++;
-    FOR_EACH_USED (v, tlb, n)
-        if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
-            drop_entry(tlb, n);
+    drop_nonglobal(v);
     bt_nonglobal_dropped(v);
+}
+
+void soft_tlb_switch(struct soft_vcpu *v, unsigned pcid, bool keep)
+{
+    drop_nonglobal(v);
+    bt_space_switched(v, pcid, keep);
 }
 
 /* Large pages are held as entries of 4 KiB; all of the one that holds lin have to go. */
@@ -760,7 +787,8 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 {
     u64 large = v->cpu.cr4 & CR4_PAE ? MIB(2) : MIB(4);
 
-    FOR_EACH_USED (v, tlb, n) {
+    FOR_EACH_USED(v, tlb, n)
+    {
         const struct tlb_entry *e = &tlb->entries[n];
         /* A tag that isn't valid is a page of the next slot, still of the same large page. */
         u64 differ = e->read_tag ^ lin;
@@ -774,10 +802,13 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
 {
     v->map_generation++;
-    if (lin >= v->large_low && lin <= v->large_high) {
+    if (in_large(&v->large_data[lin >> 63], lin))
         flush_large(v, lin);
+    if (in_large(&v->large_code, lin)) {
+        drop_fetches(v, true);
         bt_mappings_dropped(v);
     }
+    v->fetches[(lin >> GUEST_PAGE_SHIFT) % FETCH_ENTRIES].lin = FETCH_NONE;
     for (unsigned k = 0; k < TLB_KINDS; k++)
         drop_entry(&v->tlbs[k], (lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1));
     bt_page_dropped(v, lin);
@@ -790,15 +821,15 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
     if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
         return;
-    FOR_EACH_USED (v, tlb, n)
-        if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
-            tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED(v, tlb, n)
+    if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
+        tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)
 {
-    FOR_EACH_USED (v, tlb, n)
-        tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    FOR_EACH_USED(v, tlb, n)
+    tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3)

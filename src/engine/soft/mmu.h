@@ -70,6 +70,8 @@ void soft_tlb_init(struct soft_vcpu *v);
 /* Forgets translations: everything; all but global pages; one page (global or not, every PCID's). */
 void soft_tlb_flush(struct soft_vcpu *v);
 void soft_tlb_flush_nonglobal(struct soft_vcpu *v);
+/* CR3 was written: another address space, by its PCID. keep: what is known of it still holds. */
+void soft_tlb_switch(struct soft_vcpu *v, unsigned pcid, bool keep);
 void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin);
 /* Stores to this guest-physical page must take the slow path from now on (it holds decoded code, or its
  * writes are logged). */

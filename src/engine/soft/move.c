@@ -294,12 +294,12 @@ void op_cmpxchg8b(struct soft_vcpu *v, const struct insn *i)
 }
 
 /* On MMIO and watched pages; being aligned it never crosses one. */
-static void cmpxchg16b_slow(struct soft_vcpu *v, gva_t lin)
+static void cmpxchg16b_slow(struct soft_vcpu *v, gva_t lin, unsigned stack)
 {
     u64 old[2], new[2] = {v->cpu.gpr[RBX], v->cpu.gpr[RCX]};
     bool equal;
 
-    soft_probe(v, lin, 16, ACCESS_WRITE);
+    soft_probe(v, lin, 16, ACCESS_WRITE | stack);
     soft_load_bytes(v, lin, old, 16, ACCESS_READ);
     equal = old[0] == v->cpu.gpr[RAX] && old[1] == v->cpu.gpr[RDX];
     soft_store_bytes(v, lin, equal ? new : old, 16, ACCESS_WRITE);
@@ -316,14 +316,15 @@ void op_cmpxchg16b(struct soft_vcpu *v, const struct insn *i)
 {
     gva_t lin = insn_linear(v, i, 16, ACCESS_WRITE);
     u64 *p, low = v->cpu.gpr[RAX], high = v->cpu.gpr[RDX];
+    unsigned stack = i->seg == SEG_SS ? ACCESS_STACK : 0;
     bool equal;
 
     v->cur = i;
     if (lin & 15)
-        soft_raise_error(v, EXC_GP, 0);
+        soft_raise_error(v, stack && !soft_canonical(v, lin) ? EXC_SS : EXC_GP, 0);
     p = mem_rmw(v, i, lin, 16);
     if (unlikely(!p)) {
-        cmpxchg16b_slow(v, lin);
+        cmpxchg16b_slow(v, lin, stack);
         NEXT(v, i);
     }
     __asm__ volatile("lock cmpxchg16b %[p]"

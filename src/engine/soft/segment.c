@@ -7,6 +7,7 @@
  */
 #include "engine/soft/segment.h"
 
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/descriptor.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/system.h"
@@ -106,6 +107,8 @@ void soft_commit_segment(struct soft_vcpu *v, enum segreg seg, struct segment s)
 {
     v->cpu.seg[seg] = s;
     v->seg_base[seg] = soft_code64(v) && seg < SEG_FS ? 0 : s.base;
+    if (!soft_code64(v))
+        bt_mode_changed(v);
 }
 
 /* --- Addresses --- */

@@ -224,7 +224,8 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
 
     v->blocks = block_cache_create(err);
     v->lapic = lapic_create(e->lapic_bus, &lapic);
-    if (!v->blocks || !v->lapic || host_exec_create(v, err) < 0 || (e->bt && bt_create(v, err) < 0)) {
+    if (!v->blocks || !v->lapic || host_exec_create(v, err) < 0 ||
+        (e->bt && bt_create(v, err) < 0)) {
         if (!v->lapic)
             error_host(err, ENOMEM, "can't make the local APIC of vCPU %u", index);
         soft_vcpu_destroy((struct vcpu *)v);
@@ -456,7 +457,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
 
         if (!v)
             continue;
-        out->instructions += v->icount;
+        out->instructions += v->bt ? 0 : v->icount; /* translated ones aren't counted */
         out->exits_port += v->stats.exits_port;
         out->exits_mmio += v->stats.exits_mmio;
         out->exits_halt += v->stats.exits_halt;
@@ -473,24 +474,13 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
 
 /* What the two software engines have in common: all but how guest code is run. */
 #define SOFT_OPS                                                                                   \
-    .cpuid_support = soft_support,                                                                 \
-    .destroy = soft_destroy,                                                                       \
-    .vcpu_create = soft_vcpu_create,                                                               \
-    .vcpu_destroy = soft_vcpu_destroy,                                                             \
-    .vcpu_run = soft_vcpu_run,                                                                     \
-    .vcpu_kick = soft_vcpu_kick,                                                                   \
-    .vcpu_get_state = soft_get_state,                                                              \
-    .vcpu_set_state = soft_set_state,                                                              \
-    .vcpu_reset = soft_vcpu_reset,                                                                 \
-    .deliver_msi = soft_deliver_msi,                                                               \
-    .set_extint = soft_set_extint,                                                                 \
-    .set_a20 = soft_set_a20,                                                                       \
-    .inject_nmi = soft_inject_nmi,                                                                 \
-    .memory_written = soft_memory_written,                                                         \
-    .memory_changed = soft_memory_changed,                                                         \
-    .dirty_log_start = soft_dirty_log_start,                                                       \
-    .dirty_log_stop = soft_dirty_log_stop,                                                         \
-    .dirty_log_read = soft_dirty_log_read,                                                         \
+    .cpuid_support = soft_support, .destroy = soft_destroy, .vcpu_create = soft_vcpu_create,       \
+    .vcpu_destroy = soft_vcpu_destroy, .vcpu_run = soft_vcpu_run, .vcpu_kick = soft_vcpu_kick,     \
+    .vcpu_get_state = soft_get_state, .vcpu_set_state = soft_set_state,                            \
+    .vcpu_reset = soft_vcpu_reset, .deliver_msi = soft_deliver_msi, .set_extint = soft_set_extint, \
+    .set_a20 = soft_set_a20, .inject_nmi = soft_inject_nmi, .memory_written = soft_memory_written, \
+    .memory_changed = soft_memory_changed, .dirty_log_start = soft_dirty_log_start,                \
+    .dirty_log_stop = soft_dirty_log_stop, .dirty_log_read = soft_dirty_log_read,                  \
     .stats = soft_stats
 
 const struct engine_ops engine_interp = {

@@ -112,9 +112,11 @@ static void set_cr0(struct soft_vcpu *v, u64 value)
 static void set_cr3(struct soft_vcpu *v, u64 value)
 {
     struct cpu *cpu = &v->cpu;
+    bool pcide = cpu->cr4 & CR4_PCIDE, keep = false;
 
     if (soft_long_mode(v)) {
-        if (cpu->cr4 & CR4_PCIDE)
+        keep = pcide && (value & CR3_NOFLUSH);
+        if (pcide)
             value &= ~CR3_NOFLUSH;
         if (value >> v->phys_bits)
             raise_gp(v);
@@ -122,7 +124,7 @@ static void set_cr3(struct soft_vcpu *v, u64 value)
         raise_gp(v);
     }
     cpu->cr3 = value;
-    soft_tlb_flush_nonglobal(v);
+    soft_tlb_switch(v, pcide ? (unsigned)(value & CR3_PCID_MASK) : 0, keep);
 }
 
 /* CR4's bits that the CPUID model has; the others are reserved. */

@@ -74,14 +74,20 @@ struct tlb {
     u64 used[TLB_SIZE / 64];
 };
 
-/* A page that instructions are fetched from; valid in its map_generation only. */
+/* A page that instructions are fetched from. */
 #define FETCH_ENTRIES 64
 struct fetch_entry {
-    u64 lin; /* of the page */
-    u64 generation;
+    u64 lin; /* of the page; FETCH_NONE: empty */
     gpa_t gpa;
     const u8 *host; /* NULL: not RAM or ROM */
     bool user, global;
+};
+
+#define FETCH_NONE 1 /* no page begins there */
+
+/* Where translations of large pages were used since the last flush. */
+struct large_range {
+    gva_t low, high;
 };
 
 #define SOFT_POSTS 16
@@ -117,6 +123,8 @@ struct bt_shared {
     u64 jump_key;
     u64 linear; /* of the access that missed */
     u64 temp;
+    u64 kept_address[2]; /* host addresses in borrowed registers, while C fills the TLB */
+    u64 flag_source; /* an operand of what made the flags: see struct bt_recipe */
     u32 site;   /* which exit or access left the code */
     u32 reason; /* enum bt_reason */
     u64 jump_tag[JUMP_SIZE];
@@ -144,8 +152,7 @@ struct soft_vcpu {
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
     struct fetch_entry fetches[FETCH_ENTRIES];
     u64 map_generation; /* changes whenever any translation may have */
-    gva_t large_low,
-        large_high; /* TLB entries of large pages lie in between since the last flush */
+    struct large_range large_data[2], large_code; /* data: by the half of the address space */
     struct block_cache *blocks;
     bool align_check;      /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
     bool data_breakpoints; /* DR7 enables one */
@@ -168,14 +175,15 @@ struct soft_vcpu {
 
     /* x87 and SIMD on the host's units: host_exec.c */
     struct host_exec *host_exec;
+    bool fpu_live; /* the guest's x87 registers are in the host's */
 
     /* Binary translation; NULL: the interpreter alone */
     struct bt *bt;
-    u32 bt_mode;       /* keys translated blocks */
-    bool bt_possible;  /* the current mode is one that is translated */
+    u32 bt_mode;                /* keys translated blocks */
+    bool bt_possible;           /* the current mode is one that is translated */
     struct bt_journal *journal; /* bt,verify; else NULL */
     bool journaling;            /* stores are noted, and to be undone */
-    bool vectors_live; /* the guest's vector registers and MXCSR are in the host's */
+    bool vectors_live;          /* the guest's vector registers and MXCSR are in the host's */
 
     struct vcpu_exit *exit; /* where the run loop's exit goes */
     bool leave;             /* vcpu_run must return with *exit */

@@ -1,7 +1,7 @@
 /*
  * x87: where the state lives, the environment in memory, and the control instructions.
  *
- * While host_exec.fpu_live the x87 and MMX registers, FCW, FSW and FTW of the guest are the host's
+ * While soft_vcpu.fpu_live the x87 and MMX registers, FCW, FSW and FTW of the guest are the host's
  * own, and the copies in struct cpu are stale. FRSTOR and FNSAVE move them; FNSAVE leaves the
  * host's unit initialised, as C code wants it. The instruction and data pointers would be the
  * host's, so handlers keep the guest's in struct cpu (host_exec.c), always current.
@@ -51,17 +51,17 @@ void fpu_load(struct soft_vcpu *v)
     for (unsigned n = 0; n < 8; n++)
         memcpy(image.st[n], v->cpu.fpr[(n + top_of(v->cpu.fsw)) & 7], 10);
     __asm__ volatile("frstor %0" : : "m"(image));
-    v->host_exec->fpu_live = true;
+    v->fpu_live = true;
 }
 
 void soft_fpu_sync(struct soft_vcpu *v)
 {
     struct fsave_image image;
 
-    if (!v->host_exec->fpu_live)
+    if (!v->fpu_live)
         return;
     __asm__ volatile("fnsave %0" : "=m"(image));
-    v->host_exec->fpu_live = false;
+    v->fpu_live = false;
     v->cpu.fcw = (u16)image.fcw;
     v->cpu.fsw = (u16)image.fsw;
     v->cpu.ftw = (u16)image.ftw;
@@ -71,16 +71,16 @@ void soft_fpu_sync(struct soft_vcpu *v)
 
 void soft_fpu_drop(struct soft_vcpu *v)
 {
-    if (v->host_exec->fpu_live)
+    if (v->fpu_live)
         __asm__ volatile("fninit");
-    v->host_exec->fpu_live = false;
+    v->fpu_live = false;
 }
 
 void fpu_check_pending(struct soft_vcpu *v, const struct insn *i)
 {
     u16 fsw = v->cpu.fsw;
 
-    if (v->host_exec->fpu_live)
+    if (v->fpu_live)
         __asm__ volatile("fnstsw %0" : "=m"(fsw));
     if (fsw & FSW_ES) {
         v->cur = i;

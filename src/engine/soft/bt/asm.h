@@ -138,23 +138,41 @@ static inline void put_op_ri(u8 **p, bool w, unsigned ext, unsigned rm, s32 imm)
     else
         put32(p, (u32)imm);
 }
-/* lea reg, [base + disp] */
-static inline void put_lea(u8 **p, unsigned reg, unsigned base, s32 disp)
+/* The unary group F7 (3: NEG), and shifts by an immediate (4 SHL, 5 SHR, 7 SAR). */
+static inline void put_unary(u8 **p, bool w, unsigned ext, unsigned rm)
 {
-    put_rex(p, true, reg, 0, base);
+    put_rex(p, w, 0, 0, rm);
+    put8(p, 0xf7);
+    put_modrm(p, 3, ext, rm);
+}
+static inline void put_shift(u8 **p, bool w, unsigned ext, unsigned rm, unsigned count)
+{
+    put_rex(p, w, 0, 0, rm);
+    put8(p, 0xc1);
+    put_modrm(p, 3, ext, rm);
+    put8(p, count);
+}
+/* lea reg, [base + disp], cut to `size` bytes: 4 or 8 */
+static inline void put_lea_word(u8 **p, unsigned size, unsigned reg, unsigned base, s32 disp)
+{
+    put_rex(p, size == 8, reg, 0, base);
     put8(p, 0x8d);
     put_base_disp(p, reg, base, disp);
 }
-/* mov reg, [base + disp] and back, 64 bits */
-static inline void put_load(u8 **p, unsigned reg, unsigned base, s32 disp)
+static inline void put_lea(u8 **p, unsigned reg, unsigned base, s32 disp)
 {
-    put_rex(p, true, reg, 0, base);
+    put_lea_word(p, 8, reg, base, disp);
+}
+/* mov reg, [base + disp] and back, of `size` bytes: 4 or 8 */
+static inline void put_load_word(u8 **p, unsigned size, unsigned reg, unsigned base, s32 disp)
+{
+    put_rex(p, size == 8, reg, 0, base);
     put8(p, 0x8b);
     put_base_disp(p, reg, base, disp);
 }
-static inline void put_store(u8 **p, unsigned base, s32 disp, unsigned reg)
+static inline void put_store_word(u8 **p, unsigned size, unsigned base, s32 disp, unsigned reg)
 {
-    put_rex(p, true, reg, 0, base);
+    put_rex(p, size == 8, reg, 0, base);
     put8(p, 0x89);
     put_base_disp(p, reg, base, disp);
 }

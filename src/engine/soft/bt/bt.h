@@ -1,7 +1,7 @@
 /*
  * The binary translator: what the rest of the software processor knows of it.
  *
- * Guest code of 64-bit mode that is run often is translated, block by block, to host code that runs on
+ * Guest code of 64-bit mode, and of 32 bits with flat segments, that is run often is translated, block by block, to host code that runs on
  * the host's own registers (translate.c tells how); all else is the interpreter's. The two run one
  * struct soft_vcpu and alternate at block boundaries.
  */
@@ -15,6 +15,12 @@
 #define BT_MODE_AC 0x02u     /* supervisor accesses under EFLAGS.AC: TLB_KERNEL_AC */
 #define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
 #define BT_MODE_NO_AVX 0x08u
+#define BT_MODE_NARROW 0x80000000u /* of blocks only: each access has a check of its own */
+#define BT_MODE_NO_X87 0x10u /* x87 and MMX */
+#define BT_MODE_CODE32 0x20u
+/* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
+#define BT_MODE_FS 0x40u
+#define BT_MODE_GS 0x80u
 
 /* 0, or an error that names what this host's processor lacks. */
 int bt_probe(struct error *err);
@@ -55,22 +61,40 @@ _Noreturn void bt_journal_stop(struct soft_vcpu *v);
 
 /* --- between the files of this module --- */
 
-/* translate.c: the block whose first byte is at gpa (host: where that is); NULL: none can be made. */
-struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
+/*
+ * translate.c: the block whose first byte is at gpa, and at host, for v->bt_mode, maybe with
+ * BT_MODE_NARROW; NULL: none can be made. With host2, one
+ * instruction that goes on at gpa2, the start of a page.
+ */
+struct bt_source {
+    gpa_t gpa, gpa2;
+    const u8 *host, *host2;
+};
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode);
+/* Whether the instruction at gpa goes on in the next page. */
+bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
 /* verify.c: round the run of one block. */
 int bt_verify_create(struct soft_vcpu *v, struct error *err);
 void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b);
-void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b);
+/* faulted: it ended by an exception of the host. */
+void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b, bool faulted);
 /* glue.c */
 void bt_glue_emit(struct bt *bt);
 void bt_vectors_load(struct soft_vcpu *v);
 /* fill.c: fills the TLB for an access of the current privilege if that needs no change to the page
  * tables; false: the interpreter must see to it. */
 bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write);
+/* string.c: runs a string instruction; false: the interpreter must go on with it. */
+bool bt_string(struct soft_vcpu *v, const struct bt_string *s);
+/* x87.c: an instruction of the interpreter's comes next: makes the x87 pointers what the one numbered
+ * `number` makes them (0: what they are). */
+void bt_x87_point(struct soft_vcpu *v, u32 number);
 /* flags.c: the arithmetic flags that a recipe makes of the registers as they are. */
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */
 void bt_relink(struct soft_vcpu *v);
+/* cache.c: jump_key for the current mode and address space. */
+void bt_update_key(struct soft_vcpu *v);
 int bt_kick_create(struct soft_vcpu *v, struct error *err);
 void bt_kick_destroy(struct soft_vcpu *v);
 

@@ -14,6 +14,7 @@
 
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/bt/translate.h"
 #include "engine/soft/mmu.h"
 
 #include <errno.h>
@@ -21,8 +22,39 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define COLD_END (BT_CODE_SIZE - KIB(64))
-#define HOT_END (BT_COLD_START - KIB(64))
+/* Room for a block, in each half of the code. */
+#define BLOCK_ROOM KIB(64)
+
+/* --- Choices --- */
+
+/* splitmix64's output function, which makes anything of neighbouring seeds. */
+static u64 scramble(u64 n)
+{
+    n += 0x9e3779b97f4a7c15ULL;
+    n = (n ^ (n >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    n = (n ^ (n >> 27)) * 0x94d049bb133111ebULL;
+    return n ^ (n >> 31);
+}
+
+struct bt_choices bt_choose(const struct engine_checks *checks)
+{
+    static const s32 spans[] = {0, 16, 64, BT_GROUP_SPAN};
+    struct bt_choices c = {
+        .hot_runs = BT_HOT_RUNS,
+        .max_insns = BT_MAX_INSNS,
+        .group_span = BT_GROUP_SPAN,
+        .code_size = BT_COLD_START - BLOCK_ROOM,
+    };
+    u64 random = scramble(checks->seed);
+
+    if (!checks->seed)
+        return c;
+    c.hot_runs = random & 3 ? 0 : random >> 2 & 15;
+    c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
+    c.group_span = spans[random >> 14 & 3];
+    c.code_size = MIN(c.code_size, (u32)KIB(256) << (random >> 16) % 8);
+    return c;
+}
 
 /* --- Life --- */
 
@@ -52,6 +84,7 @@ void bt_cache_destroy(struct soft_vcpu *v)
     unmap(bt->exits, BT_EXITS * sizeof(*bt->exits));
     unmap(bt->sites, BT_SITES * sizeof(*bt->sites));
     unmap(bt->points, BT_POINTS * sizeof(*bt->points));
+    unmap(bt->x87s, BT_X87S * sizeof(*bt->x87s));
     unmap(bt->kept, BT_KEPT * sizeof(*bt->kept));
     free(bt);
     v->bt = NULL;
@@ -66,12 +99,14 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     if (!bt)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
     v->bt = bt;
+    bt->choices = bt_choose(&v->engine->config.checks);
     bt->blocks = map_array(BT_BLOCKS * sizeof(*bt->blocks));
     bt->exits = map_array(BT_EXITS * sizeof(*bt->exits));
     bt->sites = map_array(BT_SITES * sizeof(*bt->sites));
     bt->points = map_array(BT_POINTS * sizeof(*bt->points));
+    bt->x87s = map_array(BT_X87S * sizeof(*bt->x87s));
     bt->kept = map_array(BT_KEPT * sizeof(*bt->kept));
-    if (!bt->kept || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
+    if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
     fd = memfd_create("doppel-code", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
@@ -86,6 +121,7 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->executable = map;
     close(fd);
     bt->next_context = 1;
+    bt->nx87s = 1;
     bt->hot = 0;
     bt->cold = BT_COLD_START;
     return 0;
@@ -107,17 +143,24 @@ static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, u32 mode)
     return (struct bt_block **)&bt->hash[key >> (64 - BT_HASH_BITS)];
 }
 
-static struct bt_block **page_slot(const struct bt *bt, gpa_t gpa)
+static unsigned page_hash(gpa_t gpa)
 {
-    u64 key = (gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL;
-
-    return (struct bt_block **)&bt->pages[key >> (64 - BT_PAGES_BITS)];
+    return (unsigned)(((gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_PAGES_BITS));
 }
 
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa)
+static struct bt_block **page_slot(struct bt *bt, gpa_t gpa)
 {
-    for (struct bt_block *b = *hash_slot(v->bt, gpa, v->bt_mode); b; b = b->hash_next)
-        if (b->gpa == gpa && b->mode == v->bt_mode)
+    return &bt->pages[page_hash(gpa)];
+}
+static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
+{
+    return &bt->crossing[page_hash(gpa)];
+}
+
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode)
+{
+    for (struct bt_block *b = *hash_slot(v->bt, gpa, mode); b; b = b->hash_next)
+        if (b->gpa == gpa && b->mode == mode)
             return b;
     return NULL;
 }
@@ -131,6 +174,11 @@ void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
     slot = page_slot(v->bt, b->gpa);
     b->page_next = *slot;
     *slot = b;
+    if (b->gpa2) {
+        slot = crossing_slot(v->bt, b->gpa2);
+        b->page2_next = *slot;
+        *slot = b;
+    }
 }
 
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
@@ -160,13 +208,23 @@ struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
 
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 {
-    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->stub));
+    patch_rel32(bt_write_at(bt, e->at), bt_write_at(bt, e->bridge));
+    if (e->at2)
+        patch_rel32(bt_write_at(bt, e->at2), bt_write_at(bt, e->stub));
 }
 
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
 {
-    patch_rel32(bt_write_at(bt, e->at),
-                bt_write_at(bt, e->host_flags ? e->to->host_entry : e->to->memory_entry));
+    const struct bt_block *to = e->to;
+    bool memory = e->flags == EXIT_MEMORY ||
+                  (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
+
+    if (!memcmp(to->perm, e->perm, sizeof(to->perm)))
+        patch_rel32(bt_write_at(bt, e->at),
+                    bt_write_at(bt, memory ? to->memory_native : to->host_native));
+    else /* by the bridge, if there is one */
+        patch_rel32(bt_write_at(bt, e->at2 ? e->at2 : e->at),
+                    bt_write_at(bt, memory ? to->memory_entry : to->host_entry));
 }
 
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
@@ -207,7 +265,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
     v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
     v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
     v->bt->filter[bit / 64] |= BIT(bit % 64);
-    if (!(v->bt_mode & BT_MODE_USER) && !soft_fetch_is_global(v, lin))
+    if (!(v->bt_mode & BT_MODE_USER) &&
+        (!soft_fetch_is_global(v, lin) || (b->gpa2 && !soft_fetch_is_global(v, lin + GUEST_PAGE_SIZE))))
         v->bt->kernel_nonglobal = true;
 }
 
@@ -235,35 +294,79 @@ static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
             jump_empty(v, slot);
 }
 
-static void update_key(struct soft_vcpu *v)
+static u16 *context_of(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
 
+    return v->bt_mode & BT_MODE_USER ? &bt->spaces[bt->space].contexts[v->bt_mode]
+                                     : &bt->contexts[v->bt_mode];
+}
+
+static void forget_user(struct bt *bt)
+{
+    for (unsigned n = 0; n < BT_SPACES; n++)
+        memset(bt->spaces[n].contexts, 0, sizeof(bt->spaces[n].contexts));
+}
+
+void bt_update_key(struct soft_vcpu *v)
+{
+    struct bt *bt = v->bt;
+    u16 *context;
+
     if (!v->bt_possible)
         return;
-    if (!bt->contexts[v->bt_mode]) {
+    context = context_of(v);
+    if (!*context) {
         if (bt->next_context > UINT16_MAX) {
             memset(bt->contexts, 0, sizeof(bt->contexts));
+            forget_user(bt);
             bt_jump_clear(v);
             bt->next_context = 1;
         }
-        bt->contexts[v->bt_mode] = (u16)bt->next_context++;
+        *context = (u16)bt->next_context++;
     }
-    v->bt_shared.jump_key = bt->contexts[v->bt_mode];
+    v->bt_shared.jump_key = *context;
+}
+
+/* Whether a segment lets every address through, for reading and writing. */
+static bool is_unlimited(const struct segment *s)
+{
+    return !(s->attr & SEG_ATTR_UNUSABLE) && s->limit == UINT32_MAX &&
+           (s->attr & (SEG_ATTR_CODE | SEG_ATTR_DOWN | SEG_ATTR_WRITABLE)) == SEG_ATTR_WRITABLE;
+}
+
+static bool is_flat(const struct segment *s)
+{
+    return s->base == 0 && is_unlimited(s);
+}
+
+/* 32-bit protected-mode code whose addresses are linear addresses. */
+static bool is_flat32(const struct soft_vcpu *v)
+{
+    const struct segment *seg = v->cpu.seg;
+
+    return (v->mode & (MODE_CODE_MASK | MODE_STACK32 | MODE_PROTECTED)) ==
+               (MODE_CODE32 | MODE_STACK32 | MODE_PROTECTED) &&
+           seg[SEG_CS].base == 0 && seg[SEG_CS].limit == UINT32_MAX && is_flat(&seg[SEG_DS]) &&
+           is_flat(&seg[SEG_ES]) && is_flat(&seg[SEG_SS]);
 }
 
 void bt_mode_changed(struct soft_vcpu *v)
 {
+    bool code64 = soft_code64(v);
     unsigned cpl = soft_cpl(v);
 
     if (!v->bt)
         return;
-    v->bt_possible = soft_code64(v) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
-    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) |
-                 (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
+    v->bt_possible = (code64 || is_flat32(v)) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
+    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) | (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
                  (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
-                 (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0);
-    update_key(v);
+                 (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
+                 (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
+    if (!code64)
+        v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
+                      (is_unlimited(&v->cpu.seg[SEG_GS]) ? BT_MODE_GS : 0);
+    bt_update_key(v);
 }
 
 void bt_mappings_dropped(struct soft_vcpu *v)
@@ -271,28 +374,58 @@ void bt_mappings_dropped(struct soft_vcpu *v)
     if (!v->bt)
         return;
     memset(v->bt->contexts, 0, sizeof(v->bt->contexts));
+    forget_user(v->bt);
     v->bt->kernel_nonglobal = false;
-    update_key(v);
+    bt_update_key(v);
+}
+
+static void forget_kernel_nonglobal(struct bt *bt)
+{
+    if (bt->kernel_nonglobal)
+        memset(bt->contexts, 0, sizeof(bt->contexts));
+    bt->kernel_nonglobal = false;
 }
 
 void bt_nonglobal_dropped(struct soft_vcpu *v)
 {
+    if (!v->bt)
+        return;
+    forget_kernel_nonglobal(v->bt);
+    forget_user(v->bt);
+    bt_update_key(v);
+}
+
+void bt_space_switched(struct soft_vcpu *v, unsigned pcid, bool keep)
+{
     struct bt *bt = v->bt;
+    unsigned n = 0;
 
     if (!bt)
         return;
-    for (u32 mode = 0; mode < BT_MODES; mode++)
-        if ((mode & BT_MODE_USER) || bt->kernel_nonglobal)
-            bt->contexts[mode] = 0;
-    bt->kernel_nonglobal = false;
-    update_key(v);
+    forget_kernel_nonglobal(bt);
+    while (n < BT_SPACES && bt->spaces[n].pcid != pcid)
+        n++;
+    if (n == BT_SPACES) {
+        n = bt->next_space++ % BT_SPACES;
+        keep = false;
+    }
+    bt->space = n;
+    bt->spaces[n].pcid = pcid;
+    if (!keep)
+        memset(bt->spaces[n].contexts, 0, sizeof(bt->spaces[n].contexts));
+    bt_update_key(v);
 }
 
 void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 {
     unsigned bit = filter_bit(lin), first = jump_slot(lin & ~(GUEST_PAGE_SIZE - 1));
 
-    if (!v->bt || !(v->bt->filter[bit / 64] & BIT(bit % 64)))
+    if (!v->bt)
+        return;
+    /* An instruction that goes on in this page begins in the last bytes of the one before. */
+    for (unsigned n = 1; n < 15; n++)
+        jump_empty(v, (first - n) & (JUMP_SIZE - 1));
+    if (!(v->bt->filter[bit / 64] & BIT(bit % 64)))
         return;
     for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
         jump_empty(v, slot);
@@ -333,28 +466,74 @@ static u64 line_mask(gpa_t gpa, u64 n)
     return (~0ULL >> (63 - (last - first))) << first;
 }
 
+/* Bytes of a block in its first page. */
+static u64 first_bytes(const struct bt_block *b)
+{
+    return MIN((u64)b->bytes, GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1)));
+}
+
+/* [start, start + size) are a block's bytes in the page of gpa: drops it, or adds its lines. */
+static void written_at(struct soft_vcpu *v, struct bt_block *b, gpa_t start, u64 size, gpa_t gpa,
+                       u64 n, u64 *left)
+{
+    if (((start ^ gpa) & ~(GUEST_PAGE_SIZE - 1)) || b->dropped)
+        return;
+    if (start < gpa + n && gpa < start + size)
+        block_drop(v, b);
+    else
+        *left |= line_mask(start, size);
+}
+
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
-    gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
     struct bt_block **link;
     u64 left = 0;
 
     if (!v->bt)
         return 0;
+    /* Both lists also hold what was dropped by way of the other. */
     for (link = page_slot(v->bt, gpa); *link;) {
         struct bt_block *b = *link;
 
-        if ((b->gpa & ~(GUEST_PAGE_SIZE - 1)) != page) {
-            link = &b->page_next;
-        } else if (b->gpa < gpa + n && gpa < b->gpa + b->bytes) {
-            block_drop(v, b);
+        written_at(v, b, b->gpa, first_bytes(b), gpa, n, &left);
+        if (b->dropped)
             *link = b->page_next;
-        } else {
-            left |= line_mask(b->gpa, b->bytes);
+        else
             link = &b->page_next;
-        }
+    }
+    for (link = crossing_slot(v->bt, gpa); *link;) {
+        struct bt_block *b = *link;
+
+        written_at(v, b, b->gpa2, b->bytes - first_bytes(b), gpa, n, &left);
+        if (b->dropped)
+            *link = b->page2_next;
+        else
+            link = &b->page2_next;
     }
     return left;
+}
+
+u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r)
+{
+    u64 key;
+    u16 *slot;
+
+    _Static_assert(sizeof(*r) == sizeof(key), "recipes are compared as numbers");
+    memcpy(&key, r, sizeof(key));
+    key *= 0x9e3779b97f4a7c15ULL;
+    for (u32 n = 0; n < 64; n++) {
+        slot = &bt->recipe_hash[((key >> 48) + n) % BT_RECIPES];
+        if (!*slot) {
+            if (bt->nrecipes + 1 >= BT_RECIPES)
+                return 0;
+            *slot = (u16)++bt->nrecipes;
+            bt->recipes[*slot] = *r;
+            return *slot;
+        }
+        if (!memcmp(&bt->recipes[*slot], r, sizeof(*r)))
+            return *slot;
+    }
+    return 0;
 }
 
 static void leave_kept(struct soft_vcpu *v, const struct insn *i)
@@ -371,9 +550,10 @@ u32 bt_keep_insn(struct bt *bt, const struct insn *i)
 
 bool bt_is_full(const struct bt *bt)
 {
-    return bt->nkept + 1 > BT_KEPT || bt->hot > HOT_END || bt->cold > COLD_END || bt->nblocks + 1 > BT_BLOCKS ||
+    return bt->nkept + 1 > BT_KEPT || bt->hot > bt->choices.code_size ||
+           bt->cold > BT_COLD_START + bt->choices.code_size || bt->nblocks + 1 > BT_BLOCKS ||
            bt->nexits + 256 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
-           bt->npoints + 256 > BT_POINTS;
+           bt->npoints + 256 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
 }
 
 void bt_flush(struct soft_vcpu *v)
@@ -384,11 +564,13 @@ void bt_flush(struct soft_vcpu *v)
         return;
     bt->flushes++;
     bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
+    bt->nx87s = 1;
     bt->nunlinked = 0;
     bt->hot = bt->glue_end;
     bt->cold = BT_COLD_START;
     memset(bt->hash, 0, sizeof(bt->hash));
     memset(bt->pages, 0, sizeof(bt->pages));
+    memset(bt->crossing, 0, sizeof(bt->crossing));
     bt_jump_clear(v);
 }
 
@@ -400,5 +582,5 @@ u64 bt_bytes(const struct soft_vcpu *v)
         return 0;
     return bt->hot + (bt->cold - BT_COLD_START) + bt->nblocks * sizeof(*bt->blocks) +
            bt->nexits * sizeof(*bt->exits) + bt->nsites * sizeof(*bt->sites) +
-           bt->npoints * sizeof(*bt->points);
+           bt->npoints * sizeof(*bt->points) + bt->nx87s * sizeof(*bt->x87s);
 }

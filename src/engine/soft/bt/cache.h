@@ -9,6 +9,10 @@
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
  * the page shares it.
  *
+ * An instruction that lies across two pages is a block of its own. It is right only where both pages are
+ * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
+ * page's mapping is dropped.
+ *
  * All of it belongs to one vCPU and its thread.
  */
 #ifndef DOPPEL_ENGINE_SOFT_BT_CACHE_H
@@ -26,48 +30,92 @@ enum bt_reason {
     BT_BRANCH, /* as BT_JUMP, behind an indirect branch: site */
     BT_STOP,   /* at an instruction for the interpreter: site */
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
+    BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
+    BT_STRING, /* at a string instruction: site, its resume where to go on behind it */
     BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
 };
 
-enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE };
+enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE, SITE_FLAGS_HOST };
 
 /* Where translated code may leave for C, besides its direct exits. */
 struct bt_site {
-    u32 resume;  /* BT_SLOW: code offset at which the access begins anew */
-    u16 offset;  /* of the guest's instruction in its page */
-    u16 size;    /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
+    u32 resume; /* BT_SLOW: code offset at which the access begins anew */
+    u16 offset; /* of the guest's instruction in its page */
+    u16 size;   /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
     bool write;
+    bool grouped; /* the check covers more than the instruction's own access */
     u8 flags; /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
+    u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
+    struct bt_string string; /* BT_STRING */
+};
+
+/*
+ * An x87 instruction whose effect on FIP, FOP, FCS and, with a memory operand, FDP and FDS is kept back:
+ * the operand's address is still to be had from the registers.
+ */
+struct bt_x87 {
+    u16 offset; /* of the instruction in its page */
+    u16 fop;
+    bool memory, address32;
+    bool rip_relative; /* disp counts from the page's start */
+    u8 base, index, scale, seg;
+    s32 disp;
 };
 
 /* A host instruction that may raise an exception. */
 struct bt_point {
     u32 at;     /* code offset */
     u16 offset; /* of the guest's instruction in its page */
-    bool host_flags; /* the arithmetic flags are the host's, else in v->aflags */
+    u8 flags;   /* enum site_flags */
+    struct bt_recipe recipe;
+    u32 x87; /* as in a site */
+};
+
+#define BT_BORROWED 2
+#define BT_PERM (2 + BT_BORROWED)
+
+/* Where an exit leaves the arithmetic flags. */
+enum exit_flags {
+    EXIT_HOST,
+    EXIT_MEMORY,
+    /* In the host's register, and as a recipe whose number is in the upper half of v->aflags. */
+    EXIT_RECIPE,
 };
 
 struct bt_exit {
     u32 at;     /* code offset of the displacement to patch */
-    u32 stub;   /* code offset of where it leads when not linked */
+    u32 bridge; /* of code behind it that brings the registers in default order ... */
+    u32 at2;    /* and of the displacement at its end; 0: they are in order */
+    u32 stub;   /* code offset of where all that leads when not linked */
     u16 target; /* offset in the page */
-    bool host_flags;
+    u8 flags;   /* enum exit_flags */
+    u8 perm[BT_PERM];
+    u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
 };
 
 struct bt_block {
     gpa_t gpa;
+    gpa_t gpa2; /* of the second page, when its one instruction lies across; else 0 */
     u32 mode;
     u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
     u32 hot, hot_end, cold, cold_end; /* code offsets */
     /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */
     u32 jump_entry, memory_entry, host_entry;
+    /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
+    bool takes_recipe;
+    u32 kept_regs;
+    /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), those that are borrowed for
+     * host addresses (NO_REG: none), and the entries for who has all that already. */
+    u8 perm[BT_PERM];
+    u32 memory_native, host_native;
+    u32 fault; /* code offset: leaves with BT_FAULT */
     u32 exits, nexits;
     u32 points, npoints;
-    struct bt_block *hash_next, *page_next;
+    struct bt_block *hash_next, *page_next, *page2_next;
     struct bt_exit *incoming;
 };
 
@@ -77,31 +125,50 @@ struct bt_block {
 #define BT_EXITS (1u << 19)
 #define BT_SITES (1u << 20)
 #define BT_POINTS (1u << 19)
+#define BT_X87S (1u << 18)
 #define BT_HASH_BITS 16
 #define BT_PAGES_BITS 13
-#define BT_FILTER_BITS 12
-#define BT_MODES 16
+#define BT_FILTER_BITS 16
+#define BT_SPACES 16
+#define BT_MODES 256
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
+#define BT_RECIPES (1u << 16)
+
+/* What is chosen freely: it changes the speed, and nothing that the manual promises a guest. */
+struct bt_choices {
+    unsigned hot_runs;  /* of an interpreted block, before it is translated */
+    unsigned max_insns; /* of a block */
+    s32 group_span;     /* bytes that the check for a group of accesses covers at most */
+    u32 code_size;      /* bytes of hot code, and of cold, at which the cache is full */
+};
 
 struct bt {
+    struct bt_choices choices;
     u8 *writable;
     const u8 *executable;
-    u32 hot, cold;             /* code offsets: the next free bytes */
-    u32 glue_end;              /* where blocks begin */
-    u32 glue[BT_FAULT + 1];    /* code offsets of the ways out, by reason */
-    u32 (*enter)(void);        /* runs v->bt_shared.entry; returns enum bt_reason */
+    u32 hot, cold;          /* code offsets: the next free bytes */
+    u32 glue_end;           /* where blocks begin */
+    u32 glue[BT_FAULT + 1]; /* code offsets of the ways out, by reason */
+    u32 (*enter)(void);     /* runs v->bt_shared.entry; returns enum bt_reason */
 
     struct bt_block *blocks;
     struct bt_exit *exits;
     struct bt_site *sites;
     struct bt_point *points;
-    u32 nblocks, nexits, nsites, npoints;
+    struct bt_x87 *x87s; /* the first is none */
+    u32 nblocks, nexits, nsites, npoints, nx87s;
     struct bt_block *hash[1u << BT_HASH_BITS];
-    struct bt_block *pages[1u << BT_PAGES_BITS];
+    struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
+    struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
 
     /* jump_key by mode; 0: to be given anew. */
-    u16 contexts[BT_MODES];
+    u16 contexts[BT_MODES]; /* of supervisor code */
+    struct bt_space {
+        unsigned pcid;
+        u16 contexts[BT_MODES]; /* of user code */
+    } spaces[BT_SPACES];
+    unsigned space, next_space; /* the current one, and the next to be given another PCID */
     u32 next_context;
     bool kernel_nonglobal; /* supervisor code ran from pages that a write of CR3 drops */
     u64 filter[(1u << BT_FILTER_BITS) / 64]; /* hashes of pages with entries in the jump cache */
@@ -109,6 +176,11 @@ struct bt {
     /* Instructions of BT_QUICK, each with one behind it that leaves. */
     struct insn (*kept)[2];
     u32 nkept;
+
+    /* By number; 0 is none. They are few: equal ones share a number for good. */
+    struct bt_recipe recipes[BT_RECIPES];
+    u32 nrecipes;
+    u16 recipe_hash[BT_RECIPES];
 
     /* Leaving on request: see kick.c */
     volatile bool armed;
@@ -124,10 +196,15 @@ struct bt {
         int flags;
     } old_stack;
     void *signal_stack;
-    bool interp_next; /* the next instruction is the interpreter's */
+    struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
+    bool interp_next;      /* the next instruction is the interpreter's */
 
     u64 translated, translated_insns, flushes;
 };
+
+/* The best, or for a seed other than 0 random ones: many runs, each with a seed, try out what the best
+ * choices don't come to. */
+struct bt_choices bt_choose(const struct engine_checks *checks);
 
 int bt_cache_create(struct soft_vcpu *v, struct error *err);
 void bt_cache_destroy(struct soft_vcpu *v);
@@ -142,8 +219,8 @@ static inline const u8 *bt_run_at(const struct bt *bt, u32 offset)
     return bt->executable + offset;
 }
 
-/* The block of the current mode at gpa, or NULL. */
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa);
+/* The block of a mode at gpa, or NULL. */
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode);
 /* Makes a finished block known; its bytes' lines are protected by the caller. */
 void bt_block_insert(struct soft_vcpu *v, struct bt_block *b);
 /* The block that a host address lies in, or NULL. Async-signal-safe. */
@@ -163,6 +240,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b);
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
 /* Drops everything. Not while translated code runs. */
 void bt_flush(struct soft_vcpu *v);
+/* The number of a recipe; 0: there are too many. */
+u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r);
 /* Keeps an instruction for BT_QUICK; returns its number. */
 u32 bt_keep_insn(struct bt *bt, const struct insn *i);
 /* Whether there may not be room for one more block. */
@@ -173,6 +252,8 @@ void bt_mode_changed(struct soft_vcpu *v);
 /* Translations changed: all; those that are not global; one page's. */
 void bt_mappings_dropped(struct soft_vcpu *v);
 void bt_nonglobal_dropped(struct soft_vcpu *v);
+/* CR3 was written. keep: what was known of that PCID still holds. */
+void bt_space_switched(struct soft_vcpu *v, unsigned pcid, bool keep);
 void bt_page_dropped(struct soft_vcpu *v, gva_t lin);
 
 #endif

@@ -15,15 +15,95 @@
 
 #include "engine/soft/flags.h"
 
-#define STOLEN (BIT32(S1) | BIT32(S2))
+/* --- Registers --- */
 
-static bool is_stolen(u8 reg)
+static bool in_memory(const struct translation *t, u8 reg)
 {
-    return reg != NO_REG && (reg == S1 || reg == S2);
+    return reg != NO_REG && t->home[reg] == NO_REG;
+}
+
+/* op reg, the guest's register in memory, and back */
+static void put_load_reg(struct translation *t, u8 to, u8 reg)
+{
+    if (in_memory(t, reg))
+        put_load_gs(&t->p, to, GS_GPR(reg));
+    else
+        put_mov_rr(&t->p, to, t->home[reg]);
+}
+static void put_store_reg(struct translation *t, u8 reg, u8 from)
+{
+    if (in_memory(t, reg))
+        put_store_gs(&t->p, GS_GPR(reg), from);
+    else
+        put_mov_rr(&t->p, t->home[reg], from);
+}
+
+void use_perm(struct translation *t, const u8 perm[BT_PERM])
+{
+    memcpy(t->perm, perm, BT_PERM);
+    for (u8 reg = 0; reg < 16; reg++)
+        t->home[reg] = reg < S1 ? reg : NO_REG;
+    for (u8 n = 0; n < 2; n++) {
+        t->memory_reg[n] = (u8)(S1 + n);
+        if (perm[n] == NO_REG)
+            continue;
+        t->home[S1 + n] = perm[n];
+        t->home[perm[n]] = NO_REG;
+        t->memory_reg[n] = perm[n];
+    }
+}
+
+void put_perm_in(struct translation *t)
+{
+    for (u8 n = 0; n < 2; n++)
+        if (t->perm[n] != NO_REG) {
+            put_store_gs(&t->p, GS_GPR(t->perm[n]), t->perm[n]);
+            put_load_gs(&t->p, t->perm[n], GS_GPR(S1 + n));
+        }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            put_store_gs(&t->p, GS_GPR(t->perm[n]), t->perm[n]);
+}
+
+void put_perm_out(struct translation *t)
+{
+    for (u8 n = 0; n < 2; n++)
+        if (t->perm[n] != NO_REG) {
+            put_store_gs(&t->p, GS_GPR(S1 + n), t->perm[n]);
+            put_load_gs(&t->p, t->perm[n], GS_GPR(t->perm[n]));
+        }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            put_load_gs(&t->p, t->perm[n], GS_GPR(t->perm[n]));
+}
+
+void put_keep_addresses(struct translation *t, bool again)
+{
+    for (u8 n = 0; n < BT_BORROWED; n++) {
+        u32 slot = GS_OFFSET(bt_shared.kept_address) + 8u * n;
+
+        if (t->perm[2 + n] == NO_REG)
+            continue;
+        if (again)
+            put_load_gs(&t->p, t->perm[2 + n], slot);
+        else
+            put_store_gs(&t->p, slot, t->perm[2 + n]);
+    }
+}
+
+void leave_perm(struct translation *t)
+{
+    static const u8 none[BT_PERM] = {NO_REG, NO_REG, NO_REG, NO_REG};
+
+    put_perm_out(t);
+    use_perm(t, none);
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++)
+        t->groups[n].valid = false;
 }
 
 /* --- Flags --- */
 
+/* The upper half of v->aflags becomes zero: no recipe is pending. */
 void emit_flags_save(u8 **p)
 {
     put_mov_rr(p, S2, RAX);
@@ -31,7 +111,9 @@ void emit_flags_save(u8 **p)
     put8(p, 0x0f); /* seto al */
     put8(p, 0x90);
     put8(p, 0xc0);
-    put8(p, 0x66); /* mov gs:[aflags], ax */
+    put8(p, 0x0f); /* movzx eax, ax */
+    put8(p, 0xb7);
+    put8(p, 0xc0);
     put_op_gs(p, false, 0x89, RAX, GS_OFFSET(aflags));
     put_mov_rr(p, RAX, S2);
 }
@@ -64,7 +146,7 @@ static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned
             put8(p, (u8)(r->imm >> 8));
         } else
             put32(p, (u32)r->imm);
-    } else if (is_stolen(r->b)) {
+    } else if (in_memory(t, r->b)) {
         put8(p, 0x65);
         put_rex(p, r->size == 8, S2, 0, 0);
         put8(p, r->size == 1 ? op - 1 : op);
@@ -72,18 +154,18 @@ static void recipe_op(struct translation *t, const struct bt_recipe *r, unsigned
         put8(p, 0x25);
         put32(p, GS_GPR(r->b));
     } else {
-        put_rex(p, r->size == 8, S2, 0, r->b);
+        put_rex(p, r->size == 8, S2, 0, t->home[r->b]);
         put8(p, r->size == 1 ? op - 1 : op);
-        put_modrm(p, 3, S2, r->b);
+        put_modrm(p, 3, S2, t->home[r->b]);
     }
 }
 
 static void emit_recipe(struct translation *t, const struct bt_recipe *r)
 {
-    if (is_stolen(r->a))
-        put_load_gs(&t->p, S2, GS_GPR(r->a));
+    if (r->a == NO_REG)
+        put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.flag_source));
     else
-        put_mov_rr(&t->p, S2, r->a);
+        put_load_reg(t, S2, r->a);
     switch (r->kind) {
     case RECIPE_CMP:
         recipe_op(t, r, OP_CMP, EXT_CMP);
@@ -98,6 +180,19 @@ static void emit_recipe(struct translation *t, const struct bt_recipe *r)
     case RECIPE_SUB:
         recipe_op(t, r, OP_ADD, EXT_ADD);
         recipe_op(t, r, OP_CMP, EXT_CMP);
+        break;
+    case RECIPE_NEG:
+        put_unary(&t->p, r->size == 8, 3, S2);
+        put_unary(&t->p, r->size == 8, 3, S2);
+        break;
+    case RECIPE_SHL:
+        put_shift(&t->p, r->size == 8, 4, S2, (u8)r->imm);
+        break;
+    case RECIPE_SHR:
+        put_shift(&t->p, r->size == 8, 5, S2, (u8)r->imm);
+        break;
+    case RECIPE_SAR:
+        put_shift(&t->p, r->size == 8, 7, S2, (u8)r->imm);
         break;
     default: /* RECIPE_LOGIC */
         put_op_rr(&t->p, r->size == 8, 0x85, S2, S2);
@@ -134,7 +229,8 @@ void flags_clobber(struct translation *t)
 
 static bool recipe_uses(const struct bt_recipe *r, u32 regs)
 {
-    return r->kind && ((regs & BIT32(r->a)) || (r->b != NO_REG && (regs & BIT32(r->b))));
+    return r->kind &&
+           ((r->a != NO_REG && (regs & BIT32(r->a))) || (r->b != NO_REG && (regs & BIT32(r->b))));
 }
 
 /* The registers are about to change; the flags stay. */
@@ -147,11 +243,69 @@ static void flags_before_write(struct translation *t, u32 regs)
     t->flags.recipe.kind = RECIPE_NONE;
 }
 
-static void flags_made(struct translation *t, const struct bt_insn *i)
+/*
+ * Whether somebody may ask for the flags that instruction `at` makes after the host's are gone: a clobber
+ * comes before the next instruction that makes all of them anew.
+ */
+static bool flags_outlive(const struct translation *t, unsigned at)
+{
+    for (unsigned n = at + 1; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (insn_clobbers_flags(i))
+            return true;
+        if (i->flags_out && !i->flags_in)
+            return false;
+    }
+    return true;
+}
+
+/* Before i, which makes flags of a register that it overwrites: keeps what it was. */
+static void keep_flag_source(struct translation *t, struct bt_recipe *r, u8 host_reg)
+{
+    if (r->kind < RECIPE_SHL || r->a != NO_REG)
+        return;
+    if (flags_outlive(t, t->at))
+        put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), host_reg);
+    else
+        r->kind = RECIPE_NONE;
+}
+
+/* Whether `reg` changes behind the instruction under way before somebody may ask for its flags. */
+static bool changes_too_soon(const struct translation *t, u8 reg)
+{
+    bool changed = false;
+
+    for (unsigned n = t->at + 1; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (changed && (insn_clobbers_flags(i) || i->flags_in))
+            return true;
+        if (i->flags_out && !i->flags_partial)
+            return false;
+        changed |= (insn_changed_regs(i) >> reg) & 1;
+    }
+    return changed;
+}
+
+/* A recipe whose first register will soon be another's: keeps what it is now, for one store. */
+static void keep_recipe_reg(struct translation *t)
+{
+    struct bt_recipe *r = &t->flags.recipe;
+
+    if (!r->kind || r->a == NO_REG || in_memory(t, r->a) || r->kind >= RECIPE_SHL ||
+        !changes_too_soon(t, r->a))
+        return;
+    put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), t->home[r->a]);
+    r->a = NO_REG;
+}
+
+static void flags_made(struct translation *t, const struct bt_insn *i, struct bt_recipe recipe)
 {
     if (!i->flags_out)
         return;
-    t->flags = (struct flag_state){.host = true, .recipe = i->recipe};
+    t->flags = (struct flag_state){.host = true, .recipe = recipe};
+    keep_recipe_reg(t);
 }
 
 /* --- Leaving --- */
@@ -161,6 +315,7 @@ struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
     struct stub *s = &t->stubs[t->nstubs++];
 
     *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags};
+    memcpy(s->perm, t->perm, sizeof(s->perm));
     return s;
 }
 
@@ -172,14 +327,21 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
         .offset = i->offset,
         .flags = t->flags.memory ? SITE_FLAGS_MEMORY : SITE_FLAGS_RECIPE,
         .recipe = t->flags.recipe,
+        .x87 = t->x87,
     };
     return t->bt->nsites++;
 }
 
 static void add_point(struct translation *t, const struct bt_insn *i)
 {
-    t->bt->points[t->bt->npoints++] = (struct bt_point){
-        .at = code_offset(t, t->p), .offset = i->offset, .host_flags = !t->flags.memory};
+    t->bt->points[t->bt->npoints++] =
+        (struct bt_point){.at = code_offset(t, t->p),
+                          .offset = i->offset,
+                          .flags = t->flags.memory ? SITE_FLAGS_MEMORY
+                                   : t->flags.host ? SITE_FLAGS_HOST
+                                                   : SITE_FLAGS_RECIPE,
+                          .recipe = t->flags.recipe,
+                          .x87 = t->x87};
 }
 
 /* --- Memory --- */
@@ -213,15 +375,13 @@ static void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 
 /* A register for reading: the host's own, or `scratch` loaded from memory. */
 static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
 {
-    if (!is_stolen(reg))
-        return reg;
+    if (!in_memory(t, reg))
+        return t->home[reg];
     put_load_gs(&t->p, scratch, GS_GPR(reg));
     return scratch;
 }
 
-/* The operand's address, without a segment's base, into `to`. Uses S1 and S2. */
-static void put_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg,
-                        s32 disp)
+void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg, s32 disp)
 {
     u8 base, index;
 
@@ -245,27 +405,26 @@ static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
 {
     switch (i->op) {
     case BT_PUSH:
-        *by = -8;
+        *by = -i->word;
         return base == RSP;
     case BT_POP:
-        *by = 8;
+        *by = i->word;
         return base == RSP && i->rm != RSP;
     case BT_LEA:
         *by = i->disp;
-        return i->reg == base && i->base == base && i->index == NO_REG && !i->address32 &&
-               (i->rex & 8);
+        return i->reg == base && i->base == base && i->index == NO_REG &&
+               i->address32 == i->code32 && i->insn.osize == i->word;
     case BT_PLAIN:
         *by = i->recipe.kind == RECIPE_SUB ? -i->recipe.imm : i->recipe.imm;
         return (i->recipe.kind == RECIPE_ADD || i->recipe.kind == RECIPE_SUB) &&
-               i->recipe.size == 8 && i->recipe.b == NO_REG && i->recipe.a == base &&
+               i->recipe.size == i->word && i->recipe.b == NO_REG && i->recipe.a == base &&
                i->recipe.imm > -4096 && i->recipe.imm < 4096;
     default:
         return false;
     }
 }
 
-/* General registers that emit_insn changes. */
-static u32 changed_regs(const struct bt_insn *i)
+u32 insn_changed_regs(const struct bt_insn *i)
 {
     switch (i->op) {
     case BT_PUSH:
@@ -288,23 +447,33 @@ struct access {
     bool write;
 };
 
+/* What RIP-relative operands are relative to: ip_page. */
+#define PAGE_BASE GPR_ZERO
+
 static bool simple_access(const struct bt_insn *i, struct access *a)
 {
-    *a = (struct access){RSP, NO_REG, 0, 0, 8, false};
+    *a = (struct access){RSP, NO_REG, 0, 0, i->word, false};
     switch (i->op) {
     case BT_PUSH:
-        a->disp = -8;
+        a->disp = -i->word;
         a->write = true;
         return !i->mem;
     case BT_CALL:
-        a->disp = -8;
+        a->disp = -i->word;
         a->write = true;
         return true;
     case BT_POP:
     case BT_RET:
         return true;
     case BT_PLAIN:
-        if (!i->mem || i->seg != NO_REG || i->rip_relative || i->address32 || i->base == NO_REG)
+        if (!i->mem || i->seg != NO_REG || i->address32 != i->code32)
+            return false;
+        if (i->rip_relative) {
+            *a = (struct access){PAGE_BASE, NO_REG, 0, i->offset + i->len + i->disp, i->mem_size,
+                                 i->mem_write};
+            return true;
+        }
+        if (i->base == NO_REG)
             return false;
         *a = (struct access){i->base, i->index, i->scale, i->disp, i->mem_size, i->mem_write};
         return true;
@@ -314,9 +483,9 @@ static bool simple_access(const struct bt_insn *i, struct access *a)
 }
 
 /* Whether emitting it leaves S1 alone, its memory access aside. */
-static bool keeps_s1(const struct bt_insn *i)
+static bool keeps_s1(const struct translation *t, const struct bt_insn *i)
 {
-    u32 stolen = (i->read | i->written) & STOLEN;
+    u32 both = BIT32(t->memory_reg[0]) | BIT32(t->memory_reg[1]);
 
     switch (i->op) {
     case BT_NOP:
@@ -326,9 +495,9 @@ static bool keeps_s1(const struct bt_insn *i)
     case BT_PUSH:
         return !i->mem;
     case BT_LEA:
-        return !i->rip_relative && !((i->read & STOLEN));
+        return !i->rip_relative && !(i->read & both);
     case BT_PLAIN:
-        return i->mem ? true : stolen != STOLEN;
+        return i->mem ? true : ((i->read | i->written) & both) != both;
     default:
         return false;
     }
@@ -336,72 +505,95 @@ static bool keeps_s1(const struct bt_insn *i)
 
 /*
  * Looks ahead for accesses that the check for the current one can serve too, and widens the group's
- * bounds. Its first write behind a conditional branch is not one of them.
+ * bounds. Its first write behind a conditional branch is not one of them. borrowed: its register survives
+ * what changes S1, and accesses off as many other bases as there are borrowed registers. Returns how many
+ * accesses it serves.
  */
-static void widen_group(struct translation *t, struct access_group *g)
+static unsigned widen_group(struct translation *t, struct access_group *g, unsigned borrowed)
 {
+    struct access others[BT_BORROWED];
+    unsigned nothers = 0, served = 1;
     s32 shift = 0;
     bool branched = false;
 
     for (unsigned n = t->at; n < t->count; n++) {
         const struct bt_insn *i = &t->insns[n];
-        u32 changed = changed_regs(i);
+        u32 changed = insn_changed_regs(i);
         struct access a;
         s32 by;
 
         if (n > t->at) {
-            if (!keeps_s1(i) && i->op != BT_RET && i->op != BT_CALL)
-                return;
-            if (simple_access(i, &a)) {
-                s32 lo = MIN(g->lo, a.disp + shift), hi = MAX(g->hi, a.disp + shift + (s32)a.size);
+            bool simple = simple_access(i, &a);
 
-                if (a.base != g->base || a.index != g->index ||
-                    (a.index != NO_REG && a.scale != g->scale) || hi - lo > BT_GROUP_SPAN ||
-                    (a.write && branched))
-                    return;
+            if (!borrowed && !keeps_s1(t, i) && i->op != BT_RET && i->op != BT_CALL)
+                return served;
+            if (simple && a.base == g->base && a.index == g->index &&
+                (a.index == NO_REG || a.scale == g->scale)) {
+                s64 at = (s64)a.disp + shift; /* displacements may be 4 GiB apart */
+                s64 lo = MIN(g->lo, at), hi = MAX(g->hi, at + a.size);
+
+                if (hi - lo > t->bt->choices.group_span || lo < INT32_MIN || (a.write && branched))
+                    return served;
                 g->lo = lo;
                 g->hi = hi;
                 g->write |= a.write;
-            } else if (i->op == BT_PLAIN && i->mem) {
-                return;
+                served++;
+            } else if (simple && borrowed) {
+                unsigned k = 0;
+
+                while (k < nothers && (others[k].base != a.base || others[k].index != a.index))
+                    k++;
+                if (k == nothers) {
+                    if (nothers == borrowed)
+                        return served;
+                    others[nothers++] = a;
+                }
+            } else if (!borrowed && (simple || (i->op == BT_PLAIN && i->mem))) {
+                return served;
             }
         }
         if (i->op == BT_JCC)
             branched = true;
         else if (i->op == BT_RET || i->op == BT_CALL)
-            return;
+            return served;
         if (g->index != NO_REG && (changed & BIT32(g->index)))
-            return;
+            return served;
         if (changed & BIT32(g->base)) {
             if (!adds_constant(i, g->base, &by) || by < -4096 || by > 4096)
-                return;
+                return served;
             shift += by;
         }
     }
+    return served;
 }
 
-/* An instruction was emitted: does S1 still serve? */
+/* An instruction was emitted: which groups still serve? */
 static void group_after(struct translation *t, const struct bt_insn *i)
 {
-    struct access_group *g = &t->group;
-    u32 changed = changed_regs(i);
+    u32 changed = insn_changed_regs(i);
     s32 by;
 
-    if (!g->valid)
-        return;
-    if ((g->index != NO_REG && (changed & BIT32(g->index))) || !keeps_s1(i))
-        g->valid = false;
-    else if (changed & BIT32(g->base)) {
-        if (adds_constant(i, g->base, &by))
-            g->shift += by;
-        else
+    if (!keeps_s1(t, i))
+        t->groups[0].valid = false;
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
+        struct access_group *g = &t->groups[n];
+
+        if (!g->valid)
+            continue;
+        if (g->index != NO_REG && (changed & BIT32(g->index))) {
             g->valid = false;
+        } else if (changed & BIT32(g->base)) {
+            if (adds_constant(i, g->base, &by))
+                g->shift += by;
+            else
+                g->valid = false;
+        }
     }
 }
 
 /* S1 = linear address: checks an access of n bytes, and makes it the host address. */
 static void put_check(struct translation *t, const struct bt_insn *i, const u8 *start, unsigned n,
-                      bool write)
+                      bool write, bool grouped)
 {
     u8 **p = &t->p;
     enum tlb_kind kind = t->v->bt_mode & BT_MODE_USER ? TLB_USER
@@ -420,52 +612,102 @@ static void put_check(struct translation *t, const struct bt_insn *i, const u8 *
     put_op_gs_base(p, OP_XOR, S1, S2, tag);
     put_op_ri(p, true, EXT_CMP, S1, (s32)(GUEST_PAGE_SIZE - n));
     site = add_site(t, i);
-    t->bt->sites[site].resume = code_offset(t, start);
     t->bt->sites[site].size = (u16)n;
     t->bt->sites[site].write = write;
+    t->bt->sites[site].grouped = grouped;
     s = add_stub(t, STUB_SLOW, put_jcc(p, CC_A));
     s->number = site;
     s->target = (s32)tag;
+    s->resume = start;
     put_op_gs_base(p, OP_ADD, S1, S2, entries + (u32)offsetof(struct tlb_entry, host));
+}
+
+/* A group that serves the access, or NULL. */
+static struct access_group *serving_group(struct translation *t, const struct access *a)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
+        struct access_group *g = &t->groups[n];
+        s64 at = (s64)a->disp + g->shift;
+
+        if (g->valid && a->base == g->base && a->index == g->index &&
+            (a->index == NO_REG || a->scale == g->scale) && (!a->write || g->write) &&
+            at >= g->lo && at + a->size <= g->hi)
+            return g;
+    }
+    return NULL;
+}
+
+/* The borrowed register's group that was used least lately. */
+static unsigned oldest_group(const struct translation *t, unsigned borrowed)
+{
+    unsigned oldest = 1;
+
+    for (unsigned n = 1; n <= borrowed; n++)
+        if (!t->groups[n].valid || (t->groups[oldest].valid && t->groups[n].used < t->groups[oldest].used))
+            oldest = n;
+    return oldest;
+}
+
+static u8 group_reg(const struct translation *t, unsigned n)
+{
+    return n ? t->perm[1 + n] : S1;
 }
 
 /*
  * Emits what an access of `size` bytes at base + disp (and i's index, segment) needs. Returns n: the
- * operand is [S1 + n]. S2 is free afterwards.
+ * operand is [t->operand + n]. S2 is free afterwards.
  */
 static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp, unsigned size,
                   bool write)
 {
-    struct access_group *g = &t->group, wide;
+    unsigned borrowed = (t->perm[2] != NO_REG) + (t->perm[3] != NO_REG), slot = 0;
+    struct access_group *g, wide;
     struct access a;
     const u8 *start;
+    bool simple = simple_access(i, &a);
 
-    if (g->valid && simple_access(i, &a) && a.base == g->base && a.index == g->index &&
-        (a.index == NO_REG || a.scale == g->scale) && (!write || g->write) &&
-        disp + g->shift >= g->lo && disp + g->shift + (s32)size <= g->hi)
-        return disp + g->shift - g->lo;
-
+    if (simple) {
+        base = a.base;
+        disp = a.disp;
+        g = serving_group(t, &a);
+        if (g) {
+            g->used = t->at;
+            t->operand = group_reg(t, (unsigned)(g - t->groups));
+            return (s32)(disp + g->shift - g->lo);
+        }
+    }
     flags_clobber(t);
     start = t->p;
-    wide = (struct access_group){
-        .base = base, .index = NO_REG, .lo = disp, .hi = disp + (s32)size, .write = write};
-    if (simple_access(i, &a)) {
+    wide = (struct access_group){.base = base,
+                                 .index = NO_REG,
+                                 .lo = disp,
+                                 .hi = (s64)disp + size,
+                                 .write = write,
+                                 .used = t->at};
+    if (simple && !(t->block->mode & BT_MODE_NARROW)) {
         wide.index = a.index;
         wide.scale = a.scale;
         wide.valid = true;
-        widen_group(t, &wide);
+        if (widen_group(t, &wide, borrowed) > 1 && borrowed)
+            slot = oldest_group(t, borrowed);
     }
     if (i->op != BT_PLAIN) {
-        put_lea(&t->p, S1, base, wide.lo); /* the stack */
+        put_lea_word(&t->p, i->word, S1, base, (s32)wide.lo); /* the stack */
+    } else if (base == PAGE_BASE) {
+        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
+        put_lea(&t->p, S1, S1, (s32)wide.lo);
     } else {
-        put_address(t, i, S1, base, wide.lo);
+        emit_address(t, i, S1, base, (s32)wide.lo);
         if (i->seg != NO_REG)
-            put_op_gs(&t->p, true, OP_ADD, S1,
-                      GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+            put_op_gs(&t->p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     }
-    put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write);
-    *g = wide;
-    return disp - wide.lo;
+    put_check(t, i, start, (unsigned)(wide.hi - wide.lo), wide.write, wide.hi - wide.lo > size);
+    t->groups[0].valid = false;
+    t->groups[slot] = wide;
+    t->operand = group_reg(t, slot);
+    if (slot)
+        put_mov_rr(&t->p, t->operand, S1);
+    return (s32)(disp - wide.lo);
 }
 
 /* The access of i's explicit memory operand. */
@@ -495,7 +737,7 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
                       s32 disp)
 {
     u8 **p = &t->p;
-    u8 b = i->mem ? S1 : rm;
+    u8 b = i->mem ? t->operand : rm;
 
     if (i->encoding == ENC_LEGACY) {
         unsigned rex = i->rex & 8u;
@@ -522,7 +764,7 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
     }
     if (i->has_modrm) {
         if (i->mem)
-            put_base_disp(p, reg, S1, disp);
+            put_base_disp(p, reg, t->operand, disp);
         else
             put_modrm(p, 3, reg, rm);
     }
@@ -530,78 +772,118 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
         put8(p, i->bytes[i->imm_at + n]);
 }
 
-/* Where the guest's R14 and R15 are for the length of one instruction. */
-struct stolen_map {
-    u8 host[2]; /* of R14 and R15 */
+/* Where the guest's registers in memory are for the length of one instruction. */
+struct borrowed {
+    u8 host[2]; /* by t->memory_reg */
     u8 action[2];
 };
 
-static void note_stolen(struct stolen_map *m, u8 reg, u8 action)
+static void note_operand(const struct translation *t, struct borrowed *m, bool gpr, u8 reg,
+                         u8 action)
 {
-    m->action[reg - S1] |= action;
+    for (unsigned n = 0; n < 2; n++)
+        if (gpr && reg == t->memory_reg[n])
+            m->action[n] |= action;
 }
 
-static u8 mapped(const struct stolen_map *m, bool gpr, u8 reg)
+/* The host register for an operand of the encoding. */
+static u8 mapped(const struct translation *t, const struct borrowed *m, bool gpr, u8 reg)
 {
-    return gpr && is_stolen(reg) ? m->host[reg - S1] : reg;
+    if (!gpr)
+        return reg;
+    for (unsigned n = 0; n < 2; n++)
+        if (reg == t->memory_reg[n])
+            return m->host[n];
+    return t->home[reg];
+}
+
+/*
+ * CMP and TEST of memory: their operand goes through S2, so that it can be kept, if somebody may ask for
+ * the flags. False: not such an instruction.
+ */
+static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, s32 disp)
+{
+    struct bt_insn on_register = *i;
+    u8 **p = &t->p;
+
+    if (i->recipe.kind != RECIPE_CMP && i->recipe.kind != RECIPE_TEST)
+        return false;
+    if (i->recipe.a != NO_REG || !i->mem || i->encoding != ENC_LEGACY || i->map ||
+        (i->reg_gpr && in_memory(t, i->reg)) || !flags_outlive(t, t->at))
+        return false;
+    if (i->mem_size < 4) { /* movzx S2d, [S1 + disp] */
+        put_rex(p, false, S2, 0, t->operand);
+        put8(p, 0x0f);
+        put8(p, i->mem_size == 1 ? 0xb6 : 0xb7);
+    } else {
+        put_rex(p, i->mem_size == 8, S2, 0, t->operand);
+        put8(p, 0x8b);
+    }
+    put_base_disp(p, S2, t->operand, disp);
+    put_store_gs(p, GS_OFFSET(bt_shared.flag_source), S2);
+    on_register.mem = false;
+    on_register.rm_gpr = true;
+    put_plain(t, &on_register, i->reg_gpr ? t->home[i->reg] : i->reg, S2, 0, 0);
+    flags_made(t, i, i->recipe);
+    return true;
 }
 
 static void emit_plain(struct translation *t, const struct bt_insn *i)
 {
-    struct stolen_map m = {{S2, S2}, {0, 0}};
+    struct borrowed m = {{S2, S2}, {0, 0}};
+    struct bt_recipe recipe = i->recipe;
     s32 disp = 0;
 
+    if (i->x87 && !t->x87_live)
+        x87_make_live(t, i);
     if (i->mem)
         disp = access_operand(t, i);
-    if (i->flags_in || (i->faults && !t->flags.memory))
+    if (emit_compare_memory(t, i, disp))
+        return;
+    if (i->flags_in)
         flags_need(t);
     if (i->flags_in || !i->flags_out)
         flags_before_write(t, i->written);
-    if (i->reg_gpr && is_stolen(i->reg))
-        note_stolen(&m, i->reg, i->reg_action);
-    if (i->rm_gpr && is_stolen(i->rm))
-        note_stolen(&m, i->rm, i->rm_action);
-    if (i->vvvv_gpr && is_stolen(i->vvvv))
-        note_stolen(&m, i->vvvv, i->vvvv_action);
+    note_operand(t, &m, i->reg_gpr, i->reg, i->reg_action);
+    note_operand(t, &m, i->rm_gpr, i->rm, i->rm_action);
+    note_operand(t, &m, i->vvvv_gpr, i->vvvv, i->vvvv_action);
     /* Both: S1 serves too. With a memory operand there it is, until it is overwritten at the end, which
      * is what BMI instructions do to their first operand. */
     if (m.action[0] && m.action[1]) {
-        m.host[i->mem && i->vvvv_gpr && i->vvvv == S1 ? 1 : 0] = S1;
-        t->group.valid = false;
+        m.host[i->mem && i->vvvv_gpr && i->vvvv == t->memory_reg[0] ? 1 : 0] = S1;
+        t->groups[0].valid = false;
     }
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & (ACTION_READ | ACTION_PARTIAL))
-            put_load_gs(&t->p, m.host[n], GS_GPR(S1 + n));
+            put_load_gs(&t->p, m.host[n], GS_GPR(t->memory_reg[n]));
     if (i->faults)
         add_point(t, i);
-    put_plain(t, i, mapped(&m, i->reg_gpr, i->reg), mapped(&m, i->rm_gpr, i->rm),
-              mapped(&m, i->vvvv_gpr, i->vvvv), disp);
+    if (recipe.kind >= RECIPE_SHL)
+        keep_flag_source(t, &recipe, mapped(t, &m, i->rm_gpr, i->rm));
+    put_plain(t, i, mapped(t, &m, i->reg_gpr, i->reg), mapped(t, &m, i->rm_gpr, i->rm),
+              mapped(t, &m, i->vvvv_gpr, i->vvvv), disp);
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
-            put_store_gs(&t->p, GS_GPR(S1 + n), m.host[n]);
-    flags_made(t, i);
+            put_store_gs(&t->p, GS_GPR(t->memory_reg[n]), m.host[n]);
+    x87_note(t, i);
+    if (i->mem) /* its operand wasn't kept */
+        recipe.kind = RECIPE_NONE;
+    flags_made(t, i, recipe);
 }
 
 static void emit_lea(struct translation *t, const struct bt_insn *i)
 {
-    bool wide = i->rex & 8, narrow = i->nprefixes && i->prefixes[0] == 0x66 && !wide;
-    u8 base, index, to = is_stolen(i->reg) ? S2 : i->reg;
+    bool wide = i->rex & 8, narrow = i->insn.osize == 2;
+    u8 base, index, to = in_memory(t, i->reg) ? S2 : t->home[i->reg];
 
     flags_before_write(t, i->written);
     if (narrow) {
-        put_address(t, i, S1, i->base, i->disp);
-        to = S2;
-        if (is_stolen(i->reg))
-            put_load_gs(&t->p, S2, GS_GPR(i->reg));
-        else
-            put_mov_rr(&t->p, S2, i->reg);
+        emit_address(t, i, S1, i->base, i->disp);
+        put_load_reg(t, S2, i->reg);
         put8(&t->p, 0x66); /* mov S2w, S1w */
         put_op_rr(&t->p, false, OP_MOV, S2, S1);
-        t->group.valid = false;
-        if (is_stolen(i->reg))
-            put_store_gs(&t->p, GS_GPR(i->reg), S2);
-        else
-            put_mov_rr(&t->p, i->reg, S2);
+        t->groups[0].valid = false;
+        put_store_reg(t, i->reg, S2);
         return;
     }
     if (i->rip_relative) {
@@ -614,8 +896,8 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
         index = i->index == NO_REG ? NO_REG : read_reg(t, i->index, S2);
         put_lea_full(&t->p, wide && !i->address32, to, base, index, i->scale, i->disp);
     }
-    if (is_stolen(i->reg))
-        put_store_gs(&t->p, GS_GPR(i->reg), to);
+    if (in_memory(t, i->reg))
+        put_store_reg(t, i->reg, to);
 }
 
 /* --- The stack --- */
@@ -631,76 +913,76 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
 
         /* Two accesses: the value waits in memory for the second. */
         load.op = BT_PLAIN;
-        load.mem_size = 8;
+        load.mem_size = i->word;
         load.mem_read = true;
         load.mem_write = false;
-        t->group.valid = false;
-        disp = access(t, &load, i->base, i->disp, 8, false);
-        put_load(p, S2, S1, disp);
+        t->groups[0].valid = false;
+        disp = access(t, &load, i->base, i->disp, i->word, false);
+        put_load_word(p, i->word, S2, t->operand, disp);
         put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
-        t->group.valid = false;
-        disp = access(t, i, RSP, -8, 8, true);
+        t->groups[0].valid = false;
+        disp = access(t, i, RSP, -i->word, i->word, true);
         put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
-        put_store(p, S1, disp, S2);
-        t->group.valid = false;
+        put_store_word(p, i->word, t->operand, disp, S2);
+        t->groups[0].valid = false;
     } else {
-        disp = access(t, i, RSP, -8, 8, true);
+        disp = access(t, i, RSP, -i->word, i->word, true);
         if (i->rm == NO_REG) {
-            put_rex(p, true, 0, 0, S1);
+            put_rex(p, i->word == 8, 0, 0, t->operand);
             put8(p, 0xc7);
-            put_base_disp(p, 0, S1, disp);
+            put_base_disp(p, 0, t->operand, disp);
             put32(p, (u32)i->imm);
         } else {
-            put_store(p, S1, disp, read_reg(t, i->rm, S2));
+            put_store_word(p, i->word, t->operand, disp, read_reg(t, i->rm, S2));
         }
     }
-    put_lea(p, RSP, RSP, -8);
+    put_lea_word(p, i->word, RSP, RSP, -i->word);
 }
 
 static void emit_pop(struct translation *t, const struct bt_insn *i)
 {
     u8 **p = &t->p;
-    s32 disp = access(t, i, RSP, 0, 8, false);
-    u8 to = is_stolen(i->rm) ? S2 : i->rm;
+    s32 disp = access(t, i, RSP, 0, i->word, false);
+    u8 to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
 
     flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
     if (i->rm != RSP)
-        put_lea(p, RSP, RSP, 8);
-    put_load(p, to, S1, disp);
-    if (is_stolen(i->rm))
-        put_store_gs(p, GS_GPR(i->rm), to);
+        put_lea_word(p, i->word, RSP, RSP, i->word);
+    put_load_word(p, i->word, to, t->operand, disp);
+    if (in_memory(t, i->rm))
+        put_store_reg(t, i->rm, to);
 }
 
 static void emit_leave(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RBP, 0, 8, false);
+    s32 disp = access(t, i, RBP, 0, i->word, false);
 
     flags_before_write(t, BIT32(RSP) | BIT32(RBP));
-    put_lea(&t->p, RSP, RBP, 8);
-    put_load(&t->p, RBP, S1, disp);
+    put_lea_word(&t->p, i->word, RSP, RBP, i->word);
+    put_load_word(&t->p, i->word, RBP, t->operand, disp);
 }
 
 void emit_push_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, -8, 8, true);
+    s32 disp = access(t, i, RSP, -i->word, i->word, true);
 
     flags_before_write(t, BIT32(RSP));
     put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S2, S2, i->offset + i->len);
-    put_store(&t->p, S1, disp, S2);
-    put_lea(&t->p, RSP, RSP, -8);
-    t->group.valid = false;
+    put_lea_word(&t->p, i->word, S2, S2, i->offset + i->len);
+    put_store_word(&t->p, i->word, t->operand, disp, S2);
+    put_lea_word(&t->p, i->word, RSP, RSP, -i->word);
+    t->groups[0].valid = false;
 }
 
 void emit_pop_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, 0, 8, false);
+    s32 disp = access(t, i, RSP, 0, i->word, false);
 
     flags_before_write(t, BIT32(RSP));
     flags_to_memory(t);
-    put_load(&t->p, S1, S1, disp);
-    put_lea(&t->p, RSP, RSP, 8 + (s32)i->imm);
-    t->group.valid = false;
+    put_load_word(&t->p, i->word, S1, t->operand, disp);
+    put_lea_word(&t->p, i->word, RSP, RSP, i->word + (s32)i->imm);
+    t->groups[0].valid = false;
 }
 
 void emit_branch_target(struct translation *t, const struct bt_insn *i)
@@ -710,20 +992,19 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
         s32 disp;
 
         load.op = BT_PLAIN;
-        load.mem_size = 8;
+        load.mem_size = i->word;
         load.mem_read = true;
         load.mem_write = false;
-        disp = access(t, &load, i->base, i->disp, 8, false);
+        disp = access(t, &load, i->base, i->disp, i->word, false);
         flags_to_memory(t);
-        put_load(&t->p, S1, S1, disp);
+        put_load_word(&t->p, i->word, S1, t->operand, disp);
     } else {
         flags_to_memory(t);
-        if (is_stolen(i->rm))
-            put_load_gs(&t->p, S1, GS_GPR(i->rm));
-        else
-            put_mov_rr(&t->p, S1, i->rm);
+        put_load_reg(t, S1, i->rm);
+        if (i->word == 4)
+            put_op_rr(&t->p, false, OP_MOV, S1, S1);
     }
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 /* PUSHFQ: the parts of RFLAGS come from v->cpu.rflags and v->aflags (flags.h). */
@@ -733,7 +1014,7 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     s32 disp;
 
     flags_to_memory(t);
-    disp = access(t, i, RSP, -8, 8, true);
+    disp = access(t, i, RSP, -i->word, i->word, true);
     put8(p, 0x65); /* movzx S2d, byte gs:[aflags + 1] */
     put_rex(p, false, S2, 0, 0);
     put8(p, 0x0f);
@@ -744,19 +1025,19 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     put_op_ri(p, false, EXT_AND, S2, 0xd5);
     put_op_gs(p, true, 0x0b, S2, GS_OFFSET(cpu.rflags));
     put_op_ri(p, true, EXT_OR, S2, EFLAGS_FIXED);
-    put_store(p, S1, disp, S2);
+    put_store_word(p, i->word, t->operand, disp, S2);
     put_op_gs(p, false, OP_MOV, S2, GS_OFFSET(aflags));
     put_op_ri(p, false, EXT_AND, S2, 1);
     put_rex(p, false, 0, 0, S2); /* shl S2d, 11 */
     put8(p, 0xc1);
     put_modrm(p, 3, 4, S2);
     put8(p, 11);
-    put_rex(p, true, S2, 0, S1); /* or [S1 + disp], S2 */
+    put_rex(p, true, S2, 0, t->operand); /* or [operand + disp], S2 */
     put8(p, 0x09);
-    put_base_disp(p, S2, S1, disp);
+    put_base_disp(p, S2, t->operand, disp);
     put_lea(p, RSP, RSP, -8);
     t->flags.host = false;
-    t->group.valid = false;
+    t->groups[0].valid = false;
 }
 
 /* --- Flags that aren't arithmetic --- */
@@ -817,15 +1098,12 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     const u8 *start;
 
     flags_clobber(t);
-    t->group.valid = false;
+    t->groups[0].valid = false;
     start = *p;
-    put_address(t, i, S1, i->base, i->disp);
+    emit_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
-        put_op_gs(p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
-    if (is_stolen(i->reg))
-        put_load_gs(p, S2, GS_GPR(i->reg));
-    else
-        put_mov_rr(p, S2, i->reg);
+        put_op_gs(p, !i->code32, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+    put_load_reg(t, S2, i->reg);
     if (!wide) { /* movsxd S2, S2d */
         put_rex(p, true, S2, 0, S2);
         put8(p, 0x63);
@@ -836,25 +1114,39 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     put_modrm(p, 3, 7, S2);
     put8(p, 3);
     put_op_ri(p, true, EXT_AND, S2, wide ? -8 : -4);
-    put_op_rr(p, true, OP_ADD, S1, S2);
-    put_check(t, i, start, i->mem_size, i->mem_write);
+    put_op_rr(p, !i->code32, OP_ADD, S1, S2);
+    put_check(t, i, start, i->mem_size, i->mem_write, false);
     /* Within the operand now. S2 is needed for the flags, so the offset waits in memory. */
-    if (is_stolen(i->reg))
-        put_load_gs(p, S2, GS_GPR(i->reg));
-    else
-        put_mov_rr(p, S2, i->reg);
+    put_load_reg(t, S2, i->reg);
     put_op_ri(p, false, EXT_AND, S2, wide ? 63 : 31);
     put_store_gs(p, GS_OFFSET(bt_shared.temp), S2);
     flags_need(t);
     put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
+    t->operand = S1;
     put_plain(t, i, S2, 0, 0, 0);
-    flags_made(t, i);
+    flags_made(t, i, i->recipe);
+}
+
+/* --- Strings --- */
+
+static void emit_string(struct translation *t, const struct bt_insn *i)
+{
+    struct stub *s;
+
+    flags_before_write(t, i->written);
+    flags_clobber(t);
+    s = add_stub(t, STUB_SITE, put_jmp(&t->p));
+    s->reason = BT_STRING;
+    s->number = add_site(t, i);
+    s->resume = t->p;
+    t->bt->sites[s->number].string = i->string;
 }
 
 /* --- All of them --- */
 
 void emit_insn(struct translation *t, const struct bt_insn *i)
 {
+    x87_before_write(t, insn_changed_regs(i));
     switch (i->op) {
     case BT_PLAIN:
         emit_plain(t, i);
@@ -870,6 +1162,9 @@ void emit_insn(struct translation *t, const struct bt_insn *i)
         break;
     case BT_LEAVE:
         emit_leave(t, i);
+        break;
+    case BT_STRING_INSN:
+        emit_string(t, i);
         break;
     case BT_BIT_STRING:
         emit_bit_string(t, i);

@@ -4,6 +4,7 @@
  */
 #include "engine/soft/bt/insn.h"
 
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/host_exec.h"
 
@@ -22,7 +23,8 @@ static bool is_vector(ZydisRegister reg)
 {
     ZydisRegisterClass class = ZydisRegisterGetClass(reg);
 
-    return class == ZYDIS_REGCLASS_XMM || class == ZYDIS_REGCLASS_YMM;
+    return class == ZYDIS_REGCLASS_XMM || class == ZYDIS_REGCLASS_YMM ||
+           class == ZYDIS_REGCLASS_MMX || class == ZYDIS_REGCLASS_X87;
 }
 
 static bool is_high_byte(ZydisRegister reg)
@@ -51,6 +53,25 @@ static void take_prefixes(struct bt_insn *i, const ZydisDecodedInstruction *zi)
         if ((value == 0x66 || value == 0xf2 || value == 0xf3 || value == 0xf0) &&
             i->nprefixes < sizeof(i->prefixes))
             i->prefixes[i->nprefixes++] = value;
+    }
+}
+
+/* Opcodes that 64-bit mode has not: by those that do the same there. */
+static void take_encoding32(struct bt_insn *i)
+{
+    static const u8 moves[] = {0x8a, 0x8b, 0x88, 0x89};
+
+    if ((i->opcode & 0xf0) == 0x40) { /* INC and DEC */
+        i->rm = i->opcode & 7;
+        i->reg = i->opcode >> 3 & 1;
+        i->opcode = 0xff;
+        i->has_modrm = true;
+    } else if ((i->opcode & 0xfc) == 0xa0) { /* MOV of the accumulator and an absolute address */
+        i->reg = 0;
+        i->opcode = moves[i->opcode & 3];
+        i->has_modrm = true;
+    } else if (i->opcode == 0x82) {
+        i->opcode = 0x80;
     }
 }
 
@@ -97,6 +118,10 @@ static bool take_encoding(struct bt_insn *i, const ZydisDecodedInstruction *zi)
     }
     i->opcode = zi->opcode;
     i->has_modrm = zi->attributes & ZYDIS_ATTRIB_HAS_MODRM;
+    if (i->code32 && i->encoding == ENC_VEX) { /* the bits that would name registers above 7 */
+        r = b = 0;
+        i->vvvv &= 7;
+    }
     if (i->has_modrm) {
         i->modrm = i->bytes[zi->raw.modrm.offset];
         i->reg = (u8)(((i->modrm >> 3) & 7) | r);
@@ -110,14 +135,16 @@ static bool take_encoding(struct bt_insn *i, const ZydisDecodedInstruction *zi)
     } else if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_VEX && i->has_modrm) {
         /* A register in the immediate byte (is4), which Zydis shows as none. */
         u8 end = i->len;
-        u8 start = (u8)(zi->raw.modrm.offset + 1 +
-                        (zi->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) + zi->raw.disp.size / 8);
+        u8 start = (u8)(zi->raw.modrm.offset + 1 + (zi->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) +
+                        zi->raw.disp.size / 8);
 
         if (end > start) {
             i->imm_at = start;
             i->imm_len = (u8)(end - start);
         }
     }
+    if (i->code32 && i->encoding == ENC_LEGACY && i->map == 0)
+        take_encoding32(i);
     return true;
 }
 
@@ -153,6 +180,8 @@ static bool take_memory(struct bt_insn *i, const ZydisDecodedInstruction *zi,
     i->mem_write = op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     i->mem_size = (u8)(op->size / 8);
     i->address32 = zi->address_width == 32;
+    if (zi->address_width == 16 || (i->code32 && m->segment == ZYDIS_REGISTER_CS))
+        return false;
     i->base = i->index = i->seg = NO_REG;
     if (m->base == ZYDIS_REGISTER_RIP || m->base == ZYDIS_REGISTER_EIP) {
         i->rip_relative = true;
@@ -173,6 +202,8 @@ static bool take_memory(struct bt_insn *i, const ZydisDecodedInstruction *zi,
         i->disp = (s32)m->disp.value;
     else if (baseless)
         i->disp = (s32)zi->raw.disp.value;
+    if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
+        return false; /* the instruction's offset in its page is added to it */
     if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
         i->seg = m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS;
     return true;
@@ -197,14 +228,19 @@ static bool take_operands(struct bt_insn *i, const struct decoded *raw)
             i->imm = op->imm.is_signed ? op->imm.value.s : (s64)op->imm.value.u;
             break;
         case ZYDIS_OPERAND_TYPE_REGISTER:
+            if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4 && i->code32 &&
+                (i->bytes[i->imm_at] & 0x80))
+                return false; /* ignored here, and a register above 7 for the host */
             if (!is_gpr(op->reg.value)) {
                 if (is_vector(op->reg.value) || hidden)
                     break;
                 return false;
             }
             number = gpr_number(op->reg.value);
-            if (is_high_byte(op->reg.value))
+            if (is_high_byte(op->reg.value)) {
                 i->high_byte = true;
+                i->fixed |= BIT32(number);
+            }
             if (action & ACTION_READ || action & ACTION_PARTIAL)
                 i->read |= BIT32(number);
             if (action & ACTION_WRITE)
@@ -219,8 +255,11 @@ static bool take_operands(struct bt_insn *i, const struct decoded *raw)
                 i->vvvv_gpr = true;
                 i->vvvv_action |= action;
             } else if (op->encoding == ZYDIS_OPERAND_ENCODING_OPCODE) {
-                i->opcode_reg = i->rm_gpr = true;
+                i->opcode_reg = !i->has_modrm;
+                i->rm_gpr = true;
                 i->rm_action |= action;
+            } else {
+                i->fixed |= BIT32(number);
             }
             break;
         default:
@@ -241,7 +280,7 @@ static u8 shift_count(const struct bt_insn *i, const struct decoded *raw)
     return (u8)last->imm.value.u & (raw->ops[0].size == 64 ? 63 : 31);
 }
 
-static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
+static void take_flags(struct bt_insn *i, const struct decoded *raw)
 {
     const ZydisDecodedInstruction *zi = &raw->zi;
     const ZydisAccessedFlags *f = zi->cpu_flags;
@@ -252,7 +291,8 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     tested = f->tested & FLAGS_ALL;
     out = (f->modified | f->set_0 | f->set_1 | f->undefined) & FLAGS_ALL;
     i->flags_out = out;
-    i->flags_in = tested || (out && out != FLAGS_ALL);
+    i->flags_in = tested;
+    i->flags_partial = out && out != FLAGS_ALL;
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_SHL:
     case ZYDIS_MNEMONIC_SHR:
@@ -261,29 +301,26 @@ static void take_flags(const struct soft_vcpu *v, struct bt_insn *i, const struc
     case ZYDIS_MNEMONIC_SHRD:
         /* A count of zero leaves all flags alone. */
         i->flags_out = true;
-        i->flags_in = !shift_count(i, raw);
+        i->flags_partial = !shift_count(i, raw);
         break;
     case ZYDIS_MNEMONIC_ROL:
     case ZYDIS_MNEMONIC_ROR:
     case ZYDIS_MNEMONIC_RCL:
     case ZYDIS_MNEMONIC_RCR:
-        i->flags_in = i->flags_out = true;
-        break;
+    /* The manual leaves some of their flags undefined; processors leave them alone. */
     case ZYDIS_MNEMONIC_BT:
     case ZYDIS_MNEMONIC_BTS:
     case ZYDIS_MNEMONIC_BTR:
     case ZYDIS_MNEMONIC_BTC:
     case ZYDIS_MNEMONIC_BSF:
     case ZYDIS_MNEMONIC_BSR:
-    case ZYDIS_MNEMONIC_DIV:
-    case ZYDIS_MNEMONIC_IDIV:
-        /* Flags that the manual leaves undefined, and processors alone. */
-        i->flags_in = i->flags_out = true;
-        break;
+    case ZYDIS_MNEMONIC_LZCNT:
+    case ZYDIS_MNEMONIC_TZCNT:
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_IMUL:
-        /* The same, but too common to care, if not for the comparison with the interpreter. */
-        i->flags_in = v->journal != NULL;
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV:
+        i->flags_out = i->flags_partial = true;
         break;
     default:
         break;
@@ -295,11 +332,22 @@ static void take_recipe(struct bt_insn *i, const struct decoded *raw)
     const ZydisDecodedOperand *a = &raw->ops[0], *b = &raw->ops[1];
     struct bt_recipe r = {.b = NO_REG};
 
-    if (i->mem || i->high_byte || raw->zi.operand_count_visible < 2 ||
-        a->type != ZYDIS_OPERAND_TYPE_REGISTER || !is_gpr(a->reg.value))
+    if (i->high_byte || raw->zi.operand_count_visible < 1)
         return;
     r.size = (u8)(a->size / 8);
-    r.a = gpr_number(a->reg.value);
+    if (a->type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(a->reg.value) && !i->mem)
+        r.a = gpr_number(a->reg.value);
+    else if (a->type == ZYDIS_OPERAND_TYPE_MEMORY && !i->mem_write)
+        r.a = NO_REG;
+    else
+        return;
+    if (raw->zi.mnemonic == ZYDIS_MNEMONIC_NEG && r.size >= 4) {
+        r.kind = RECIPE_NEG;
+        i->recipe = r;
+        return;
+    }
+    if (raw->zi.operand_count_visible != 2)
+        return;
     if (b->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
         if (i->imm != (s32)i->imm && r.size == 8)
             return;
@@ -326,6 +374,17 @@ static void take_recipe(struct bt_insn *i, const struct decoded *raw)
     case ZYDIS_MNEMONIC_OR:
     case ZYDIS_MNEMONIC_XOR:
         r.kind = RECIPE_LOGIC;
+        break;
+    case ZYDIS_MNEMONIC_SHL:
+    case ZYDIS_MNEMONIC_SHR:
+    case ZYDIS_MNEMONIC_SAR:
+        if (!shift_count(i, raw))
+            return;
+        r.kind = raw->zi.mnemonic == ZYDIS_MNEMONIC_SHL   ? RECIPE_SHL
+                 : raw->zi.mnemonic == ZYDIS_MNEMONIC_SHR ? RECIPE_SHR
+                                                          : RECIPE_SAR;
+        r.a = NO_REG;
+        r.imm &= r.size == 8 ? 63 : 31;
         break;
     default:
         break;
@@ -416,7 +475,6 @@ static bool is_plain_integer(ZydisMnemonic mnemonic)
     case ZYDIS_MNEMONIC_CLC:
     case ZYDIS_MNEMONIC_STC:
     case ZYDIS_MNEMONIC_CMC:
-    case ZYDIS_MNEMONIC_PAUSE:
     case ZYDIS_MNEMONIC_LFENCE:
     case ZYDIS_MNEMONIC_MFENCE:
     case ZYDIS_MNEMONIC_SFENCE:
@@ -432,17 +490,21 @@ static bool is_bit_test(ZydisMnemonic mnemonic)
            mnemonic == ZYDIS_MNEMONIC_BTR || mnemonic == ZYDIS_MNEMONIC_BTC;
 }
 
-/* SIMD on vector registers, if it runs as it is. */
+/* x87, MMX, and SIMD on vector registers, if it runs as it is. */
 static bool take_vector(struct bt_insn *i)
 {
     const struct thunk_spec *s = host_exec_spec(&i->insn);
 
     if (!s || s->masking != MASKING_NONE || s->k_in || s->k_out || s->vec_size > 32 ||
-        (s->fpu_class != FPU_SSE && s->fpu_class != FPU_AVX) ||
-        (i->mem && i->mem_size != s->mem_size))
+        s->fpu_class == FPU_AVX512 || (i->mem && i->mem_size != s->mem_size))
         return false;
+    if (i->code32 && i->encoding == ENC_VEX && ((s->insn[2] ^ i->vex_w_l_pp) & 0x80))
+        return false; /* W, which is ignored here and not by the host */
     i->fpu_class = s->fpu_class;
-    i->faults = (s->flags & THUNK_MXCSR) || s->mem_align;
+    i->x87 = s->flags & THUNK_X87;
+    i->x87_points = s->flags & THUNK_POINTERS;
+    i->fop = s->fop;
+    i->faults = (s->flags & (THUNK_MXCSR | THUNK_X87)) || s->mem_align;
     return true;
 }
 
@@ -457,7 +519,7 @@ static enum bt_op push_or_pop(struct bt_insn *i, const struct decoded *raw)
     bool push = raw->zi.mnemonic == ZYDIS_MNEMONIC_PUSH;
     bool reg = op->type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(op->reg.value);
 
-    if (!is_wide(&raw->zi) || op->size < 8 || i->insn.osize != 8)
+    if (!is_wide(&raw->zi) || op->size < 8 || i->insn.osize != i->word)
         return BT_INTERP;
     i->imm = op->type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? op->imm.value.s : 0;
     i->rm = reg ? gpr_number(op->reg.value) : NO_REG;
@@ -477,7 +539,7 @@ static enum bt_op branch_op(struct bt_insn *i, const struct decoded *raw)
     const ZydisDecodedOperand *op = &raw->ops[0];
     bool call = zi->mnemonic == ZYDIS_MNEMONIC_CALL;
 
-    if (zi->meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || i->insn.osize != 8 || !is_wide(zi))
+    if (zi->meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || i->insn.osize != i->word || !is_wide(zi))
         return BT_INTERP;
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_RET:
@@ -501,13 +563,39 @@ static enum bt_op branch_op(struct bt_insn *i, const struct decoded *raw)
         break;
     }
     if (zi->meta.category == ZYDIS_CATEGORY_COND_BR &&
-        ((i->map == 0 && (i->opcode & 0xf0) == 0x70) || (i->map == 1 && (i->opcode & 0xf0) == 0x80))) {
+        ((i->map == 0 && (i->opcode & 0xf0) == 0x70) ||
+         (i->map == 1 && (i->opcode & 0xf0) == 0x80))) {
         i->imm = op->imm.value.s;
         i->cc = i->opcode & 15;
         i->flags_in = true;
         return BT_JCC;
     }
     return BT_INTERP;
+}
+
+/* MOVS, STOS and LODS through flat segments. */
+static enum bt_op string_op(const struct soft_vcpu *v, struct bt_insn *i,
+                            const ZydisDecodedInstruction *zi)
+{
+    u8 opcode = i->opcode & 0xfe;
+    bool movs = opcode == 0xa4, stos = opcode == 0xaa, lods = opcode == 0xac;
+
+    /* bt,verify can't compare it: its journal ends with the first element. */
+    if (v->journal || i->map || (!movs && !stos && !lods) || i->insn.asize != i->word ||
+        (!stos && zi->attributes & (ZYDIS_ATTRIB_HAS_SEGMENT_FS | ZYDIS_ATTRIB_HAS_SEGMENT_GS |
+                                    ZYDIS_ATTRIB_HAS_SEGMENT_CS)))
+        return BT_INTERP;
+    i->string = (struct bt_string){.size = i->opcode & 1 ? i->insn.osize : 1,
+                                   .len = i->len,
+                                   .repeated = i->insn.flags & (INSN_REP | INSN_REPNE),
+                                   .source = !stos,
+                                   .destination = !lods};
+    if (i->string.repeated && lods)
+        return BT_INTERP;
+    i->written = (lods ? BIT32(RAX) : BIT32(RDI)) | (stos ? 0 : BIT32(RSI)) |
+                 (i->string.repeated ? BIT32(RCX) : 0);
+    i->read = i->written | BIT32(RAX);
+    return BT_STRING_INSN;
 }
 
 static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
@@ -519,7 +607,8 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_POP:
         return push_or_pop(i, raw);
     case ZYDIS_MNEMONIC_LEAVE:
-        return i->insn.osize == 8 && is_wide(zi) ? BT_LEAVE : BT_INTERP;
+        i->fixed = BIT32(RBP);
+        return i->insn.osize == i->word && is_wide(zi) ? BT_LEAVE : BT_INTERP;
     case ZYDIS_MNEMONIC_CLI:
         return v->mode & MODE_USER ? BT_INTERP : BT_CLI;
     case ZYDIS_MNEMONIC_STI:
@@ -538,7 +627,14 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_CLAC:
     case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
         return BT_FAST;
+    case ZYDIS_MNEMONIC_FWAIT:
+        i->fpu_class = FPU_X87; /* more than need be: CR0.EM doesn't stop it */
+        i->x87 = i->faults = true;
+        return BT_PLAIN;
+    case ZYDIS_MNEMONIC_PAUSE: /* with REX.B it is XCHG R8, RAX */
+        return i->rex & 1 ? BT_INTERP : BT_PLAIN;
     case ZYDIS_MNEMONIC_CALL:
     case ZYDIS_MNEMONIC_JMP:
     case ZYDIS_MNEMONIC_RET:
@@ -546,14 +642,24 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     default:
         break;
     }
+    if (zi->meta.category == ZYDIS_CATEGORY_STRINGOP)
+        return string_op(v, i, zi);
     if (zi->meta.category == ZYDIS_CATEGORY_COND_BR)
         return branch_op(i, raw);
     if (!take_operands(i, raw))
         return BT_INTERP;
     if (zi->meta.category == ZYDIS_CATEGORY_NOP || zi->meta.category == ZYDIS_CATEGORY_WIDENOP ||
         zi->meta.category == ZYDIS_CATEGORY_PREFETCH)
-        return zi->mnemonic == ZYDIS_MNEMONIC_PAUSE ? BT_PLAIN : BT_NOP;
-    take_flags(v, i, raw);
+        return BT_NOP;
+    if (i->high_byte) { /* numbers 4 to 7 mean AH to BH there */
+        i->fixed |= i->read | i->written;
+        i->reg_gpr = i->rm_gpr = i->vvvv_gpr = false;
+    }
+    if (zi->mnemonic == ZYDIS_MNEMONIC_BSF || zi->mnemonic == ZYDIS_MNEMONIC_BSR) {
+        i->reg_action |= ACTION_PARTIAL; /* of zero, they leave it alone */
+        i->read |= i->written;
+    }
+    take_flags(i, raw);
     if (i->rip_relative && (i->disp > INT32_MAX - 8192 || i->disp < INT32_MIN + 8192))
         return BT_INTERP; /* the page's offset is added to it */
     if (zi->mnemonic == ZYDIS_MNEMONIC_LEA)
@@ -561,7 +667,7 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     if (i->mem && (i->high_byte || !i->mem_size))
         return BT_INTERP; /* AH and R14 don't meet in one instruction */
     if (is_bit_test(zi->mnemonic) && i->mem && raw->ops[1].type == ZYDIS_OPERAND_TYPE_REGISTER)
-        return raw->ops[1].size < 32 || i->address32 ? BT_INTERP : BT_BIT_STRING;
+        return raw->ops[1].size < 32 || (i->address32 && !i->code32) ? BT_INTERP : BT_BIT_STRING;
     if (is_plain_integer(zi->mnemonic) || zi->meta.category == ZYDIS_CATEGORY_CMOV ||
         zi->meta.category == ZYDIS_CATEGORY_SETCC) {
         take_recipe(i, raw);
@@ -569,7 +675,21 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
                     zi->mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B;
         return BT_PLAIN;
     }
+    if (!i->code32 && /* which leaves YMM8 to YMM15 alone */
+        (zi->mnemonic == ZYDIS_MNEMONIC_VZEROUPPER || zi->mnemonic == ZYDIS_MNEMONIC_VZEROALL)) {
+        i->fpu_class = FPU_AVX;
+        return BT_PLAIN;
+    }
     return take_vector(i) ? BT_PLAIN : BT_INTERP;
+}
+
+/* Whether 32-bit code's instruction is another for the host, or needs a segment's limit. */
+static bool differs32(const struct soft_vcpu *v, const struct bt_insn *i)
+{
+    if (i->encoding == ENC_VEX && (i->vex_w_l_pp & 0x80) &&
+        (i->reg_gpr || i->rm_gpr || i->vvvv_gpr))
+        return true; /* W is ignored */
+    return i->seg != NO_REG && !(v->bt_mode & (i->seg == SEG_FS ? BT_MODE_FS : BT_MODE_GS));
 }
 
 bool bt_insn_decode(struct soft_vcpu *v, const u8 *bytes, unsigned n, u16 offset,
@@ -582,6 +702,8 @@ bool bt_insn_decode(struct soft_vcpu *v, const u8 *bytes, unsigned n, u16 offset
     out->offset = offset;
     out->fpu_class = FPU_CLASSES;
     out->base = out->index = out->seg = NO_REG;
+    out->code32 = v->bt_mode & BT_MODE_CODE32;
+    out->word = out->code32 ? 4 : 8;
     if (decode_insn_raw(v, bytes, MIN(n, 15), 0, &out->insn, &more, &raw) == DECODE_SHORT)
         return false;
     out->len = out->insn.len;
@@ -594,5 +716,7 @@ bool bt_insn_decode(struct soft_vcpu *v, const u8 *bytes, unsigned n, u16 offset
         out->op = BT_INTERP;
     else
         out->op = (u8)classify(v, out, &raw);
+    if (out->code32 && differs32(v, out))
+        out->op = BT_INTERP;
     return true;
 }

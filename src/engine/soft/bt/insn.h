@@ -22,7 +22,8 @@ enum bt_op {
     BT_STI,
     BT_CLD,
     BT_STD,
-    BT_FAST, /* ends the block: fast.c does it, or the interpreter */
+    BT_STRING_INSN, /* MOVS, STOS, LODS: in C, by string.c */
+    BT_FAST,        /* ends the block: fast.c does it, or the interpreter */
     /* These end the block, but for a conditional branch that isn't taken. */
     BT_JCC,
     BT_JMP,
@@ -37,19 +38,42 @@ enum bt_encoding { ENC_LEGACY, ENC_VEX };
 #define NO_REG 0xff
 
 /* How arithmetic flags can be had again from registers, after the host's own are gone. */
-enum recipe_kind { RECIPE_NONE, RECIPE_CMP, RECIPE_TEST, RECIPE_ADD, RECIPE_SUB, RECIPE_LOGIC };
+enum recipe_kind {
+    RECIPE_NONE,
+    RECIPE_CMP,
+    RECIPE_TEST,
+    RECIPE_ADD,
+    RECIPE_SUB,
+    RECIPE_LOGIC,
+    RECIPE_NEG,
+    /* By an immediate count that isn't 0. */
+    RECIPE_SHL,
+    RECIPE_SHR,
+    RECIPE_SAR,
+};
 struct bt_recipe {
     u8 kind; /* enum recipe_kind */
     u8 size; /* of its operands in bytes */
-    u8 a;    /* register: the first operand, or the result (ADD, SUB, LOGIC) */
-    u8 b;    /* register, or NO_REG: imm */
+    u8 a; /* register: the first operand, or the result (ADD, SUB, LOGIC, NEG); NO_REG: the operand as
+              * it was, in v->bt_shared.flag_source */
+    u8 b; /* register, or NO_REG: imm */
     s32 imm;
+};
+
+/* A string instruction that runs in C. */
+struct bt_string {
+    u8 size; /* of an element */
+    u8 len;  /* of the instruction */
+    bool repeated;
+    bool source, destination; /* in memory; not both: the other is the accumulator */
 };
 
 struct bt_insn {
     u8 bytes[15], len;
-    u16 offset; /* in its page */
-    u8 op;      /* enum bt_op */
+    u16 offset;  /* in its page */
+    u8 op;       /* enum bt_op */
+    bool code32; /* it is 32-bit code */
+    u8 word;     /* bytes that the stack and branch targets have: 4 or 8 */
 
     /* Encoding */
     u8 encoding; /* enum bt_encoding */
@@ -63,7 +87,7 @@ struct bt_insn {
     u8 imm_at, imm_len; /* immediate bytes in `bytes` */
 
     /* Operands */
-    u8 reg, rm, vvvv;             /* numbers in the encoding */
+    u8 reg, rm, vvvv;               /* numbers in the encoding */
     bool reg_gpr, rm_gpr, vvvv_gpr; /* whether they are general registers */
     bool opcode_reg;                /* the register is in the opcode: `rm` */
     bool high_byte;                 /* AH, CH, DH or BH is an operand */
@@ -73,18 +97,24 @@ struct bt_insn {
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */
     s32 disp;
-    s64 imm;      /* immediate, or displacement of a branch */
-    u8 cc;        /* condition of BT_JCC */
-    u32 read, written;     /* general registers, one bit each, implicit ones too */
+    s64 imm;                               /* immediate, or displacement of a branch */
+    u8 cc;                                 /* condition of BT_JCC */
+    u32 read, written;                     /* general registers, one bit each, implicit ones too */
+    u32 fixed;                             /* those that can't be substituted */
     u8 reg_action, rm_action, vvvv_action; /* ACTION_* of the general registers above */
 
     /* Flags */
-    bool flags_in;  /* needs the flags there were: reads some, or writes not all */
-    bool flags_out; /* writes some */
+    bool flags_in;      /* reads some; or writes not all, and somebody may ask for the others */
+    bool flags_out;     /* writes some */
+    bool flags_partial; /* but not all */
     struct bt_recipe recipe;
 
-    u8 fpu_class; /* enum fpu_class; FPU_CLASSES: none */
-    bool faults;  /* may fault on the host by itself: #DE, #XM, alignment */
+    struct bt_string string;
+    u8 fpu_class;    /* enum fpu_class; FPU_CLASSES: none */
+    bool faults;     /* may fault on the host by itself: #DE, #MF, #XM, alignment */
+    bool x87;        /* uses the x87 or MMX registers */
+    bool x87_points; /* sets FIP, FOP, and FDP if there is a memory operand */
+    u16 fop;
     struct insn insn; /* the interpreter's */
 };
 

@@ -104,7 +104,7 @@ void bt_relink(struct soft_vcpu *v)
                 bt_exit_attach(bt, &bt->exits[n]);
     }
     bt->nunlinked = 0;
-    v->bt_shared.jump_key = bt->contexts[v->bt_mode];
+    bt_update_key(v);
 }
 
 /* --- Exceptions of the host --- */
@@ -125,10 +125,10 @@ static bool on_exception(void *opaque, void *context)
 
         if (bt_run_at(bt, point->at) != pc)
             continue;
-        if (point->host_flags)
+        if (point->flags == SITE_FLAGS_HOST)
             v->aflags = aflags_from_eflags((u64)regs[REG_EFL]);
         v->bt_shared.site = n;
-        regs[REG_RIP] = (greg_t)bt_run_at(bt, bt->glue[BT_FAULT]);
+        regs[REG_RIP] = (greg_t)bt_run_at(bt, b->fault);
         return true;
     }
     return false;
@@ -202,8 +202,8 @@ void bt_kick_destroy(struct soft_vcpu *v)
 void bt_thread_begin(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
-    stack_t stack = {.ss_sp = bt->signal_stack, .ss_size = SIGNAL_STACK,
-                     .ss_flags = (int)SS_AUTODISARM};
+    stack_t stack = {
+        .ss_sp = bt->signal_stack, .ss_size = SIGNAL_STACK, .ss_flags = (int)SS_AUTODISARM};
     struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL};
     stack_t old;
     sigset_t set;
@@ -226,9 +226,10 @@ void bt_thread_begin(struct soft_vcpu *v)
 void bt_thread_end(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
-    stack_t old = {.ss_sp = bt->old_stack.sp, .ss_size = bt->old_stack.size,
-                   .ss_flags = bt->old_stack.flags};
+    stack_t old = {
+        .ss_sp = bt->old_stack.sp, .ss_size = bt->old_stack.size, .ss_flags = bt->old_stack.flags};
 
+    atomic_store(&bt->running, false);
     timer_delete(bt->timer);
     current = NULL;
     sigaltstack(&old, NULL);

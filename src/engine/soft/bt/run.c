@@ -9,6 +9,7 @@
 
 #include "engine/soft/block.h"
 #include "engine/soft/flags.h"
+#include "engine/soft/host_exec.h"
 #include "engine/soft/interp.h"
 #include "engine/soft/mmu.h"
 #include "engine/soft/run.h"
@@ -16,25 +17,45 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* Runs of an interpreted block before it is translated. */
-#define HOT_RUNS (getenv("HOT") ? atoi(getenv("HOT")) : 12)
 #define NEVER_HOT UINT16_MAX
 
 /* --- Finding --- */
 
-/* The code for the exact RIP, if there is any. Raises what the fetch raises. */
-static const u8 *find_code(struct soft_vcpu *v)
+static gva_t next_page(gva_t lin)
+{
+    return (lin | (GUEST_PAGE_SIZE - 1)) + 1;
+}
+
+/* Where the exact RIP is in memory. Raises what the fetch raises, at RIP. */
+static const u8 *fetch(struct soft_vcpu *v, gpa_t *gpa)
+{
+    v->cur = &insn_none;
+    return soft_fetch(v, v->cpu.gpr[GPR_RIP], gpa);
+}
+
+/* The block for the exact RIP, or NULL. */
+static struct bt_block *find_block(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
+    struct bt_block *b;
     gpa_t gpa;
 
-    if (!soft_fetch(v, lin, &gpa))
+    if (!fetch(v, &gpa))
         return NULL;
-    b = bt_block_find(v, gpa);
+    b = bt_block_find(v, gpa, v->bt_mode);
+    if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
+        return NULL;
+    return b;
+}
+
+/* Its code. */
+static const u8 *find_code(struct soft_vcpu *v)
+{
+    const struct bt_block *b = find_block(v);
+
     if (!b)
         return NULL;
-    bt_jump_insert(v, lin, b);
+    bt_jump_insert(v, v->cpu.gpr[GPR_RIP], b);
     return bt_run_at(v->bt, b->memory_entry);
 }
 
@@ -53,19 +74,23 @@ static const u8 *look_up(struct soft_vcpu *v)
 /* --- Cold code --- */
 
 /* Whether this run of a block is one too many to be interpreted. */
-static bool grows_hot(struct block *b)
+static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 {
-    return b->heat < NEVER_HOT && ++b->heat > HOT_RUNS;
+    return b->heat < NEVER_HOT && ++b->heat > v->bt->choices.hot_runs;
 }
 
 static bool translate(struct soft_vcpu *v, struct block *b)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    gpa_t gpa;
-    const u8 *host = soft_fetch(v, lin, &gpa);
+    struct bt_source s = {0};
 
-    if (host && bt_translate(v, gpa, host))
+    s.host = fetch(v, &s.gpa);
+    if (s.host && bt_goes_across(v, s.gpa, s.host))
+        s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
+    if (s.host && bt_translate(v, &s, v->bt_mode)) {
+        v->bt->from = NULL;
         return true;
+    }
     b->heat = NEVER_HOT;
     return false;
 }
@@ -79,9 +104,10 @@ static void interpret(struct soft_vcpu *v)
     if (unlikely(bt_is_full(v->bt)))
         block_cache_flush(v);
     b = block_cache_find(v);
-    if (v->bt_possible && !v->bt->interp_next && grows_hot(b) && translate(v, b))
+    if (v->bt_possible && !v->bt->interp_next && grows_hot(v, b) && translate(v, b))
         return;
     v->bt->interp_next = false;
+    v->bt->from = NULL;
     v->poll--;
     soft_run_block(v, b);
 }
@@ -98,7 +124,38 @@ static void stop_at_site(struct soft_vcpu *v, const struct bt_site *site)
 {
     if (site->flags == SITE_FLAGS_RECIPE)
         v->aflags = bt_recipe_flags(v, &site->recipe);
+    bt_x87_point(v, site->x87);
     stop_at(v, site->offset);
+}
+
+static void stop_at_point(struct soft_vcpu *v, const struct bt_point *point)
+{
+    if (point->flags == SITE_FLAGS_RECIPE)
+        v->aflags = bt_recipe_flags(v, &point->recipe);
+    bt_x87_point(v, point->x87);
+    stop_at(v, point->offset);
+}
+
+/*
+ * The check of a group of accesses met the end of a page: code for the same instructions with a check for
+ * each access. NULL: there is none.
+ */
+static const u8 *narrow_code(struct soft_vcpu *v)
+{
+    u32 mode = v->bt_mode | BT_MODE_NARROW;
+    struct bt_source s = {0};
+    struct bt_block *b;
+
+    s.host = fetch(v, &s.gpa);
+    if (!s.host || v->journal)
+        return NULL;
+    b = bt_block_find(v, s.gpa, mode);
+    if (!b) {
+        soft_vectors_sync(v);
+        if (!bt_goes_across(v, s.gpa, s.host))
+            b = bt_translate(v, &s, mode);
+    }
+    return b ? bt_run_at(v->bt, b->memory_entry) : NULL;
 }
 
 /* An access missed. Returns where to go on, or NULL: by the interpreter. */
@@ -106,12 +163,19 @@ static const u8 *on_slow(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     gva_t lin = v->bt_shared.linear;
+    const u8 *code;
 
-    if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE &&
-        bt_tlb_fill(v, lin, site->write))
-        return bt_run_at(v->bt, site->resume);
+    if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE) {
+        if (bt_tlb_fill(v, lin, site->write))
+            return bt_run_at(v->bt, site->resume);
+        stop_at_site(v, site);
+        return NULL;
+    }
     stop_at_site(v, site);
-    return NULL;
+    code = site->grouped ? narrow_code(v) : NULL;
+    if (code)
+        v->bt->interp_next = false;
+    return code;
 }
 
 /* A direct exit that isn't linked, or was undone by a kick. */
@@ -119,18 +183,13 @@ static const u8 *on_link(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
     struct bt_exit *e = &bt->exits[v->bt_shared.site];
-    gpa_t gpa;
 
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
     if (!e->to) {
-        struct bt_block *b;
+        struct bt_block *b = find_block(v);
 
-        if (!soft_fetch(v, v->cpu.gpr[GPR_RIP], &gpa))
-            return NULL;
-        b = bt_block_find(v, gpa);
-        if (!b)
-            return NULL;
-        if (v->journal)
+        bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
+        if (!b || b->gpa2 || v->journal)
             return NULL;
         bt_exit_link(bt, e, b);
     }
@@ -154,9 +213,29 @@ static void on_quick(struct soft_vcpu *v)
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     const struct insn *i = v->bt->kept[site->resume];
 
+    bt_x87_point(v, site->x87);
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
     v->block = NULL;
     i->fn(v, i);
+}
+
+static const u8 *on_string(struct soft_vcpu *v)
+{
+    const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
+
+    if (bt_string(v, &site->string))
+        return bt_run_at(v->bt, site->resume);
+    stop_at_site(v, site);
+    return NULL;
+}
+
+/* Stops where the code would have gone on behind site: within a block. */
+static void stop_within(struct soft_vcpu *v, const struct bt_site *site, u32 reason)
+{
+    stop_at_site(v, site);
+    if (reason == BT_STRING) /* it's done */
+        v->cpu.gpr[GPR_RIP] = soft_ip_mask(v, v->cpu.gpr[GPR_RIP] + site->string.len);
+    v->bt->interp_next = false;
 }
 
 static const u8 *came_back(struct soft_vcpu *v, u32 reason)
@@ -176,11 +255,26 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
         on_quick(v);
         return NULL;
     case BT_FAULT:
-        stop_at(v, v->bt->points[v->bt_shared.site].offset);
+        stop_at_point(v, &v->bt->points[v->bt_shared.site]);
         return NULL;
+    case BT_STRING:
+        return on_string(v);
+    case BT_FPU:
+        fpu_make_live(v);
+        return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
     default: /* BT_JUMP */
         return NULL;
     }
+}
+
+/* Runs v->bt_shared.entry; the arithmetic flags are in v->aflags afterwards. */
+static u32 enter(struct soft_vcpu *v)
+{
+    u32 reason = v->bt->enter();
+
+    if (unlikely(v->aflags >> 16))
+        v->aflags = bt_recipe_flags(v, &v->bt->recipes[v->aflags >> 16]);
+    return reason;
 }
 
 /* Enters code and goes on for as long as what comes back is seen to here. */
@@ -188,28 +282,28 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 {
     struct bt *bt = v->bt;
     const struct bt_site *site = NULL;
-    u32 reason;
+    u32 reason = BT_JUMP;
 
-    if (!v->vectors_live)
-        bt_vectors_load(v);
     do {
+        if (unlikely(!v->vectors_live))
+            bt_vectors_load(v);
         v->bt_shared.entry = code;
         bt->armed = true;
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(atomic_load_explicit(&v->attention, memory_order_relaxed))) {
             bt->armed = false;
-            if (site) { /* not between two instructions as the registers say */
-                stop_at_site(v, site);
-                bt->interp_next = false;
-            }
+            if (site)
+                stop_within(v, site, reason);
             return;
         }
-        reason = bt->enter();
+        reason = enter(v);
         bt->armed = false;
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
             bt_relink(v);
-        site = reason == BT_SLOW ? &bt->sites[v->bt_shared.site] : NULL;
+        site = reason == BT_SLOW || reason == BT_FPU || reason == BT_STRING
+                   ? &bt->sites[v->bt_shared.site]
+                   : NULL;
         code = came_back(v, reason);
     } while (code);
 }
@@ -217,35 +311,31 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 /* One block beside the interpreter. False: there is none for the exact RIP. */
 static bool verify_block(struct soft_vcpu *v)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP];
-    const struct bt_block *b;
-    gpa_t gpa;
+    const struct bt_block *b = find_block(v);
     u32 reason;
 
-    if (!soft_fetch(v, lin, &gpa))
-        return false;
-    b = bt_block_find(v, gpa);
     if (!b)
         return false;
-    v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
+    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     bt_verify_begin(v, b);
     if (b->dropped)
         return true; /* the interpreter dropped it on its way: begin anew */
     bt_vectors_load(v);
     v->bt_shared.entry = bt_run_at(v->bt, b->memory_entry);
     do {
-        reason = v->bt->enter();
+        reason = enter(v);
         if (reason == BT_QUICK) { /* not undone, so not compared */
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
+            bt_x87_point(v, site->x87);
             v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
-            bt_verify_end(v, b);
+            bt_verify_end(v, b, false);
             on_quick(v);
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
-    } while (reason == BT_SLOW && v->bt_shared.entry);
-    bt_verify_end(v, b);
+    } while ((reason == BT_SLOW || reason == BT_FPU) && v->bt_shared.entry);
+    bt_verify_end(v, b, reason == BT_FAULT);
     return true;
 }
 
@@ -272,7 +362,8 @@ void bt_run(struct soft_vcpu *v)
     struct bt *bt = v->bt;
 
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
-    atomic_store(&bt->running, true);
+    if (!atomic_exchange(&bt->running, true)) /* until now no timer was set for it */
+        bt_set_deadline(v, v->timer_deadline);
     while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
         run_once(v);
 }
@@ -283,7 +374,8 @@ int bt_probe(struct error *err)
 {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("bmi2"))
-        return error_host(err, ENOTSUP, "engine bt: this processor lacks BMI2; use --engine interp");
+        return error_host(err, ENOTSUP,
+                          "engine bt: this processor lacks BMI2; use --engine interp");
     if (!__builtin_cpu_supports("avx"))
         return error_host(err, ENOTSUP, "engine bt: this processor lacks AVX; use --engine interp");
     return 0;
@@ -298,7 +390,7 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     bt_glue_emit(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
-    if (!ret && v->engine->config.verify)
+    if (!ret && v->engine->config.checks.verify)
         ret = bt_verify_create(v, err);
     if (ret < 0)
         bt_cache_destroy(v);

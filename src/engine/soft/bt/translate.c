@@ -1,9 +1,16 @@
 /*
  * Translation of a block, from x86-64 to x86-64.
  *
+ * 32-bit code is translated where its segments are flat: then an effective address, cut to 32 bits, is
+ * the linear address, and all registers are as in 64-bit code. What differs stands in struct bt_insn
+ * (code32, word); instructions that 64-bit mode has not, or has otherwise, are re-encoded or left to the
+ * interpreter (insn.c).
+ *
  * Registers. Each guest register but two lives in the host register of the same number, RSP included;
  * so do all vector registers and MXCSR. R14 and R15, which compilers take last, live in memory
- * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. GS holds the vCPU. No C
+ * (v->cpu.gpr) and their host registers are the emitter's scratch, S1 and S2. A block that uses them
+ * more than others may have two others in memory instead, while it runs and goes on to blocks that have
+ * the same ones there (choose_perm). GS holds the vCPU. No C
  * code and no signal handler runs on the guest's RSP: C is entered through glue.c, which goes back to
  * the stack that bt_enter left, and signals have a stack of their own.
  *
@@ -30,8 +37,15 @@
  */
 #include "engine/soft/bt/translate.h"
 
+#include "engine/soft/bt/audit.h"
+
 #include "engine/soft/block.h"
+#include "engine/perf_map.h"
 #include "engine/soft/mmu.h"
+#include "host/log.h"
+
+#include <stdio.h>
+#include <stdlib.h>
 
 /* --- The ways out --- */
 
@@ -63,8 +77,9 @@ static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 /* A branch to an offset from the page's start that may lie outside of it. */
 static void put_far_jump(struct translation *t, s32 target)
 {
+    leave_perm(t);
     put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S1, S1, target);
+    put_lea_word(&t->p, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8, S1, S1, target);
     put_jump(t, BT_JUMP, 0);
 }
 
@@ -81,8 +96,32 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
 
     bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
                                          .target = (u16)target,
-                                         .host_flags = !t->flags.memory};
+                                         .flags = t->flags.memory ? EXIT_MEMORY
+                                                  : t->pending    ? EXIT_RECIPE
+                                                                  : EXIT_HOST,
+                                         .recipe_regs = t->pending};
+    memcpy(bt->exits[number].perm, t->perm, sizeof(t->perm));
     add_stub(t, STUB_EXIT, from)->number = number;
+}
+
+/* Before a branch: lets its target have the flags as a recipe, for one store. */
+static void put_pending(struct translation *t)
+{
+    const struct bt_recipe *r = &t->flags.recipe;
+    u16 number;
+
+    t->pending = 0;
+    if (t->flags.memory || !r->kind)
+        return;
+    number = bt_recipe_number(t->bt, r);
+    if (!number)
+        return;
+    put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
+    t->pending = PENDING_NO_REGS;
+    if (r->a != NO_REG)
+        t->pending |= BIT32(r->a);
+    if (r->b != NO_REG)
+        t->pending |= BIT32(r->b);
 }
 
 static void put_direct(struct translation *t, s64 target)
@@ -90,6 +129,7 @@ static void put_direct(struct translation *t, s64 target)
     if (in_page(target)) {
         if (!t->flags.memory)
             flags_need(t);
+        put_pending(t);
         add_exit(t, put_jmp(&t->p), target);
     } else {
         flags_to_memory(t);
@@ -102,8 +142,10 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     struct stub *s;
 
+    x87_store_pointers(t);
     flags_need(t);
     if (in_page(target)) {
+        put_pending(t);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
         s = add_stub(t, STUB_FAR, put_jcc(&t->p, i->cc));
@@ -119,6 +161,7 @@ static void put_indirect_call(struct translation *t, const struct bt_insn *i)
     struct stub *s;
 
     emit_branch_target(t, i);
+    leave_perm(t);
     t->flags.host = false;
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
     put_movzx16(p, S2, S1);
@@ -138,6 +181,8 @@ static void put_end(struct translation *t, const struct bt_insn *i)
     s64 target = i->offset + i->len + i->imm;
     u32 site;
 
+    if (i->op != BT_FAST && i->op != BT_INTERP)
+        x87_store_pointers(t);
     switch (i->op) {
     case BT_JMP:
         put_direct(t, target);
@@ -148,6 +193,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         break;
     case BT_JMP_INDIRECT:
         emit_branch_target(t, i);
+        leave_perm(t);
         site = add_site(t, i);
         put_jump(t, BT_BRANCH, site);
         break;
@@ -156,19 +202,22 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         break;
     case BT_RET:
         emit_pop_return(t, i);
+        leave_perm(t);
         site = add_site(t, i);
-        t->bt->sites[site].size = (u16)(8 + i->imm);
+        t->bt->sites[site].size = (u16)(i->word + i->imm);
         put_jump(t, BT_BRANCH, site);
         break;
     case BT_FAST:
         flags_to_memory(t);
         site = add_site(t, i);
         t->bt->sites[site].resume = bt_keep_insn(t->bt, &i->insn);
+        put_perm_out(t);
         put_leave(t, BT_QUICK, site);
         break;
     default: /* BT_INTERP */
         if (!t->flags.memory && !t->flags.recipe.kind)
             flags_to_memory(t);
+        put_perm_out(t);
         put_leave(t, BT_STOP, add_site(t, i));
         break;
     }
@@ -176,21 +225,56 @@ static void put_end(struct translation *t, const struct bt_insn *i)
 
 /* --- Cold code --- */
 
+static bool has_perm(const struct translation *t)
+{
+    for (unsigned n = 0; n < BT_PERM; n++)
+        if (t->perm[n] != NO_REG)
+            return true;
+    return false;
+}
+
+/* Where C goes on in the block, if it does. */
+static void put_resume(struct translation *t, const struct stub *stub)
+{
+    u32 *resume = &t->bt->sites[stub->number].resume;
+
+    if (!stub->resume)
+        return;
+    *resume = code_offset(t, stub->resume);
+    if (has_perm(t)) {
+        *resume = code_offset(t, t->p);
+        put_perm_in(t);
+        put_keep_addresses(t, true);
+        patch_rel32(put_jmp(&t->p), stub->resume);
+    }
+}
+
 static void put_stub(struct translation *t, const struct stub *stub)
 {
     u8 **p = &t->p;
+    struct bt_exit *e;
 
     patch_rel32(stub->from, *p);
     t->flags = stub->flags;
+    use_perm(t, stub->perm);
     switch (stub->kind) {
     case STUB_SLOW:
         put_op_gs_base(p, OP_XOR, S1, S2, (u32)stub->target); /* the linear address again */
         put_store_gs(p, GS_OFFSET(bt_shared.linear), S1);
+        put_keep_addresses(t, false);
+        put_perm_out(t);
         put_leave(t, BT_SLOW, stub->number);
+        put_resume(t, stub);
         break;
     case STUB_EXIT:
-        t->bt->exits[stub->number].stub = code_offset(t, *p);
-        if (!t->flags.memory)
+        e = &t->bt->exits[stub->number];
+        e->bridge = code_offset(t, *p);
+        if (has_perm(t)) {
+            put_perm_out(t);
+            e->at2 = code_offset(t, put_jmp(p));
+        }
+        e->stub = code_offset(t, *p); /* the bridge's jump leads here, with a displacement of 0 */
+        if (e->flags == EXIT_HOST)
             emit_flags_save(p);
         put_leave(t, BT_LINK, stub->number);
         break;
@@ -199,7 +283,11 @@ static void put_stub(struct translation *t, const struct stub *stub)
         put_far_jump(t, stub->target);
         break;
     default: /* STUB_SITE */
+        if (stub->resume)
+            put_keep_addresses(t, false);
+        put_perm_out(t);
         put_leave(t, (enum bt_reason)stub->reason, stub->number);
+        put_resume(t, stub);
         break;
     }
 }
@@ -224,12 +312,56 @@ static enum first_use first_use(const struct translation *t)
     return FLAGS_CLOBBERED;
 }
 
-/* From the jump cache: RIP is the block's own address. */
+/*
+ * Whether the block may be entered with the flags as a pending recipe: all of them are made anew before
+ * anybody asks for them but for a fault, and no fault comes after a change of the recipe's registers.
+ */
+static void find_kept_regs(const struct translation *t, struct bt_block *b)
+{
+    u32 changed = 0;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        switch (i->op) {
+        case BT_PLAIN:
+        case BT_LEA:
+        case BT_NOP:
+        case BT_PUSH:
+        case BT_POP:
+        case BT_LEAVE:
+            break;
+        default:
+            return;
+        }
+        if (i->flags_in)
+            return;
+        if (insn_clobbers_flags(i))
+            b->kept_regs = changed;
+        if (i->flags_out) {
+            b->takes_recipe = true;
+            return;
+        }
+        changed |= insn_changed_regs(i);
+    }
+}
+
+/*
+ * From the jump cache: RIP is the block's own address. The store of ip_page is branched round when nothing
+ * changes: else each call's return address would depend, through memory, on the last return's.
+ */
 static void put_jump_prefix(struct translation *t, gpa_t gpa)
 {
+    u8 *skip;
+
     put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
     put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
+    put_op_gs(&t->p, true, OP_CMP, S1, GS_OFFSET(bt_shared.ip_page));
+    put8(&t->p, 0x74); /* je */
+    put8(&t->p, 0);
+    skip = t->p;
     put_store_gs(&t->p, GS_OFFSET(bt_shared.ip_page), S1);
+    skip[-1] = (u8)(t->p - skip);
 }
 
 static void put_entries(struct translation *t, struct bt_block *b)
@@ -248,6 +380,8 @@ static void put_entries(struct translation *t, struct bt_block *b)
         put_jump_prefix(t, b->gpa);
         b->memory_entry = code_offset(t, t->p);
         jump[1] = (u8)(t->p - (jump + 2));
+        put_perm_in(t);
+        b->memory_native = code_offset(t, t->p);
         t->flags = (struct flag_state){.memory = true};
         return;
     }
@@ -257,8 +391,155 @@ static void put_entries(struct translation *t, struct bt_block *b)
     if (use == FLAGS_NEEDED)
         emit_flags_load(&t->p);
     b->host_entry = code_offset(t, t->p);
+    put_perm_in(t);
+    b->host_native = code_offset(t, t->p);
     /* If they are overwritten first, nobody asks where they were. */
     t->flags = (struct flag_state){.host = true};
+}
+
+/* The native entry that put_entries left out, and the way out for BT_FAULT: cold code. */
+static void put_cold_entries(struct translation *t, struct bt_block *b)
+{
+    use_perm(t, b->perm);
+    if (!b->host_native && !has_perm(t)) {
+        b->host_native = b->host_entry;
+    } else if (!b->host_native) {
+        b->host_native = code_offset(t, t->p);
+        emit_flags_save(&t->p);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->memory_native));
+    } else if (first_use(t) == FLAGS_OVERWRITTEN) {
+        b->memory_native = b->host_native;
+    } else if (!has_perm(t)) {
+        b->memory_native = b->memory_entry;
+    } else {
+        b->memory_native = code_offset(t, t->p);
+        emit_flags_load(&t->p);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->host_native));
+    }
+    b->fault = t->bt->glue[BT_FAULT];
+    if (has_perm(t)) {
+        b->fault = code_offset(t, t->p);
+        put_perm_out(t);
+        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[BT_FAULT]));
+    }
+}
+
+/* --- Registers --- */
+
+/* What it would cost to have each register in memory, in accesses; ~0: it can't be. */
+static void weigh_registers(const struct translation *t, u32 weight[16])
+{
+    u32 fixed = BIT32(RAX) | BIT32(RSP);
+
+    memset(weight, 0, 16 * sizeof(*weight));
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        fixed |= i->fixed;
+        for (u8 reg = 0; reg < 16; reg++)
+            weight[reg] += ((i->read >> reg) & 1) + ((i->written >> reg) & 1);
+        if ((i->op == BT_PUSH || i->op == BT_POP) && i->rm != NO_REG && !i->mem)
+            weight[i->rm]++;
+    }
+    for (u8 reg = 0; reg < 16; reg++)
+        if (fixed & BIT32(reg))
+            weight[reg] = UINT32_MAX;
+}
+
+static bool is_loop(const struct translation *t)
+{
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if ((i->op == BT_JCC || i->op == BT_JMP) &&
+            i->offset + i->len + i->imm == t->insns[0].offset)
+            return true;
+    }
+    return false;
+}
+
+/* The weight of what is in memory under perm; UINT32_MAX: impossible. */
+static u32 perm_weight(const u32 weight[16], const u8 perm[BT_PERM])
+{
+    u32 sum = 0;
+
+    for (u8 n = 0; n < 2; n++) {
+        u32 w = weight[perm[n] == NO_REG ? S1 + n : perm[n]];
+
+        if (w == UINT32_MAX)
+            return UINT32_MAX;
+        sum += w;
+    }
+    for (u8 n = 2; n < BT_PERM; n++)
+        if (perm[n] != NO_REG && weight[perm[n]])
+            return UINT32_MAX;
+    return sum;
+}
+
+/* How many registers are worth borrowing for host addresses. */
+static unsigned wanted_addresses(const struct translation *t, bool loop)
+{
+    u32 bases = 0;
+    unsigned accesses = 0, nbases;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct bt_insn *i = &t->insns[n];
+
+        if (i->op == BT_PUSH || i->op == BT_POP)
+            bases |= BIT32(RSP);
+        else if (i->op == BT_PLAIN && i->mem)
+            bases |= BIT32(i->rip_relative || i->base == NO_REG ? GPR_ZERO : i->base);
+        else
+            continue;
+        accesses++;
+    }
+    nbases = (unsigned)__builtin_popcount(bases);
+    if (nbases < 2 || accesses < nbases + (loop ? 1 : 3))
+        return 0;
+    return MIN(nbases, BT_BORROWED);
+}
+
+static void borrow(const struct translation *t, struct bt_block *b, const u32 weight[16], bool loop)
+{
+    unsigned wanted = wanted_addresses(t, loop), n = 2;
+
+    for (u8 reg = S1; reg-- > 0 && n < 2 + wanted;)
+        if (!weight[reg] && reg != b->perm[0] && reg != b->perm[1])
+            b->perm[n++] = reg;
+}
+
+/*
+ * Chooses the registers that are in memory while the block runs, and those borrowed. A change costs two
+ * loads and two stores for each, there and back, if it isn't a loop; none at all if the block before has
+ * the same ones.
+ */
+static void choose_perm(const struct translation *t, struct bt_block *b)
+{
+    const struct bt_block *from = t->bt->from;
+    bool loop = is_loop(t);
+    u32 weight[16], change = loop ? 1 : 5, best;
+
+    memset(b->perm, NO_REG, sizeof(b->perm));
+    weigh_registers(t, weight);
+    if (weight[S1] == UINT32_MAX || weight[S2] == UINT32_MAX)
+        return;
+    for (u8 n = 0; n < 2; n++) {
+        u8 pick = NO_REG;
+
+        for (unsigned reg = 0; reg < S1; reg++)
+            if (reg != b->perm[0] && weight[reg] != UINT32_MAX &&
+                (pick == NO_REG || weight[reg] < weight[pick]))
+                pick = (u8)reg;
+        if (pick != NO_REG && weight[S1 + n] > weight[pick] + change)
+            b->perm[n] = pick;
+    }
+    best = perm_weight(weight, b->perm);
+    if (b->perm[0] != NO_REG || b->perm[1] != NO_REG)
+        best += change;
+    if (from && perm_weight(weight, from->perm) <= best)
+        memcpy(b->perm, from->perm, sizeof(b->perm));
+    if (b->perm[2] == NO_REG && !(b->mode & BT_MODE_NARROW))
+        borrow(t, b, weight, loop);
 }
 
 /* --- Blocks --- */
@@ -273,18 +554,22 @@ static bool class_faults(const struct soft_vcpu *v, const struct bt_insn *i)
     return i->fpu_class != FPU_CLASSES && v->class_fault[i->fpu_class];
 }
 
-/* Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. */
+/*
+ * Decodes up to the block's end or the page's. Returns the bytes of what will be emitted. An instruction
+ * that goes on in the next page isn't part of the block; it is reached by the jump cache.
+ */
 static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
 {
     unsigned first = (unsigned)(gpa & (GUEST_PAGE_SIZE - 1)), offset = first;
+    const struct bt *bt = t->bt;
 
-    while (t->count < BT_MAX_INSNS && offset < GUEST_PAGE_SIZE) {
+    while (t->count < bt->choices.max_insns && offset < GUEST_PAGE_SIZE) {
         struct bt_insn *i = &t->insns[t->count];
 
         if (!bt_insn_decode(t->v, host + (offset - first), (unsigned)GUEST_PAGE_SIZE - offset,
                             (u16)offset, i)) {
-            i->op = BT_INTERP; /* it goes on in the next page */
-            i->len = 0;
+            t->goes_across = true;
+            break;
         }
         if (class_faults(t->v, i))
             i->op = BT_INTERP;
@@ -297,44 +582,138 @@ static unsigned decode_block(struct translation *t, gpa_t gpa, const u8 *host)
     return offset - first;
 }
 
-/* From now on a store to the block's bytes is noticed. False: one came before that. */
-static bool protect_block(const struct translation *t, const struct bt_block *b, const u8 *host)
+/*
+ * Whether somebody may ask for flags as they are behind instruction `at`: an instruction, or a fault, before
+ * all of them are made anew.
+ */
+static bool flags_matter(const struct translation *t, unsigned at)
 {
-    block_cache_protect(t->v, b->gpa, b->bytes);
-    for (unsigned n = 0; n < t->count; n++) {
+    for (unsigned n = at + 1; n < t->count; n++) {
         const struct bt_insn *i = &t->insns[n];
 
-        if (i->op != BT_INTERP &&
-            memcmp(i->bytes, host + (i->offset - (b->gpa & (GUEST_PAGE_SIZE - 1))), i->len) != 0)
+        if (i->flags_in || insn_clobbers_flags(i))
+            return true;
+        if (i->flags_out && !i->flags_partial)
             return false;
     }
     return true;
 }
 
-struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+/* Those that write a part of the flags need the rest only if it matters. */
+static void settle_flags(struct translation *t)
+{
+    for (unsigned n = t->count; n-- > 0;)
+        if (t->insns[n].flags_partial && flags_matter(t, n))
+            t->insns[n].flags_in = true;
+}
+
+/* One instruction that lies across two pages. */
+static unsigned decode_across(struct translation *t, gpa_t gpa, const u8 *bytes, unsigned n)
+{
+    struct bt_insn *i = &t->insns[0];
+
+    if (!bt_insn_decode(t->v, bytes, n, (u16)(gpa & (GUEST_PAGE_SIZE - 1)), i) ||
+        i->op == BT_INTERP || class_faults(t->v, i))
+        return 0;
+    t->count = 1;
+    return i->len;
+}
+
+/* From now on a store to the block's bytes is noticed. False: one came before that. */
+static bool protect_block(const struct translation *t, const struct bt_block *b,
+                          const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1))), at = 0;
+
+    block_cache_protect(t->v, b->gpa, MIN(b->bytes, first));
+    if (b->gpa2)
+        block_cache_protect(t->v, b->gpa2, b->bytes - first);
+    for (unsigned n = 0; n < t->count && at < b->bytes; n++)
+        for (unsigned k = 0; k < t->insns[n].len; k++, at++)
+            if (t->insns[n].bytes[k] != (at < first ? source->host[at] : source->host2[at - first]))
+                return false;
+    return true;
+}
+
+static unsigned decode(struct translation *t, const struct bt_source *source)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (source->gpa & (GUEST_PAGE_SIZE - 1)));
+    u8 bytes[15];
+
+    if (!source->host2)
+        return decode_block(t, source->gpa, source->host);
+    for (unsigned k = 0; k < sizeof(bytes); k++)
+        bytes[k] = k < first ? source->host[k] : source->host2[k - first];
+    return decode_across(t, source->gpa, bytes, sizeof(bytes));
+}
+
+/* A build that audits does not outlive its first finding. */
+static void audit_block(const struct translation *t, u32 first_site)
+{
+    const struct bt_block *b = t->block;
+    u32 sites[2] = {first_site, t->bt->nsites};
+    struct bt_fault_found found;
+
+    if (bt_audit(t->bt, b, sites, &found))
+        return;
+    log_message(LOG_ERROR, "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
+                found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
+                found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
+    for (unsigned n = 0; n < t->count; n++) {
+        char text[64] = "";
+
+        for (unsigned k = 0; k < t->insns[n].len; k++)
+            snprintf(text + 3 * k, sizeof(text) - 3 * k, "%02x ", t->insns[n].bytes[k]);
+        log_message(LOG_ERROR, "  %03x  %s", t->insns[n].offset, text);
+    }
+    abort();
+}
+
+/* Under the address that it was translated for: another mapping of the page will have the same name. */
+static void name_block(const struct translation *t)
+{
+    const struct bt_block *b = t->block;
+    struct perf_map *m = t->v->engine->config.perf_map;
+    u64 lin = t->v->cpu.gpr[GPR_RIP];
+    bool user = b->mode & BT_MODE_USER;
+
+    perf_map_add(m, bt_run_at(t->bt, b->hot), b->hot_end - b->hot, lin, user);
+    perf_map_add(m, bt_run_at(t->bt, b->cold), b->cold_end - b->cold, lin, user);
+}
+
+struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode)
 {
     static _Thread_local struct translation translation;
     struct translation *t = &translation;
     struct bt *bt = v->bt;
     const struct bt_insn *last;
     struct bt_block *b;
+    u32 sites = bt->nsites;
 
     if (bt_is_full(bt))
         return NULL;
     t->v = v;
     t->bt = bt;
     t->count = t->nstubs = 0;
-    t->group = (struct access_group){0};
+    t->goes_across = false;
+    memset(t->groups, 0, sizeof(t->groups));
+    t->x87 = 0;
+    t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
-    *b = (struct bt_block){.gpa = gpa,
-                           .mode = v->bt_mode,
+    *b = (struct bt_block){.gpa = source->gpa,
+                           .gpa2 = source->host2 ? source->gpa2 : 0,
+                           .mode = mode,
                            .hot = bt->hot,
                            .cold = bt->cold,
                            .exits = bt->nexits,
                            .points = bt->npoints};
-    b->bytes = (u16)decode_block(t, gpa, host);
-    if (!b->bytes || !protect_block(t, b, host))
+    b->bytes = (u16)decode(t, source);
+    if (!b->bytes || !protect_block(t, b, source))
         return NULL;
+    settle_flags(t);
+    find_kept_regs(t, b);
+    choose_perm(t, b);
+    use_perm(t, b->perm);
     t->block = b;
     t->p = bt_write_at(bt, bt->hot);
     put_entries(t, b);
@@ -350,12 +729,19 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
             emit_insn(t, i);
     }
     if (!ends_block(last))
+        x87_store_pointers(t);
+    if (t->goes_across) {
+        flags_to_memory(t);
+        put_far_jump(t, last->offset + last->len);
+    } else if (!ends_block(last)) {
         put_direct(t, last->offset + last->len);
+    }
     b->hot_end = code_offset(t, t->p);
 
     t->p = bt_write_at(bt, bt->cold);
     for (unsigned n = 0; n < t->nstubs; n++)
         put_stub(t, &t->stubs[n]);
+    put_cold_entries(t, b);
     b->cold_end = code_offset(t, t->p);
 
     bt->hot = (b->hot_end + 15) & ~15u;
@@ -363,10 +749,22 @@ struct bt_block *bt_translate(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
     b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
     b->nexits = bt->nexits - b->exits;
     b->npoints = bt->npoints - b->points;
+    if (BT_AUDIT)
+        audit_block(t, sites);
+    if (v->engine->config.perf_map)
+        name_block(t);
     bt->nblocks++;
     bt->translated++;
     bt->translated_insns += b->count;
     bt_block_insert(v, b);
     v->stats.blocks_translated++;
     return b;
+}
+
+bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host)
+{
+    unsigned left = (unsigned)(GUEST_PAGE_SIZE - (gpa & (GUEST_PAGE_SIZE - 1)));
+    struct bt_insn i;
+
+    return left < 15 && !bt_insn_decode(v, host, left, 0, &i);
 }

@@ -8,9 +8,11 @@
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
 
+#define BT_HOT_RUNS 12
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
+#define PENDING_NO_REGS BIT32(31)
 
 /*
  * Where the guest's arithmetic flags are at a point of the code. At least one holds:
@@ -24,25 +26,29 @@ struct flag_state {
 };
 
 /*
- * One check serves accesses at [lo, hi) off one base: S1 holds the host address of base + index + lo.
- * `shift` is what was added to the base since.
+ * One check serves accesses at [lo, hi) off one base: a register holds the host address of base + index
+ * + lo, S1 for group 0, a borrowed one for the others. `shift` is what was added to the base since.
  */
 struct access_group {
     bool valid, write;
+    unsigned used; /* when last, as an instruction's number */
     u8 base, index, scale;
-    s32 lo, hi, shift;
+    s64 lo, hi; /* lo is one that an instruction can have */
+    s32 shift;
 };
 
 enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE };
 
 /* Code that is emitted behind the block, in the cold half. */
 struct stub {
-    u8 kind;   /* enum stub_kind */
-    u8 reason; /* STUB_SITE: enum bt_reason */
-    u8 *from;  /* the displacement that leads to it */
+    u8 kind;    /* enum stub_kind */
+    u8 reason;  /* STUB_SITE: enum bt_reason */
+    u8 *from;   /* the displacement that leads to it */
     u32 number; /* of its site or exit */
     bool write;
-    s32 target;  /* STUB_FAR: offset from the page's start, outside it */
+    s32 target;  /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
+    const u8 *resume; /* where C may go on in the block; NULL: it never does */
+    u8 perm[BT_PERM];
     struct flag_state flags;
 };
 
@@ -52,8 +58,20 @@ struct translation {
     struct bt_block *block;
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
-    struct access_group group;
+    struct access_group groups[1 + BT_BORROWED];
+    u8 operand; /* the register that access() left the operand's host address in */
+    /*
+     * Registers. home: the host register of each of the guest's, or NO_REG for the two in memory
+     * (memory_reg). By default these are R14 and R15; perm[n] is one that is in memory in the place of
+     * R14 + n, whose host register is perm[n]'s then. perm[2] and perm[3] aren't used by the block, and
+     * are borrowed for host addresses.
+     */
+    u8 home[16], memory_reg[2], perm[BT_PERM];
+    bool goes_across; /* behind the last instruction is one that lies across the page's end */
+    u32 x87;       /* as in a site */
+    bool x87_live; /* the x87 registers were made live in this block */
     struct bt_insn insns[BT_MAX_INSNS + 1];
+    u32 pending;        /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
     struct stub stubs[BT_MAX_STUBS];
     unsigned nstubs;
@@ -75,6 +93,14 @@ void emit_push_return(struct translation *t, const struct bt_insn *i);
 /* RET's load of its target into S1, with RSP moved. */
 void emit_pop_return(struct translation *t, const struct bt_insn *i);
 
+/* Registers: makes `perm` the current one; changes between it and the default; ends it for good. */
+void use_perm(struct translation *t, const u8 perm[BT_PERM]);
+void put_perm_in(struct translation *t);
+/* For a way out that comes back: keeps host addresses in borrowed registers, and has them again. */
+void put_keep_addresses(struct translation *t, bool again);
+void put_perm_out(struct translation *t);
+void leave_perm(struct translation *t);
+
 void flags_need(struct translation *t);
 void flags_to_memory(struct translation *t);
 /* Before something that changes the host's flags. */
@@ -82,11 +108,28 @@ void flags_clobber(struct translation *t);
 void emit_flags_save(u8 **p);
 void emit_flags_load(u8 **p);
 
+/* --- emit_x87.c --- */
+
+/* Before an x87 or MMX instruction: has the guest's registers in the host's. */
+void x87_make_live(struct translation *t, const struct bt_insn *i);
+/* i was emitted: the x87 pointers change, later. */
+void x87_note(struct translation *t, const struct bt_insn *i);
+/* Has the x87 pointers right in v->cpu. Keeps the host's flags. */
+void x87_store_pointers(struct translation *t);
+/* The registers are about to change. */
+void x87_before_write(struct translation *t, u32 regs);
+
 struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from);
 /* A site for instruction i, with the flags as they are now. */
 u32 add_site(struct translation *t, const struct bt_insn *i);
 
+/* The operand's address, without a segment's base, into `to`: base_reg + disp, and i's index. Uses S1
+ * and S2. */
+void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base_reg, s32 disp);
+
 /* Whether a memory access or another clobber of the host's flags comes with the instruction. */
 bool insn_clobbers_flags(const struct bt_insn *i);
+/* General registers that it changes, one bit each. */
+u32 insn_changed_regs(const struct bt_insn *i);
 
 #endif

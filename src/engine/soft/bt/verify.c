@@ -26,6 +26,7 @@
 #define MAX_STEPS 65
 #define MAX_WRITES 512
 #define WRITE_MAX 64
+#define MXCSR_FLAGS 0x3fu
 
 struct write {
     u8 *host;
@@ -39,6 +40,9 @@ struct step {
     u64 rflags;
     u32 mxcsr;
     u8 vec[16][32];
+    u8 fpr[8][16];
+    u16 fcw, fsw, ftw, fop, fcs, fds;
+    u64 fip, fdp;
     unsigned nwrites; /* so far */
 };
 
@@ -69,8 +73,43 @@ void bt_journal_stop(struct soft_vcpu *v)
     longjmp(v->unwind, 1);
 }
 
-static void record(const struct soft_vcpu *v, struct step *s)
+static void record_x87(const struct cpu *cpu, struct step *s)
 {
+    memcpy(s->fpr, cpu->fpr, sizeof(s->fpr));
+    s->fcw = cpu->fcw;
+    s->fsw = cpu->fsw;
+    s->ftw = cpu->ftw;
+    s->fop = cpu->fop;
+    s->fcs = cpu->fcs;
+    s->fds = cpu->fds;
+    s->fip = cpu->fip;
+    s->fdp = cpu->fdp;
+}
+
+static void undo_x87(struct cpu *cpu, const struct step *s)
+{
+    memcpy(cpu->fpr, s->fpr, sizeof(s->fpr));
+    cpu->fcw = s->fcw;
+    cpu->fsw = s->fsw;
+    cpu->ftw = s->ftw;
+    cpu->fop = s->fop;
+    cpu->fcs = s->fcs;
+    cpu->fds = s->fds;
+    cpu->fip = s->fip;
+    cpu->fdp = s->fdp;
+}
+
+static bool same_x87(const struct cpu *cpu, const struct step *s)
+{
+    return memcmp(s->fpr, cpu->fpr, sizeof(s->fpr)) == 0 && s->fcw == cpu->fcw &&
+           s->fsw == cpu->fsw && s->ftw == cpu->ftw && s->fop == cpu->fop && s->fcs == cpu->fcs &&
+           s->fds == cpu->fds && s->fip == cpu->fip && s->fdp == cpu->fdp;
+}
+
+static void record(struct soft_vcpu *v, struct step *s)
+{
+    soft_fpu_sync(v);
+    record_x87(&v->cpu, s);
     memcpy(s->gpr, v->cpu.gpr, sizeof(s->gpr));
     s->aflags = v->aflags;
     s->rflags = v->cpu.rflags;
@@ -148,7 +187,26 @@ static void print_insn(struct soft_vcpu *v, const struct bt_block *b, unsigned n
     fprintf(stderr, "  %016" PRIx64 "  %s\n", ip, text);
 }
 
-static bool differs(struct soft_vcpu *v, const struct step *s, const char **what, char *buf, size_t n)
+/*
+ * Whether a store's memory is as it should be after the first n writes. What was stored may be an entry of
+ * a page table, in which the interpreter's walk set A or D.
+ */
+static bool store_differs(const struct bt_journal *j, const struct write *w, unsigned n)
+{
+    for (unsigned k = 0; k < w->size; k++) {
+        u8 wrong = w->host[k] ^ expected(j, n, w->host + k);
+        bool entry = ((uintptr_t)(w->host + k) & 3) == 0;
+
+        if (wrong & ~(entry ? PTE_A | PTE_D : 0))
+            return true;
+    }
+    return false;
+}
+
+/* faulted: the host raised an exception, and so has set MXCSR's flag for it, which is the interpreter's
+ * next step. */
+static bool differs(struct soft_vcpu *v, const struct step *s, bool faulted, const char **what,
+                    char *buf, size_t n)
 {
     static const char *const names[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                         "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
@@ -170,7 +228,7 @@ static bool differs(struct soft_vcpu *v, const struct step *s, const char **what
                  v->cpu.rflags);
         return true;
     }
-    if (s->mxcsr != v->cpu.mxcsr) {
+    if ((s->mxcsr ^ v->cpu.mxcsr) & ~(faulted ? MXCSR_FLAGS : 0)) {
         snprintf(buf, n, "mxcsr: interpreter %x, translation %x", s->mxcsr, v->cpu.mxcsr);
         return true;
     }
@@ -179,14 +237,21 @@ static bool differs(struct soft_vcpu *v, const struct step *s, const char **what
             snprintf(buf, n, "vector register %u", r);
             return true;
         }
+    if (!same_x87(&v->cpu, s)) {
+        snprintf(buf, n,
+                 "x87: status, tags, FIP, FDP, FOP: interpreter %04x %04x %" PRIx64 " %" PRIx64
+                 " %03x, translation %04x %04x %" PRIx64 " %" PRIx64 " %03x",
+                 s->fsw, s->ftw, s->fip, s->fdp, s->fop, v->cpu.fsw, v->cpu.ftw, v->cpu.fip,
+                 v->cpu.fdp, v->cpu.fop);
+        return true;
+    }
     for (unsigned w = 0; w < s->nwrites; w++) {
         const struct write *write = &v->journal->writes[w];
 
-        for (unsigned k = 0; k < write->size; k++)
-            if (write->host[k] != expected(v->journal, s->nwrites, write->host + k)) {
-                snprintf(buf, n, "memory: a store of %u bytes", write->size);
-                return true;
-            }
+        if (store_differs(v->journal, write, s->nwrites)) {
+            snprintf(buf, n, "memory: a store of %u bytes", write->size);
+            return true;
+        }
     }
     return false;
 }
@@ -200,8 +265,9 @@ static _Noreturn void report(struct soft_vcpu *v, const struct bt_block *b, unsi
     for (unsigned k = 0; k < n; k++)
         print_insn(v, b, k);
     for (unsigned r = 0; r < 16; r++)
-        fprintf(stderr, "  r%-2u before %016" PRIx64 "  interpreter %016" PRIx64
-                        "  translation %016" PRIx64 "\n",
+        fprintf(stderr,
+                "  r%-2u before %016" PRIx64 "  interpreter %016" PRIx64 "  translation %016" PRIx64
+                "\n",
                 r, j->steps[0].gpr[r], j->steps[n].gpr[r], v->cpu.gpr[r]);
     fprintf(stderr, "  flags before %04x interpreter %04x translation %04x\n", j->steps[0].aflags,
             j->steps[n].aflags, v->aflags);
@@ -213,7 +279,10 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     struct bt_journal *j = v->journal;
 
     soft_vectors_sync(v);
+    soft_fpu_sync(v);
+    fpu_refresh_tags(&v->cpu);
     interpret(v, b);
+    soft_fpu_sync(v); /* the step that faulted may have made it live */
     /* Undo it all. */
     for (unsigned n = j->nwrites; n-- > 0;)
         memcpy(j->writes[n].host, j->writes[n].old, j->writes[n].size);
@@ -221,23 +290,25 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     v->aflags = j->steps[0].aflags;
     v->cpu.rflags = j->steps[0].rflags;
     v->cpu.mxcsr = j->steps[0].mxcsr;
+    undo_x87(&v->cpu, &j->steps[0]);
     for (unsigned n = 0; n < 16; n++)
         memcpy(v->cpu.vec[n], j->steps[0].vec[n], 32);
 }
 
-void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b)
+void bt_verify_end(struct soft_vcpu *v, const struct bt_block *b, bool faulted)
 {
     const struct bt_journal *j = v->journal;
-    char buf[128];
+    char buf[192];
     const char *what = buf;
     int match = -1;
 
     soft_vectors_sync(v);
+    soft_fpu_sync(v);
     /* A loop's first and last step have the same RIP. */
     for (unsigned n = 0; n <= j->nsteps; n++) {
         if (j->steps[n].gpr[GPR_RIP] != v->cpu.gpr[GPR_RIP])
             continue;
-        if (!differs(v, &j->steps[n], &what, buf, sizeof(buf)))
+        if (!differs(v, &j->steps[n], faulted, &what, buf, sizeof(buf)))
             return;
         match = (int)n;
     }

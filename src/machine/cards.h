@@ -1,0 +1,49 @@
+/*
+ * Disks, console ports and networks of the machine, as those who build it hand them down.
+ */
+#ifndef DOPPEL_MACHINE_CARDS_H
+#define DOPPEL_MACHINE_CARDS_H
+
+#include "host/types.h"
+
+#define MACHINE_DISKS_MAX 16
+
+struct block_backend;
+
+struct machine_disk {
+    struct block_backend *backend;
+    const char *serial; /* NULL: none */
+    bool stop_on_error; /* werror=stop */
+    bool ide;           /* a drive of the IDE controller, not virtio-blk */
+    bool cdrom;         /* and a CD-ROM */
+};
+
+struct machine_disks {
+    struct machine_disk disk[MACHINE_DISKS_MAX];
+    unsigned count;
+};
+
+#define MACHINE_CONSOLES_MAX 16
+
+struct chardev;
+
+struct machine_consoles {
+    struct {
+        struct chardev *chr;
+        const char *name; /* NULL: a console, else a port of that name */
+    } port[MACHINE_CONSOLES_MAX];
+    unsigned count;
+};
+
+#define MACHINE_NETS_MAX 8
+
+struct net_backend;
+struct vsock;
+
+struct machine_nets {
+    struct net_backend *backend[MACHINE_NETS_MAX];
+    unsigned count;
+    struct vsock *vsock; /* NULL: none */
+};
+
+#endif

@@ -1,0 +1,308 @@
+/*
+ * virtio-rng, virtio-balloon and virtio-console: what each does with what its driver sends, also when that is
+ * nonsense, and that a pause loses nothing.
+ */
+#include "device/virtio/balloon.h"
+#include "device/virtio/console.h"
+#include "device/virtio/rng.h"
+#include "virtio_rig.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#include <cmocka.h>
+
+static struct driver *bare_driver(void)
+{
+    struct driver *d = calloc(1, sizeof(*d));
+
+    d->rig = rig_create();
+    d->rig->env.loop = event_loop_create(&d->rig->err);
+    d->host = rig_pci_host(d->rig);
+    return d;
+}
+
+static void place(struct driver *d)
+{
+    config_write(d->rig, TOY_DEVFN, PCI_BASE_ADDRESS_0 + 4 * VIRTIO_BAR, TOY_BAR, 4);
+    config_write(d->rig, TOY_DEVFN, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
+}
+
+static void finish(struct driver *d, struct virtio *v)
+{
+    struct device *host = pci_host_device(d->host);
+
+    virtio_device(v)->ops->destroy(virtio_device(v));
+    host->ops->destroy(host);
+    event_loop_destroy(d->rig->env.loop);
+    rig_destroy(d->rig);
+    free(d);
+}
+
+/* The driver's rings belong to queue q from now on. */
+static void start_queue(struct driver *d, u64 features, unsigned q)
+{
+    negotiate(d, features | VIRTIO_F_VERSION_1);
+    set_queue(d, q, 16);
+    reg_write(d, STATUS, 15, 1);
+    run_loop(d);
+}
+
+static void notify_queue(struct driver *d, unsigned q)
+{
+    reg_write(d, VIRTIO_BAR_NOTIFY + VIRTIO_NOTIFY_MULTIPLIER * q, q, 2);
+    run_loop(d);
+}
+
+static void rng_fills_buffers(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio *v = virtio_rng_create(&d->rig->env, d->host, TOY_DEVFN, &d->rig->err);
+    struct buffer b[] = {{BUFFERS, 100, true}, {BUFFERS + 200, 0x5000, true}};
+    u8 zero[100] = {0};
+    u32 id, len;
+
+    place(d);
+    start_queue(d, 0, 0);
+    add(d, b, 2, 0);
+    notify_queue(d, 0);
+    assert_true(take_used(d, 2, &id, &len));
+    assert_int_equal(len, 4096);
+    assert_memory_not_equal(memory_host(&d->rig->memory, BUFFERS, 100), zero, 100);
+    b[0].write = false;
+    add(d, b, 1, 0); /* nothing to write to */
+    notify_queue(d, 0);
+    assert_true(take_used(d, 1, &id, &len));
+    assert_int_equal(len, 0);
+    finish(d, v);
+}
+
+static void balloon_gives_pages_back(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_balloon *b =
+        virtio_balloon_create(&d->rig->env, d->host, TOY_DEVFN, &d->rig->err);
+    u32 pfns[] = {9, 10, 11, 0xffffffff, 0x10, 13}; /* some of them no memory */
+    struct buffer list = {RING_INDIRECT, sizeof(pfns), false};
+    u8 *page = memory_host(&d->rig->memory, 0x9000, 0x5000);
+    u32 id, len;
+
+    place(d);
+    start_queue(d, 0, 0);
+    memset(page, 0x55, 0x5000);
+    memory_write(&d->rig->memory, RING_INDIRECT, pfns, sizeof(pfns));
+    add(d, &list, 1, 0);
+    notify_queue(d, 0);
+    assert_true(take_used(d, 1, &id, &len));
+    assert_int_equal(page[0], 0);      /* 9 */
+    assert_int_equal(page[0x2fff], 0); /* 11 */
+    assert_int_equal(page[0x3000], 0x55);
+    assert_int_equal(page[0x4000], 0); /* 13 */
+    virtio_balloon_set_target(b, 0x3000);
+    assert_int_equal(reg_read(d, VIRTIO_BAR_DEVICE, 4), 3);
+    reg_write(d, VIRTIO_BAR_DEVICE + 4, 3, 4);
+    assert_int_equal(virtio_balloon_actual(b), 0x3000);
+    finish(d, virtio_balloon_virtio(b));
+}
+
+static void balloon_takes_reported_pages(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_balloon *b =
+        virtio_balloon_create(&d->rig->env, d->host, TOY_DEVFN, &d->rig->err);
+    struct buffer free_pages[] = {{0x9000, 0x1000, true}, {0xa800, 0x1900, true}};
+    u8 *page = memory_host(&d->rig->memory, 0x9000, 0x4000);
+    u32 id, len;
+
+    place(d);
+    start_queue(d, BIT(5), 3);
+    memset(page, 0x55, 0x4000);
+    add(d, free_pages, 2, 0);
+    notify_queue(d, 3);
+    assert_true(take_used(d, 2, &id, &len));
+    assert_int_equal(page[0], 0);
+    assert_int_equal(page[0x1800], 0x55); /* parts of pages stay */
+    assert_int_equal(page[0x2000], 0);
+    assert_int_equal(page[0x3000], 0x55);
+    finish(d, virtio_balloon_virtio(b));
+}
+
+static void balloon_keeps_statistics(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_balloon *b =
+        virtio_balloon_create(&d->rig->env, d->host, TOY_DEVFN, &d->rig->err);
+    struct device *dev = virtio_device(virtio_balloon_virtio(b));
+    u8 stats[] = {4,  0, 0, 0, 1, 0, 0, 0, 0, 0, /* free memory: 64 KiB */
+                  77, 0, 1, 1, 1, 1, 1, 1, 1, 1, 5, 0};
+    struct buffer buffer = {BUFFERS, sizeof(stats), false};
+    struct balloon_stats got;
+    u32 id, len;
+
+    place(d);
+    start_queue(d, BIT(1), 2);
+    memory_write(&d->rig->memory, BUFFERS, stats, sizeof(stats));
+    add(d, &buffer, 1, 0);
+    notify_queue(d, 2);
+    assert_false(take_used(d, 1, &id, &len)); /* kept until news are wanted */
+    dev->ops->stop(dev);                      /* a pause leaves it the driver's */
+    assert_int_equal(virtio_balloon_virtio(b)->in_flight, 0);
+    assert_false(take_used(d, 1, &id, &len));
+    dev->ops->start(dev);
+    run_loop(d);
+    virtio_balloon_stats(b, &got);
+    assert_int_equal(got.known, 1 << 4);
+    assert_int_equal(got.value[4], 0x10000);
+    assert_true(take_used(d, 1, &id, &len));
+    add(d, &buffer, 1, 0);
+    notify_queue(d, 2);
+    reg_write(d, STATUS, 0, 1); /* a reset doesn't wait for it */
+    assert_int_equal(reg_read(d, STATUS, 1), 0);
+    finish(d, virtio_balloon_virtio(b));
+}
+
+/* ---- the console ---- */
+
+struct stream {
+    u8 got[8192];
+    size_t len, room;
+    unsigned accepts;
+};
+
+static size_t put(void *opaque, const u8 *buf, size_t len)
+{
+    struct stream *s = opaque;
+    size_t n = MIN(len, s->room);
+
+    memcpy(s->got + s->len, buf, n);
+    s->len += n;
+    s->room -= n;
+    return n;
+}
+
+static void accept_input(void *opaque)
+{
+    ((struct stream *)opaque)->accepts++;
+}
+
+static struct stream streams[2];
+
+static struct virtio_console *create_console(struct driver *d)
+{
+    struct console_port ports[] = {{NULL, put, accept_input, &streams[0]},
+                                   {"agent", put, accept_input, &streams[1]}};
+    struct virtio_console *c;
+
+    memset(streams, 0, sizeof(streams));
+    c = virtio_console_create(&d->rig->env, ports, 2, d->host, TOY_DEVFN, &d->rig->err);
+    place(d);
+    return c;
+}
+
+static void console_output_waits_for_its_stream(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_console *c = create_console(d);
+    struct device *dev = virtio_device(virtio_console_virtio(c));
+    struct buffer b[] = {{BUFFERS, 5, false}, {BUFFERS + 5, 6, false}};
+    u32 id, len;
+
+    start_queue(d, 0, 1);
+    memory_write(&d->rig->memory, BUFFERS, "hello world", 11);
+    streams[0].room = 3;
+    add(d, b, 2, 0);
+    notify_queue(d, 1);
+    assert_int_equal(streams[0].len, 3);
+    assert_false(take_used(d, 2, &id, &len));
+    dev->ops->stop(dev); /* a pause in the midst of it */
+    assert_int_equal(virtio_console_virtio(c)->in_flight, 0);
+    streams[0].room = 5;
+    dev->ops->start(dev);
+    run_loop(d);
+    assert_int_equal(streams[0].len, 8);
+    streams[0].room = 100;
+    virtio_console_writable(c, 0);
+    assert_int_equal(streams[0].len, 11);
+    assert_memory_equal(streams[0].got, "hello world", 11);
+    assert_true(take_used(d, 2, &id, &len));
+    reg_write(d, VIRTIO_BAR_DEVICE + 8, '!', 4); /* emergency write */
+    assert_int_equal(streams[0].got[11], '!');
+    finish(d, virtio_console_virtio(c));
+}
+
+static void console_input_waits_for_buffers(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_console *c = create_console(d);
+    struct buffer b = {BUFFERS, 4, true};
+    u32 id, len;
+
+    start_queue(d, 0, 0);
+    assert_int_equal(virtio_console_can_receive(c, 0), 0);
+    add(d, &b, 1, 0);
+    notify_queue(d, 0);
+    assert_true(streams[0].accepts > 0);
+    assert_int_equal(virtio_console_can_receive(c, 0), 4);
+    assert_int_equal(virtio_console_receive(c, 0, (const u8 *)"input", 4), 4);
+    assert_true(take_used(d, 1, &id, &len));
+    assert_int_equal(len, 4);
+    assert_memory_equal(memory_host(&d->rig->memory, BUFFERS, 4), "inpu", 4);
+    assert_int_equal(virtio_console_receive(c, 0, (const u8 *)"t", 1), 0);
+    finish(d, virtio_console_virtio(c));
+}
+
+/* The control queues share the rings' page by halves: receive at its usual place, transmit above. */
+static void console_ports_are_announced(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_console *c = create_console(d);
+    struct {
+        u32 id;
+        u16 event, value;
+    } sent[] = {{0, 0, 1}, {1, 3, 1}, {99, 3, 1}, {1, 6, 1}, {0, 0xffff, 1}}, got;
+    u32 id, len;
+    u16 wants[][2] = {{0, 1}, {1, 1}, {1, 7}, {1, 6}}; /* id, event: two adds, a name, an open */
+
+    start_queue(d, BIT(1), 3);
+    memory_write(&d->rig->memory, BUFFERS, sent, sizeof(sent));
+    for (unsigned i = 0; i < ARRAY_SIZE(sent); i++) {
+        struct buffer b = {BUFFERS + 8 * i, 8, false};
+
+        add(d, &b, 1, (u16)i);
+    }
+    notify_queue(d, 3);
+    for (unsigned i = 0; i < ARRAY_SIZE(sent); i++)
+        assert_true(take_used(d, 1, &id, &len));
+    set_queue(d, 2, 16);
+    for (unsigned i = 0; i < 8; i++) {
+        struct buffer b = {BUFFERS + 64 * i, 64, true};
+
+        add(d, &b, 1, (u16)i);
+    }
+    notify_queue(d, 2);
+    for (unsigned i = 0; i < ARRAY_SIZE(wants); i++) {
+        assert_true(take_used(d, 1, &id, &len));
+        memory_read(&d->rig->memory, BUFFERS + 64 * i, &got, sizeof(got));
+        assert_int_equal(got.id, wants[i][0]);
+        assert_int_equal(got.event, wants[i][1]);
+        if (got.event == 7)
+            assert_memory_equal(memory_host(&d->rig->memory, BUFFERS + 64 * i + 8, 5), "agent", 5);
+    }
+    assert_false(take_used(d, 1, &id, &len));
+    finish(d, virtio_console_virtio(c));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(rng_fills_buffers),
+        cmocka_unit_test(balloon_gives_pages_back),
+        cmocka_unit_test(balloon_takes_reported_pages),
+        cmocka_unit_test(balloon_keeps_statistics),
+        cmocka_unit_test(console_output_waits_for_its_stream),
+        cmocka_unit_test(console_input_waits_for_buffers),
+        cmocka_unit_test(console_ports_are_announced),
+    };
+    return cmocka_run_group_tests_name("virtio_devices", tests, NULL, NULL);
+}
