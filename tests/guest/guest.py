@@ -92,7 +92,7 @@ class Guest:
         while True:
             while b"\n" in self.pending:
                 line, self.pending = self.pending.split(b"\n", 1)
-                line = line.decode(errors="replace").rstrip("\r")
+                line = line.decode(errors="replace").strip("\r") # GRUB ends a line with "\n\r"
                 self.lines.append((time.monotonic(), line))
                 if text is not None and line.startswith(text):
                     return line
