@@ -116,7 +116,9 @@ static void shadows(void)
     check_equal("then-it-comes", count[LOW], 2);
     __asm__ volatile("movl %%ss, %%eax; movl %2, %%ecx; movl $0x40051, %%edx; sti; nop;"
                      "movl %%edx, (%%rcx); movl %%eax, %%ss; nop; 2: nop; cli; nop"
-                     : : "i"(0), "i"(0), "i"(APIC + APIC_ICR) : "rax", "rcx", "rdx", "memory");
+                     :
+                     : "i"(0), "i"(0), "i"(APIC + APIC_ICR)
+                     : "rax", "rcx", "rdx", "memory");
     check_equal("mov-ss-came", count[LOW], 3);
     count[LOW] = 0;
     send(LOW);
@@ -132,7 +134,8 @@ static void priorities(void)
     ordered = 0;
     send(LOW);
     send(HIGH);
-    check("irr-both", apic_read(APIC_IRR + 0x20) & 1u << 17 && apic_read(APIC_IRR + 0x40) & 1u << 17);
+    check("irr-both",
+          apic_read(APIC_IRR + 0x20) & 1u << 17 && apic_read(APIC_IRR + 0x40) & 1u << 17);
     __asm__ volatile("sti; nop; nop; nop; cli" ::: "memory");
     check("higher-first", ordered == 2 && order[0] == HIGH && order[1] == LOW);
     count[LOW] = count[HIGH] = 0;
@@ -337,7 +340,8 @@ static void x2apic_mode(void)
     check_equal("x2apic-icr", count[LOW], 2);
     FAULTS("x2apic-eoi-nonzero", GP, 0, "wrmsr", : : "c"(0x80b), "a"(1), "d"(0));
     FAULTS("x2apic-back-to-xapic", GP, 0, "wrmsr",
-           : : "c"(MSR_APIC_BASE), "a"((u32)rdmsr(MSR_APIC_BASE) & ~(u32)BIT(10)), "d"(0));
+           :
+           : "c"(MSR_APIC_BASE), "a"((u32)rdmsr(MSR_APIC_BASE) & ~(u32)BIT(10)), "d"(0));
     timer();
 }
 

@@ -305,8 +305,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop, open_signals, open_stats, open_perf_map, open_disks,
-        open_nets, open_vsock, open_serial, open_consoles, create_machine,
+        choose_engine, open_loop,  open_signals, open_stats,    open_perf_map,  open_disks,
+        open_nets,     open_vsock, open_serial,  open_consoles, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};
