@@ -364,22 +364,23 @@ static u64 tsc_of_a_millisecond(void)
     return (rdtsc() - tsc) / 20;
 }
 
-/* The best of some, for a host has other things to do. */
+/* One in time is enough, for a host has other things to do; but none may be early. */
 static void latency(const char *name, const u8 *loop, u64 millisecond)
 {
     u64 best = ~0ULL, scratch = 0;
+    bool early = false;
 
-    for (unsigned n = 0; n < 500 && best >= millisecond; n++) {
+    for (unsigned n = 0; n < 5 || (n < 300 && best >= millisecond); n++) {
         u64 deadline = rdtsc() + 2 * millisecond;
 
         wrmsr(MSR_TSC_DEADLINE, deadline);
         run_loop(loop, &scratch);
         if (taken_at < deadline)
-            best = ~0ULL - 1;
+            early = true;
         else if (taken_at - deadline < best)
             best = taken_at - deadline;
     }
-    check(name, best < millisecond);
+    check(name, best < millisecond && !early);
 }
 
 /* Ticks that were armed before the loop begins: while the processor slept, and in the loop before. */
