@@ -70,8 +70,9 @@ struct tlb_entry {
 
 struct tlb {
     struct tlb_entry entries[TLB_SIZE];
-    /* One bit an entry that may hold something: flushes look at these only. */
+    /* One bit for each entry that may hold something: flushes look at these only. */
     u64 used[TLB_SIZE / 64];
+    u64 nonglobal[TLB_SIZE / 64]; /* of these, the ones that go with an address space */
 };
 
 /* A page that instructions are fetched from. */

@@ -8,7 +8,7 @@
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
 
-#define BT_HOT_RUNS 12
+#define BT_HOT_RUNS 16
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
