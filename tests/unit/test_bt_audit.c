@@ -745,6 +745,64 @@ static void exits_with_borrowed_addresses(void **state)
     }
 }
 
+/* LOOP would move what it counts with. */
+static void loop_of_a_borrowed_register(void **state)
+{
+    static const char *const cases[] = {"\xe2\x00", "\xe3\x00"}; /* loop, jrcxz */
+    struct rig *r = *state;
+
+    for (unsigned n = 0; n < ARRAY_SIZE(cases); n++) {
+        begin_borrowing(r);
+        put_checked_into(r, V, false, 8);
+        put_bytes(r, cases[n], 2);
+        put_load_word(&r->p, 8, RDX, V, 0);
+        assert_borrowing_refused(r, NO_FLAW, "a branch of another kind");
+    }
+}
+
+/* MOVZX makes an index of the jump cache; not of an address. */
+static void index_of_a_host_address(void **state)
+{
+    struct rig *r = *state;
+
+    begin_borrowing(r);
+    put_checked_into(r, U, false, 8);
+    put_movzx16(&r->p, S2, U);
+    assert_borrowing_refused(r, NO_FLAW, "a host address is read");
+    begin_borrowing(r);
+    put_check_of(r, TLB_KERNEL, false, 8);
+    put_movzx16(&r->p, S2, S1);
+    assert_borrowing_refused(r, NO_FLAW, "a host address is read");
+}
+
+/* BTS of memory by a register reaches 2^60 bytes to both sides. */
+static void bit_of_any_number(void **state)
+{
+    struct rig *r = *state;
+
+    for (unsigned n = 0; n < 5; n++) {
+        r->p = r->bt->writable + HOT;
+        put_check_of(r, TLB_KERNEL, true, 8);
+        if (n < 3)
+            put_op_ri(&r->p, false, EXT_AND, S2, n == 2 ? 127 : 63);
+        put_store_gs(&r->p, GS_OFFSET(bt_shared.temp), n == 3 ? RDX : S2);
+        put_mov_rr(&r->p, S2, RAX);
+        if (n == 1)
+            put_store_gs(&r->p, GS_OFFSET(bt_shared.temp), RAX);
+        put_load_gs(&r->p, S2, GS_OFFSET(bt_shared.temp));
+        if (n == 4) {
+            put_op_ri(&r->p, false, EXT_AND, S2, 63);
+            PUT(r, "\x49\x0f\xab\x06"); /* bts [r14], rax */
+        } else {
+            PUT(r, "\x4d\x0f\xab\x3e"); /* bts [r14], r15 */
+        }
+        if (n)
+            assert_refused(r, "a bit outside of its operand");
+        else
+            assert_accepted(r);
+    }
+}
+
 static void instructions_that_code_must_not_have(void **state)
 {
     static const struct {
@@ -825,6 +883,9 @@ int main(void)
         TEST(kept_addresses_of_others),
         TEST(resume_with_another_state),
         TEST(exits_with_borrowed_addresses),
+        TEST(loop_of_a_borrowed_register),
+        TEST(index_of_a_host_address),
+        TEST(bit_of_any_number),
         TEST(instructions_that_code_must_not_have),
     };
 

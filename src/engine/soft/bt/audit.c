@@ -11,7 +11,8 @@
  *      [U + n]             likewise, U being a borrowed register (perm[2], perm[3]) that was copied from S1
  *                          behind such a check, and not written since;
  *      gs:[kept_address]   moved to from the borrowed register that it is for, and from there to it.
- *     Anything else, implied operands too, is refused: so there is no PUSH, CALL or string instruction.
+ *     Anything else, implied operands too, is refused: so there is no PUSH, CALL or string instruction. A
+ *     bit's number, which moves an operand, is S2 masked to be within it.
  *  2. A check is: XOR of S1 with a tag, CMP of S1 with 4096 less the size, JA, and ADD of the host address
  *     from the same entry; neither S1 nor S2 is changed between. That S1 was a linear address, and S2 its
  *     index, need not be known: if the XOR leaves an offset in a page, S1 was an address in the page
@@ -57,7 +58,8 @@ struct known {
     u8 s1; /* enum s1 */
     u8 s2; /* enum s2 */
     bool write;
-    u32 size; /* from S1_COMPARED on: bytes that the check is for */
+    u32 size;                 /* from S1_COMPARED on: bytes that the check is for */
+    u64 s2_below, temp_below; /* S2, and v->bt_shared.temp, are less than that; 0: nobody knows */
     struct address borrowed[BT_BORROWED], kept[BT_BORROWED];
     u32 site; /* what v->bt_shared.site is now, and 1; 0: nobody knows */
 };
@@ -190,7 +192,8 @@ static bool same_address(const struct address *x, const struct address *y)
 
 static bool same_scratch(const struct known *x, const struct known *y)
 {
-    return x->s1 == y->s1 && x->s2 == y->s2 && x->write == y->write && x->size == y->size;
+    return x->s1 == y->s1 && x->s2 == y->s2 && x->write == y->write && x->size == y->size &&
+           x->s2_below == y->s2_below;
 }
 
 static bool same_known(const struct known *x, const struct known *y)
@@ -199,7 +202,7 @@ static bool same_known(const struct known *x, const struct known *y)
         if (!same_address(&x->borrowed[k], &y->borrowed[k]) ||
             !same_address(&x->kept[k], &y->kept[k]))
             return false;
-    return same_scratch(x, y) && x->site == y->site;
+    return same_scratch(x, y) && x->temp_below == y->temp_below && x->site == y->site;
 }
 
 /* Leaves in *x what both know. */
@@ -210,7 +213,10 @@ static void meet(struct known *x, const struct known *y)
         x->s2 = nothing_known.s2;
         x->write = false;
         x->size = 0;
+        x->s2_below = 0;
     }
+    if (x->temp_below != y->temp_below)
+        x->temp_below = 0;
     for (unsigned k = 0; k < BT_BORROWED; k++) {
         if (!same_address(&x->borrowed[k], &y->borrowed[k]))
             x->borrowed[k] = (struct address){0};
@@ -357,6 +363,16 @@ static bool is_forbidden(const ZydisDecodedInstruction *zi)
     }
 }
 
+static bool is_general(const ZydisDecodedOperand *op)
+{
+    ZydisRegister whole =
+        op->type == ZYDIS_OPERAND_TYPE_REGISTER
+            ? ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, op->reg.value)
+            : ZYDIS_REGISTER_NONE;
+
+    return whole >= ZYDIS_REGISTER_RAX && whole <= ZYDIS_REGISTER_R15;
+}
+
 /* Whether it is the general register of that number, or a part. */
 static bool is_part_of(ZydisRegister reg, unsigned number)
 {
@@ -427,6 +443,22 @@ static bool audit_access(struct audit *a, s64 disp, u64 size, bool write,
     return true;
 }
 
+/* BT, BTS, BTR and BTC of memory: whether the bit is one of the operand. */
+static bool is_bit_inside(const struct audit *a, const ZydisDecodedInstruction *zi,
+                          const ZydisDecodedOperand *ops)
+{
+    switch (zi->mnemonic) {
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTS:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTC:
+        return ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE ||
+               (is_register(&ops[1], S2) && a->known.s2_below && a->known.s2_below <= ops[0].size);
+    default:
+        return true;
+    }
+}
+
 static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
                          const ZydisDecodedOperand *ops, const ZydisDecodedOperand *op)
 {
@@ -441,6 +473,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
         return refuse(a, "an operand without a size");
     if (zi->address_width != 64)
         return refuse(a, "a 32-bit address");
+    if (!is_bit_inside(a, zi, ops))
+        return refuse(a, "a bit outside of its operand");
     if (m->segment == ZYDIS_REGISTER_GS) {
         if (m->base == ZYDIS_REGISTER_NONE && m->index == ZYDIS_REGISTER_NONE &&
             is_kept_address((u64)disp, size))
@@ -491,8 +525,17 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
 static void set_s2(struct known *k, enum s2 s2)
 {
     k->s2 = (u8)s2;
+    k->s2_below = 0;
     if (k->s1 != S1_HOST)
         k->s1 = S1_ANY;
+}
+
+static bool holds_host(const struct audit *a, const ZydisDecodedOperand *op)
+{
+    for (unsigned k = 0; k < BT_BORROWED; k++)
+        if (!a->known.borrowed[k].guest && is_register(op, borrowed_reg(a, k)))
+            return true;
+    return a->known.s1 == S1_HOST && is_register(op, S1);
 }
 
 /* The steps of a check, and what makes S2 an index. True: it is one, and a->known is as after it. */
@@ -506,16 +549,16 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_MOVZX:
         if (!is_register(&ops[0], S2) || ops[1].type != ZYDIS_OPERAND_TYPE_REGISTER ||
-            ops[1].size != 16)
+            ops[1].size != 16 || holds_host(a, &ops[1]))
             return false;
         set_s2(k, S2_NUMBER16);
         return true;
     case ZYDIS_MNEMONIC_AND:
         if (!is_register(&ops[0], S2) || ops[0].size != 32 ||
-            ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE ||
-            ops[1].imm.value.u != (TLB_SIZE - 1) << 5)
+            ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || ops[1].imm.value.u > INT32_MAX)
             return false;
-        set_s2(k, S2_INDEX);
+        set_s2(k, ops[1].imm.value.u == (TLB_SIZE - 1) << 5 ? S2_INDEX : S2_ANY);
+        k->s2_below = ops[1].imm.value.u + 1;
         return true;
     case ZYDIS_MNEMONIC_XOR:
         if (!to_s1 || !memory || ops[1].mem.base != ZYDIS_REGISTER_R15 || k->s1 == S1_HOST)
@@ -540,7 +583,38 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
     }
 }
 
-/* What moves of host addresses to and from borrowed registers make known; and of the site's number. */
+/* Whether it is gs:[disp]. */
+static bool is_gs(const ZydisDecodedOperand *op)
+{
+    return op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
+           op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE;
+}
+
+static bool take_store(struct audit *a, const ZydisDecodedOperand *ops)
+{
+    struct known *known = &a->known;
+    u64 disp = (u64)ops[0].mem.disp.value;
+
+    if (is_kept_address(disp, ops[0].size / 8)) {
+        unsigned k = which_borrowed(a, ops[1].reg.value); /* audit_kept saw to it */
+
+        known->kept[k] = known->borrowed[k];
+        return true;
+    }
+    if (disp == GS_OFFSET(bt_shared.temp) && is_register(&ops[1], S2) && ops[0].size == 64) {
+        known->temp_below = known->s2_below;
+        return true;
+    }
+    if (disp == GS_OFFSET(bt_shared.site) && ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE &&
+        ops[0].size == 32) {
+        known->site = (u32)ops[1].imm.value.u + 1;
+        return true;
+    }
+    return false;
+}
+
+/* What moves of host addresses to and from borrowed registers make known; those of v->bt_shared.temp;
+ * and of the site's number. */
 static bool take_move(struct audit *a, const ZydisDecodedInstruction *zi,
                       const ZydisDecodedOperand *ops)
 {
@@ -549,30 +623,20 @@ static bool take_move(struct audit *a, const ZydisDecodedInstruction *zi,
 
     if (zi->mnemonic != ZYDIS_MNEMONIC_MOV)
         return false;
-    if (ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY) {
-        const ZydisDecodedOperandMem *m = &ops[0].mem;
-
-        if (m->segment != ZYDIS_REGISTER_GS || m->base != ZYDIS_REGISTER_NONE ||
-            m->index != ZYDIS_REGISTER_NONE)
-            return false;
-        if (is_kept_address((u64)m->disp.value, ops[0].size / 8)) {
-            k = which_borrowed(a, ops[1].reg.value); /* audit_kept saw to it */
-            known->kept[k] = known->borrowed[k];
-            return true;
-        }
-        if (m->disp.value != GS_OFFSET(bt_shared.site) || ops[0].size != 32 ||
-            ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE)
-            return false;
-        known->site = (u32)ops[1].imm.value.u + 1;
-        return true;
-    }
+    if (is_gs(&ops[0]))
+        return take_store(a, ops);
     if (ops[0].type != ZYDIS_OPERAND_TYPE_REGISTER || ops[0].size != 64)
         return false;
+    if (is_register(&ops[0], S2) && is_gs(&ops[1]) &&
+        ops[1].mem.disp.value == GS_OFFSET(bt_shared.temp)) {
+        set_s2(known, S2_ANY);
+        known->s2_below = known->temp_below;
+        return true;
+    }
     k = which_borrowed(a, ops[0].reg.value);
     if (k == BT_BORROWED)
         return false;
-    if (ops[1].type == ZYDIS_OPERAND_TYPE_MEMORY && ops[1].mem.segment == ZYDIS_REGISTER_GS &&
-        is_kept_address((u64)ops[1].mem.disp.value, 8)) {
+    if (is_gs(&ops[1]) && is_kept_address((u64)ops[1].mem.disp.value, 8)) {
         known->borrowed[k] = known->kept[k];
         return true;
     }
@@ -599,6 +663,13 @@ static bool uses(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *o
            (is_part_of(op->mem.base, number) || is_part_of(op->mem.index, number));
 }
 
+static bool overwrites(const ZydisDecodedOperand *op, u64 from, u64 size)
+{
+    u64 disp = (u64)op->mem.disp.value;
+
+    return is_gs(op) && writes(op) && disp + op->size / 8 > from && disp < from + size;
+}
+
 /* What an instruction that is no step does to S1, S2, the borrowed registers and the site's number. */
 static bool forget(struct audit *a, const ZydisDecodedInstruction *zi,
                    const ZydisDecodedOperand *ops)
@@ -618,10 +689,10 @@ static bool forget(struct audit *a, const ZydisDecodedInstruction *zi,
                 return refuse(a, "a host address is read");
             guest[k] |= is_register(op, borrowed_reg(a, k)) && writes(op);
         }
-        if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
-            writes(op) && (u64)op->mem.disp.value + op->size / 8 > GS_OFFSET(bt_shared.site) &&
-            (u64)op->mem.disp.value < GS_OFFSET(bt_shared.site) + sizeof(u32))
+        if (overwrites(op, GS_OFFSET(bt_shared.site), sizeof(u32)))
             known->site = 0;
+        if (overwrites(op, GS_OFFSET(bt_shared.temp), sizeof(u64)))
+            known->temp_below = 0;
     }
     /* The step from the comparison to the jump bears nothing in between. */
     if (s1 || known->s1 == S1_COMPARED) {
@@ -645,6 +716,9 @@ static bool audit_branch(struct audit *a, const ZydisDecodedInstruction *zi,
     *goes_on = !jump;
     if (!jump && zi->meta.category != ZYDIS_CATEGORY_COND_BR)
         return refuse(a, "a branch of another kind");
+    for (unsigned n = 0; n < zi->operand_count; n++) /* JRCXZ, LOOP */
+        if (is_general(&ops[n]))
+            return refuse(a, jump ? "an indirect branch" : "a branch of another kind");
     if (ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY)
         return jump && ops[0].mem.base == ZYDIS_REGISTER_NONE ? all_guest(a)
                                                               : refuse(a, "an indirect branch");
