@@ -361,6 +361,14 @@ static void jump_by_any_number(void **state)
     assert_refused(r, "no look into the jump cache");
 }
 
+static void jump_by_a_field(void **state)
+{
+    struct rig *r = *state;
+
+    put_op_gs(&r->p, false, 0xff, 4, GS_GPR(RAX)); /* jmp gs:[gpr] */
+    assert_refused(r, "an indirect branch");
+}
+
 static void branches_elsewhere(void **state)
 {
     static const struct {
@@ -869,6 +877,7 @@ int main(void)
         TEST(fields_that_are_not_its_own),
         TEST(store_to_a_field_for_loads),
         TEST(jump_by_any_number),
+        TEST(jump_by_a_field),
         TEST(branches_elsewhere),
         TEST(end_run_over),
         TEST(check_on_one_way),

@@ -720,8 +720,9 @@ static bool audit_branch(struct audit *a, const ZydisDecodedInstruction *zi,
         if (is_general(&ops[n]))
             return refuse(a, jump ? "an indirect branch" : "a branch of another kind");
     if (ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY)
-        return jump && ops[0].mem.base == ZYDIS_REGISTER_NONE ? all_guest(a)
-                                                              : refuse(a, "an indirect branch");
+        return jump && ops[0].mem.index == ZYDIS_REGISTER_R15 /* the jump cache */
+                   ? all_guest(a)
+                   : refuse(a, "an indirect branch");
     if (ops[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !ops[0].imm.is_relative)
         return refuse(a, "an indirect branch");
     if (!add_target(a, a->next + (u32)ops[0].imm.value.s))
