@@ -59,10 +59,10 @@ static word hit_at(unsigned n)
 
 #define TF_ON "pushf; orl $0x100, (" REG_SP "); popf\n\t"
 #define TF_ON_LENGTH 9
-#define STEP(steps, insn, ...)                                                                    \
-    do {                                                                                          \
-        watch(steps, 0);                                                                          \
-        TRY(TF_ON insn, __VA_ARGS__);                                                             \
+#define STEP(steps, insn, ...)                                                                     \
+    do {                                                                                           \
+        watch(steps, 0);                                                                           \
+        TRY(TF_ON insn, __VA_ARGS__);                                                              \
     } while (0)
 
 static word step_at(unsigned n)
@@ -137,7 +137,9 @@ static void instruction(void)
     void *to = buffer;
     word n = 3, ss;
 
-#define AT(label) "mov" " $" label ", %0; mov %0, %%dr0\n\t"
+#define AT(label)                                                                                  \
+    "mov"                                                                                          \
+    " $" label ", %0; mov %0, %%dr0\n\t"
     watch(0, DR7(0, EXECUTE, ONE));
     TRY(AT("1f") "incl %1; 1: incl %1; 2: incl %1", : "=&r"(ss), "+m"(counter) : : "cc");
     check_equal("execute-once", nhits, 1);
@@ -188,7 +190,9 @@ static void data(void)
     check_equal("write-done-before", memory[19], 1);
     watch(0, DR7(0, WRITE, FOUR));
     TRY("movb (%0), %%al; movb %%al, 4(%0); movb %%al, -1(%0)",
-        : : "r"(memory + 16) : "memory", "eax");
+        :
+        : "r"(memory + 16)
+        : "memory", "eax");
     check_equal("write-not-by-read-or-neighbours", nhits, 0);
     TRY("movl %k1, (%0)", : : "a"(memory + 13), "c"(1) : "memory");
     check_equal("write-overlap-below", nhits, 1);
@@ -247,7 +251,9 @@ static void data(void)
     /* Pushes and pops are data too. */
     watch(0, DR7(0, WRITE, ONE));
     TRY("push %0; mov " REG_SP ", %0; mov %0, %%dr0; pop %0; push %0; pop %0",
-        : "+a"(ss) : : "memory");
+        : "+a"(ss)
+        :
+        : "memory");
     set_dr7(DR7_EMPTY);
     check_equal("write-by-push", nhits, 1);
     /* What faults does not report. */

@@ -15,7 +15,7 @@
 #endif
 
 /* What a gate that fails to deliver says: vector * 8, IDT, and EXT when not INT n. */
-#define ERROR_IDT(vector, ext) ((vector) * 8 + 2 + (ext))
+#define ERROR_IDT(vector, ext) ((vector)*8 + 2 + (ext))
 
 static void divide(void)
 {
@@ -24,7 +24,8 @@ static void divide(void)
     FAULTS("de-div-by-zero", DE, 0, "divl %2", : "=a"(q), "=d"(r) : "r"(0), "0"(1), "1"(0));
     FAULTS("de-div-overflow", DE, 0, "divl %2", : "=a"(q), "=d"(r) : "r"(2), "0"(0), "1"(2));
     FAULTS("de-idiv-overflow", DE, 0, "idivl %2",
-           : "=a"(q), "=d"(r) : "r"(-1), "0"(0x80000000), "1"(0xffffffff));
+           : "=a"(q), "=d"(r)
+           : "r"(-1), "0"(0x80000000), "1"(0xffffffff));
     FAULTS("de-div8", DE, 0, "divb %b1", : "=a"(q) : "c"(1), "0"(0x100));
     FAULTS("de-div16", DE, 0, "divw %w2", : "=a"(q), "=d"(r) : "r"(0), "0"(1), "1"(0));
     WORKS("div-works", "divl %2", : "=a"(q), "=d"(r) : "r"(7), "0"(100), "1"(0));
@@ -121,18 +122,19 @@ static void protection(void)
         skip("gp-cr0-pg-without-pe", "TCG obeys, and the guest is gone");
     else
         FAULTS("gp-cr0-pg-without-pe", GP, 0, "mov %0, %%cr0",
-               : : "r"((cr0() | (word)CR0_PG) & ~(word)CR0_PE));
+               :
+               : "r"((cr0() | (word)CR0_PG) & ~(word)CR0_PE));
     if (on_tcg()) {
         skip("gp-cr0-nw-without-cd", "TCG obeys");
         skip("gp-cr4-reserved", "TCG hangs");
     } else {
         FAULTS("gp-cr0-nw-without-cd", GP, 0, "mov %0, %%cr0",
-               : : "r"((cr0() | (word)BIT(29)) & ~(word)BIT(30)));
+               :
+               : "r"((cr0() | (word)BIT(29)) & ~(word)BIT(30)));
         FAULTS("gp-cr4-reserved", GP, 0, "mov %0, %%cr4", : : "r"(cr4() | (word)BIT(31)));
     }
     FAULTS("gp-rdmsr-unknown", GP, 0, "rdmsr", : : "c"(0x12345) : "eax", "edx");
-    FAULTS("gp-wrmsr-efer-reserved", GP, 0, "wrmsr",
-           : : "c"(MSR_EFER), "a"(0xfe), "d"(0xffffffff));
+    FAULTS("gp-wrmsr-efer-reserved", GP, 0, "wrmsr", : : "c"(MSR_EFER), "a"(0xfe), "d"(0xffffffff));
     FAULTS("gp-load-beyond-gdt", GP, 0xfff8, "mov %0, %%es", : : "r"(0xfff8));
     FAULTS("gp-load-rpl-in-error-code", GP, 0xfff8, "mov %0, %%es", : : "r"(0xfffb));
     FAULTS("gp-load-ldt-error-code", GP, 0xc, "mov %0, %%es", : : "r"(0xc));
@@ -155,7 +157,8 @@ static void protection(void)
     check_equal("ss-noncanonical", (u64)trap.vector, SS);
     FAULTS("gp-noncanonical-jump", GP, 0, "jmp *%0", : : "r"(0x800000000000ULL << 9));
     FAULTS("gp-wrmsr-fsbase-noncanonical", GP, 0, "wrmsr",
-           : : "c"(0xc0000100), "a"(0), "d"(0x01000000));
+           :
+           : "c"(0xc0000100), "a"(0), "d"(0x01000000));
     FAULTS("gp-cr8-reserved", GP, 0, "mov %0, %%cr8", : : "r"(0x10ULL));
     if (on_tcg()) {
         skip("gp-cr3-reserved", "TCG obeys, and the guest is gone");

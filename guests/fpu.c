@@ -36,7 +36,8 @@ static void x87_environment(void)
     word at;
 
     __asm__ volatile("fninit; fldcw %1; fld1; fldpi; " MOVW "$1f, %0; 1: fldz"
-                     : "=&r"(at) : "m"(control));
+                     : "=&r"(at)
+                     : "m"(control));
     memset(env, 0xcc, sizeof(env));
     __asm__ volatile("fnstenv %0" : "=m"(env));
     check_equal("fnstenv-control", u32_at(env), 0xffff027f);
@@ -71,8 +72,8 @@ static void switches(void)
 
     for (unsigned n = 0; n < 8; n++) {
         bool mp = n & 1, em = n & 2, ts = n & 4;
-        static const char *const groups[] = {"", "mp-", "em-", "em-mp-", "ts-", "ts-mp-", "ts-em-",
-                                             "ts-em-mp-"};
+        static const char *const groups[] = {"",    "mp-",    "em-",    "em-mp-",
+                                             "ts-", "ts-mp-", "ts-em-", "ts-em-mp-"};
 
         check_group = groups[n];
         set_cr0(base | (mp ? CR0_MP : 0) | (em ? CR0_EM : 0) | (ts ? CR0_TS : 0));
@@ -81,8 +82,13 @@ static void switches(void)
         FAULTS("switch-mmx", em ? UD : ts ? NM : NONE, 0, ".byte 0x0f, 0xef, 0xc0", :);
         FAULTS("switch-sse", em ? UD : ts ? NM : NONE, 0, ".byte 0x0f, 0x57, 0xc0", :);
         FAULTS("switch-fxsave", em || ts ? NM : NONE, 0, "fxsave (%0)", : : "r"(image) : "memory");
-        FAULTS("switch-ldmxcsr", em ? UD : ts ? NM : NONE, 0, "ldmxcsr %0",
-               : : "m"((u32){ALL_MASKED}));
+        FAULTS("switch-ldmxcsr",
+               em   ? UD
+               : ts ? NM
+                    : NONE,
+               0, "ldmxcsr %0",
+               :
+               : "m"((u32){ALL_MASKED}));
         FAULTS("switch-prefetch", NONE, 0, ".byte 0x0f, 0x18, 0x08", : : "a"(image));
         FAULTS("switch-sfence", NONE, 0, "sfence", :);
     }
@@ -246,8 +252,7 @@ static void extended(void)
         return;
     }
     FAULTS("xgetbv-without-osxsave", UD, 0, "xgetbv", : : "c"(0) : "eax", "edx");
-    FAULTS("xsave-without-osxsave", UD, 0, "xsave (%0)",
-           : : "r"(image), "a"(1), "d"(0) : "memory");
+    FAULTS("xsave-without-osxsave", UD, 0, "xsave (%0)", : : "r"(image), "a"(1), "d"(0) : "memory");
     if (avx)
         FAULTS("avx-without-osxsave", UD, 0, "vxorps %%xmm0, %%xmm0, %%xmm0", :);
     check("cpuid-osxsave-clear", !(cpuid(1, 0).c & BIT(27)));

@@ -182,7 +182,10 @@ static void by_dma(void)
     dma.length = swapped(4);
     dma.address_high = 0;
     dma.address_low = swapped((u32)(word)(at + 1));
-    __asm__ volatile("outl %0, %1" : : "a"(swapped((u32)(word)&dma)), "d"((u16)(FW_CFG_DMA + 4)) : "memory");
+    __asm__ volatile("outl %0, %1"
+                     :
+                     : "a"(swapped((u32)(word)&dma)), "d"((u16)(FW_CFG_DMA + 4))
+                     : "memory");
     for (unsigned n = 0; n < 1000000 && dma.control; n++)
         ;
     check_equal("dma-ends", dma.control, 0);
@@ -245,7 +248,8 @@ static bool switches(u64 first, u64 second)
 
     for (unsigned n = 0; n < 200; n++) {
         set_cr3(n & 1 ? second : first);
-        right &= sum_of_calls(n % 7 ? 3 : 100, (void *)WINDOW) == (n % 7 ? 3u : 100u) * (n & 1 ? 1000 : 1);
+        right &= sum_of_calls(n % 7 ? 3 : 100, (void *)WINDOW) ==
+                 (n % 7 ? 3u : 100u) * (n & 1 ? 1000 : 1);
     }
     set_cr3(cr3() & ~0xfffULL);
     return right;

@@ -116,7 +116,9 @@ static void shadows(void)
     check_equal("then-it-comes", count[LOW], 2);
     __asm__ volatile("movl %%ss, %%eax; movl %2, %%ecx; movl $0x40051, %%edx; sti; nop;"
                      "movl %%edx, (%%rcx); movl %%eax, %%ss; nop; 2: nop; cli; nop"
-                     : : "i"(0), "i"(0), "i"(APIC + APIC_ICR) : "rax", "rcx", "rdx", "memory");
+                     :
+                     : "i"(0), "i"(0), "i"(APIC + APIC_ICR)
+                     : "rax", "rcx", "rdx", "memory");
     check_equal("mov-ss-came", count[LOW], 3);
     count[LOW] = 0;
     send(LOW);
@@ -132,7 +134,8 @@ static void priorities(void)
     ordered = 0;
     send(LOW);
     send(HIGH);
-    check("irr-both", apic_read(APIC_IRR + 0x20) & 1u << 17 && apic_read(APIC_IRR + 0x40) & 1u << 17);
+    check("irr-both",
+          apic_read(APIC_IRR + 0x20) & 1u << 17 && apic_read(APIC_IRR + 0x40) & 1u << 17);
     __asm__ volatile("sti; nop; nop; nop; cli" ::: "memory");
     check("higher-first", ordered == 2 && order[0] == HIGH && order[1] == LOW);
     count[LOW] = count[HIGH] = 0;
@@ -230,7 +233,10 @@ static void legacy(void)
     outb(0x71, 0x42); /* periodic, 24 hours */
     outb(0x70, 0x0c);
     inb(0x71);
-    pic(0xfb, 0xfe); /* ICW1 forgets the edge of a flag that was set before */
+    pic(0xfb, 0xfe);
+    /* ICW1 forgets the edge of a flag that was set meanwhile, and without this no other would come. */
+    outb(0x70, 0x0c);
+    inb(0x71);
     count[0x28] = 0;
     check("rtc-periodic-by-slave-pic", wait_for(0x28, 1));
     outb(0x70, 0x0c);
@@ -291,28 +297,34 @@ static void rates(void)
 {
     volatile u64 *hpet = (volatile u64 *)HPET;
     u64 window = 20000000000000ULL / (hpet[0] >> 32), start;
+    bool pit_ok = false, apic_ok = false;
     u32 ticks[2];
     u16 pit;
 
     hpet[2] = 1;
-    outb(0x43, 0x34);
-    outb(0x40, 0);
-    outb(0x40, 0);
     apic_write(APIC_TIMER, LVT_MASKED);
-    for (unsigned n = 0; n < 2; n++) {
-        apic_write(APIC_INITIAL, 0xffffffff);
+    /* A busy host may leave the guest waiting between two readings: the best of some. */
+    for (unsigned tries = 0; tries < 20 && !(pit_ok && apic_ok); tries++) {
+        outb(0x43, 0x34);
+        outb(0x40, 0);
+        outb(0x40, 0);
+        for (unsigned n = 0; n < 2; n++) {
+            apic_write(APIC_INITIAL, 0xffffffff);
+            start = hpet[0xf0 / 8];
+            while (hpet[0xf0 / 8] - start < window << n)
+                ;
+            ticks[n] = 0xffffffff - apic_read(APIC_CURRENT);
+        }
         start = hpet[0xf0 / 8];
-        while (hpet[0xf0 / 8] - start < window << n)
+        pit = pit_count();
+        while (hpet[0xf0 / 8] - start < window)
             ;
-        ticks[n] = 0xffffffff - apic_read(APIC_CURRENT);
+        pit = (u16)(pit - pit_count());
+        pit_ok |= pit > 22000 && pit < 40000;
+        apic_ok |= ticks[1] > ticks[0] && ticks[1] / 3 < ticks[0];
     }
-    start = hpet[0xf0 / 8];
-    pit = pit_count();
-    while (hpet[0xf0 / 8] - start < window)
-        ;
-    pit = (u16)(pit - pit_count());
-    check("pit-runs-as-the-hpet", pit > 22000 && pit < 40000);
-    check("apic-timer-runs-as-the-hpet", ticks[1] > ticks[0] && ticks[1] / 3 < ticks[0]);
+    check("pit-runs-as-the-hpet", pit_ok);
+    check("apic-timer-runs-as-the-hpet", apic_ok);
     outb(0x43, 0x30);
     apic_write(APIC_INITIAL, 0);
     hpet[2] = 0;
@@ -337,7 +349,8 @@ static void x2apic_mode(void)
     check_equal("x2apic-icr", count[LOW], 2);
     FAULTS("x2apic-eoi-nonzero", GP, 0, "wrmsr", : : "c"(0x80b), "a"(1), "d"(0));
     FAULTS("x2apic-back-to-xapic", GP, 0, "wrmsr",
-           : : "c"(MSR_APIC_BASE), "a"((u32)rdmsr(MSR_APIC_BASE) & ~(u32)BIT(10)), "d"(0));
+           :
+           : "c"(MSR_APIC_BASE), "a"((u32)rdmsr(MSR_APIC_BASE) & ~(u32)BIT(10)), "d"(0));
     timer();
 }
 

@@ -202,7 +202,9 @@ static void large_pages(void)
     pd[1] = frame | P | W | U | PS;
     flush();
     TRY("movb (%1), %0",
-        : "=q"(seen) : "r"((VA & ~0x1fffffULL) + ((word)frame_a & 0x1fffff)) : "memory");
+        : "=q"(seen)
+        : "r"((VA & ~0x1fffffULL) + ((word)frame_a & 0x1fffff))
+        : "memory");
     check_equal("2m-load", seen, 0x5a);
     check_equal("2m-accessed", pd[1] & (A | D), A);
     store();

@@ -63,7 +63,7 @@ static struct {
 void land(void);
 __asm__("land: int $0x46\n");
 
-static void catch(struct frame *f)
+static void catch (struct frame *f)
 {
     trap.vector = (int)f->vector;
     trap.error = f->error;
@@ -151,8 +151,8 @@ static void at_home_in_ring3(void (*fn)(void))
 /* --- Loading data segments --- */
 
 #define LOAD_ES(sel) TRY("mov %w0, %%es", : : "r"(sel) : "memory")
-#define LOAD_SS(sel) TRY("mov %%ss, %%ecx; mov %w0, %%ss; mov %%ecx, %%ss",                       \
-                         : : "r"(sel) : "ecx", "memory")
+#define LOAD_SS(sel)                                                                               \
+    TRY("mov %%ss, %%ecx; mov %w0, %%ss; mov %%ecx, %%ss", : : "r"(sel) : "ecx", "memory")
 
 /* Of a descriptor loaded into ES, and into SS: what comes of it. */
 struct load {
@@ -211,12 +211,14 @@ static void loads_in_ring3(void)
     load_all("ring3-load-", "ring3-stack-", loads_ring3, ARRAY_SIZE(loads_ring3));
 }
 
-#define LOAD_BEYOND(seg) FAULTS("load-beyond-table-" #seg, GP, S_BEYOND, "mov %w0, %%" #seg,      \
-                                : : "r"(S_BEYOND | 3))
-#define ACCESSED_BY(seg)                                                                          \
-    set(S_ANY, flat(DATA, 0xc));                                                                  \
-    TRY("mov %%" #seg ", %%ecx; mov %w0, %%" #seg "; mov %%ecx, %%" #seg,                         \
-        : : "r"(S_ANY) : "ecx", "memory");                                                        \
+#define LOAD_BEYOND(seg)                                                                           \
+    FAULTS("load-beyond-table-" #seg, GP, S_BEYOND, "mov %w0, %%" #seg, : : "r"(S_BEYOND | 3))
+#define ACCESSED_BY(seg)                                                                           \
+    set(S_ANY, flat(DATA, 0xc));                                                                   \
+    TRY("mov %%" #seg ", %%ecx; mov %w0, %%" #seg "; mov %%ecx, %%" #seg,                          \
+        :                                                                                          \
+        : "r"(S_ANY)                                                                               \
+        : "ecx", "memory");                                                                        \
     check("accessed-by-" #seg, gdt[S_ANY / 8] & ACCESSED)
 
 static void loads(void)
@@ -271,7 +273,9 @@ static void access(const char *name, u64 d, u32 offset, bool ok)
     expect(name, ok ? NONE : GP, 0);
     check_group = "limit-ss-";
     TRY("mov %w0, %%ss; movl %%ss:(%1), %%eax; mov %w2, %%ss",
-        : : "r"(S_ANY | 3), "r"(offset), "r"(SEL_USER_DATA) : "eax");
+        :
+        : "r"(S_ANY | 3), "r"(offset), "r"(SEL_USER_DATA)
+        : "eax");
     expect(name, ok ? NONE : SS, 0);
     check_group = "";
 }
@@ -299,9 +303,11 @@ static void limits(void)
     access("down-nothing", descriptor(0, 0xfffff, DOWN, 0xc), 0x1000, false);
 }
 
-#define USE_NULL(seg)                                                                             \
-    TRY("mov %w0, %%" #seg "; movb %%" #seg ":(%1), %%al; mov %w2, %%" #seg,                      \
-        : : "r"(3), "r"(area), "r"(SEL_USER_DATA) : "eax");                                       \
+#define USE_NULL(seg)                                                                              \
+    TRY("mov %w0, %%" #seg "; movb %%" #seg ":(%1), %%al; mov %w2, %%" #seg,                       \
+        :                                                                                          \
+        : "r"(3), "r"(area), "r"(SEL_USER_DATA)                                                    \
+        : "eax");                                                                                  \
     expect("null-use-" #seg, GP, 0)
 
 static void nulls(void)
@@ -333,10 +339,12 @@ static u8 segment16[0x20000] __attribute__((aligned(16)));
 volatile u32 sp_after;
 
 /* An instruction on the 16-bit stack, in ring 3; its SP afterwards is in sp_after. */
-#define ON_STACK16(sp, insn)                                                                      \
-    TRY("mov %%esp, %%edx; mov %w0, %%ss; mov %1, %%esp; " insn "; mov %%esp, %%ecx; "            \
-        "mov %w2, %%ss; mov %%edx, %%esp; mov %%ecx, sp_after",                                   \
-        : : "r"(S_ANY | 3), "r"(sp), "r"(SEL_USER_DATA) : "eax", "ecx", "edx", "memory")
+#define ON_STACK16(sp, insn)                                                                       \
+    TRY("mov %%esp, %%edx; mov %w0, %%ss; mov %1, %%esp; " insn "; mov %%esp, %%ecx; "             \
+        "mov %w2, %%ss; mov %%edx, %%esp; mov %%ecx, sp_after",                                    \
+        :                                                                                          \
+        : "r"(S_ANY | 3), "r"(sp), "r"(SEL_USER_DATA)                                              \
+        : "eax", "ecx", "edx", "memory")
 
 static void stack16(void)
 {
@@ -528,7 +536,9 @@ static void retf(u16 cs, word ip, u16 ss)
 #else
         "lretl",
 #endif
-        : : "r"(f) : "memory");
+        :
+        : "r"(f)
+        : "memory");
 }
 
 static void iret(u16 cs, word ip, u16 ss)
@@ -546,7 +556,9 @@ static void iret(u16 cs, word ip, u16 ss)
 #else
         "iretl",
 #endif
-        : : "r"(f) : "memory");
+        :
+        : "r"(f)
+        : "memory");
 }
 
 struct back {
@@ -668,7 +680,9 @@ static void nulling(void)
 #else
         "iretl",
 #endif
-        : : "r"(f), "r"(SEL_USER_DATA), "r"(S_CONFORMING), "r"(SEL_DATA), "r"(2) : "memory");
+        :
+        : "r"(f), "r"(SEL_USER_DATA), "r"(S_CONFORMING), "r"(SEL_DATA), "r"(2)
+        : "memory");
     expect_landed("nulling", SEL_USER_CODE);
     check_equal("nulling-keeps-user-data", landed.es, SEL_USER_DATA);
     check_equal("nulling-keeps-conforming-code", landed.fs, S_CONFORMING);
@@ -764,10 +778,12 @@ static void gates_ring0(void)
 
 #ifndef __x86_64__
 /* Calls a gate with three words of 32 bits (or six of 16) on the stack. */
-#define CALL_WITH_PARAMETERS()                                                                    \
-    pointer.selector = S_GATE;                                                                    \
-    TRY("pushl $0x33333333; pushl $0x22222222; pushl $0x11111111; lcall *%0",                     \
-        : : "m"(pointer) : "memory")
+#define CALL_WITH_PARAMETERS()                                                                     \
+    pointer.selector = S_GATE;                                                                     \
+    TRY("pushl $0x33333333; pushl $0x22222222; pushl $0x11111111; lcall *%0",                      \
+        :                                                                                          \
+        : "m"(pointer)                                                                             \
+        : "memory")
 
 static void inner_stack(const char *name, u16 ss, int vector, word error)
 {
@@ -851,12 +867,12 @@ static void gates_ring3(void)
 
 /* --- LAR, LSL, VERR, VERW, ARPL --- */
 
-#define ASKS(insn, out, sel)                                                                      \
-    ({                                                                                            \
-        bool zf;                                                                                  \
-                                                                                                  \
-        __asm__ volatile(insn : "=@ccz"(zf), "+r"(out) : "r"(sel));                               \
-        zf;                                                                                       \
+#define ASKS(insn, out, sel)                                                                       \
+    ({                                                                                             \
+        bool zf;                                                                                   \
+                                                                                                   \
+        __asm__ volatile(insn : "=@ccz"(zf), "+r"(out) : "r"(sel));                                \
+        zf;                                                                                        \
     })
 
 static void questions(void)
@@ -971,7 +987,8 @@ static void local(void)
     FAULTS("lldt-noncanonical", GP, S_LDT, "lldt %w0", : : "r"(S_LDT));
     gdt[GDT_ENTRIES - 1] = descriptor((u32)(word)ldt, 0xff, TYPE_LDT, 0);
     FAULTS("lldt-half-beyond-table", GP, (GDT_ENTRIES - 1) * 8, "lldt %w0",
-           : : "r"((GDT_ENTRIES - 1) * 8));
+           :
+           : "r"((GDT_ENTRIES - 1) * 8));
 #else
     set(S_TASK, descriptor((u32)&tss, sizeof(tss) - 1, TYPE_TSS, 0));
     WORKS("ltr", "ltr %w0", : : "r"(S_TASK));
@@ -988,8 +1005,8 @@ static void local(void)
 
 static void bases(void)
 {
-    bool clears = !cpu_is_amd() || (cpuid(0x80000000, 0).a >= 0x80000021 &&
-                                    cpuid(0x80000021, 0).a & BIT(6));
+    bool clears =
+        !cpu_is_amd() || (cpuid(0x80000000, 0).a >= 0x80000021 && cpuid(0x80000021, 0).a & BIT(6));
     u64 base = 0x123456789000;
     u8 value;
 

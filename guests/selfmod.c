@@ -30,7 +30,9 @@ static u32 push_over(u8 *at, u32 value)
     ((function)(word)at)();
     /* B8 and three bytes of the number, over NOP, B8 and the start of the old one. */
     __asm__ volatile("mov " REG_SP ", %0; mov %1, " REG_SP "; push %2; mov %0, " REG_SP
-                     : "=&r"(result) : "r"(at + sizeof(word)), "r"(first) : "memory");
+                     : "=&r"(result)
+                     : "r"(at + sizeof(word)), "r"(first)
+                     : "memory");
     at[5] = 0xc3;
     return ((function)(word)at)();
 }
@@ -47,11 +49,12 @@ static void hot_data(void)
     *counter = 0;
     for (unsigned i = 0; i < 20000; i++)
         __asm__ volatile("call *%2"
-                         : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+                         : "=a"(result)
+                         : "D"(counter), "r"(page + 2000)
+                         : "memory", "cc");
     check_equal("hot-data-beside-code", result, 20000);
     page[2000 + 1] = 0x0f; /* decl (di) */
-    __asm__ volatile("call *%2"
-                     : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
+    __asm__ volatile("call *%2" : "=a"(result) : "D"(counter), "r"(page + 2000) : "memory", "cc");
     check_equal("hot-code-changed", result, 19999);
 }
 
@@ -95,7 +98,9 @@ void guest_main(void)
 
     __asm__ volatile("movl $3, %%ecx; xorl %%edx, %%edx;"
                      "2: incb 1f + 1; nop; nop; 1: movl $0, %%eax; addl %%eax, %%edx; loop 2b"
-                     : "=d"(sum) : : "eax", "ecx", "memory", "cc");
+                     : "=d"(sum)
+                     :
+                     : "eax", "ecx", "memory", "cc");
     check_equal("loop-patches-itself", sum, 6);
 
     for (u32 i = 1; i <= 100; i++) {

@@ -68,7 +68,8 @@ static bool zero_flag(void)
 {
     return reg & FLAG_ZF;
 }
-#define PROBE(insn, ...) TRY(insn "; pushf; pop %0", : "=r"(reg) : __VA_ARGS__ : "cc", "memory", "eax")
+#define PROBE(insn, ...)                                                                           \
+    TRY(insn "; pushf; pop %0", : "=r"(reg) : __VA_ARGS__ : "cc", "memory", "eax")
 
 static void segments(void)
 {

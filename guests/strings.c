@@ -21,12 +21,14 @@ static void fill(u8 *at, unsigned n, u8 first)
 }
 
 /* Runs one string instruction with si, di, cx and ax, and catches its exception. */
-#define STRING(insn)                                                                              \
-    do {                                                                                          \
-        trap_resume = 0;                                                                          \
-        TRY(insn "\n\tpushf; pop %4; cld",                                                        \
-            : "+S"(si), "+D"(di), "+c"(cx), "+a"(ax), "=&d"(flags) : : "memory", "cc");           \
-        __asm__ volatile("cld");                                                                  \
+#define STRING(insn)                                                                               \
+    do {                                                                                           \
+        trap_resume = 0;                                                                           \
+        TRY(insn "\n\tpushf; pop %4; cld",                                                         \
+            : "+S"(si), "+D"(di), "+c"(cx), "+a"(ax), "=&d"(flags)                                 \
+            :                                                                                      \
+            : "memory", "cc");                                                                     \
+        __asm__ volatile("cld");                                                                   \
     } while (0)
 
 static void set(const void *source, const void *destination, word count)
@@ -38,54 +40,53 @@ static void set(const void *source, const void *destination, word count)
 
 static void expect(const char *name, const void *source, const void *destination, word count)
 {
-    check(name, trap.vector == NONE && si == (word)source && di == (word)destination &&
-                    cx == count);
+    check(name,
+          trap.vector == NONE && si == (word)source && di == (word)destination && cx == count);
 }
 
-#define EACH_SIZE(suffix, size)                                                                   \
-    do {                                                                                          \
-        fill(from, 64, 1);                                                                        \
-        memset(to, 0, 64);                                                                        \
-        set(from, to, 5);                                                                         \
-        STRING("movs" suffix);                                                                    \
-        expect("movs" suffix, from + (size), to + (size), 5);                                     \
-        check("movs" suffix "-data", !memcmp(from, to, size) && !to[size]);                       \
-        set(from, to, 5);                                                                         \
-        STRING("rep movs" suffix);                                                                \
-        expect("rep-movs" suffix, from + 5 * (size), to + 5 * (size), 0);                         \
-        check("rep-movs" suffix "-data", !memcmp(from, to, 5 * (size)) && !to[5 * (size)]);       \
-        memset(to, 0, 64);                                                                        \
-        set(from + 4 * (size), to + 4 * (size), 4);                                               \
-        STRING("std; rep movs" suffix);                                                           \
-        expect("rep-movs" suffix "-down", from, to, 0);                                           \
-        check("rep-movs" suffix "-down-data",                                                     \
-              !memcmp(from + (size), to + (size), 4 * (size)) && !to[0] && !to[5 * (size)]);      \
-        ax = (word)0x8877665544332211ULL;                                                         \
-        memset(to, 0, 64);                                                                        \
-        set(0, to, 3);                                                                            \
-        STRING("rep stos" suffix);                                                                \
-        expect("rep-stos" suffix, 0, to + 3 * (size), 0);                                         \
-        check("rep-stos" suffix "-data",                                                          \
-              !memcmp(to + 2 * (size), &ax, size) && !to[3 * (size)]);                            \
-        to[size] ^= 1;                                                                            \
-        set(0, to, 9);                                                                            \
-        STRING("repe scas" suffix);                                                               \
-        expect("repe-scas" suffix, 0, to + 2 * (size), 7);                                        \
-        check("repe-scas" suffix "-zf", !(flags & FLAG_ZF));                                      \
-        memcpy(to, from, 64);                                                                     \
-        to[3 * (size)] ^= 1;                                                                      \
-        set(from, to, 9);                                                                         \
-        STRING("repe cmps" suffix);                                                               \
-        expect("repe-cmps" suffix, from + 4 * (size), to + 4 * (size), 5);                        \
-        set(from + 3 * (size), to + 3 * (size), 9);                                               \
-        STRING("repne cmps" suffix);                                                              \
-        expect("repne-cmps" suffix, from + 5 * (size), to + 5 * (size), 7);                       \
-        check("repne-cmps" suffix "-zf", flags & FLAG_ZF);                                        \
-        ax = 0;                                                                                   \
-        set(from, 0, 3);                                                                          \
-        STRING("rep lods" suffix);                                                                \
-        expect("rep-lods" suffix, from + 3 * (size), 0, 0);                                       \
-        check("rep-lods" suffix "-data", !memcmp(&ax, from + 2 * (size), size));                  \
+#define EACH_SIZE(suffix, size)                                                                    \
+    do {                                                                                           \
+        fill(from, 64, 1);                                                                         \
+        memset(to, 0, 64);                                                                         \
+        set(from, to, 5);                                                                          \
+        STRING("movs" suffix);                                                                     \
+        expect("movs" suffix, from + (size), to + (size), 5);                                      \
+        check("movs" suffix "-data", !memcmp(from, to, size) && !to[size]);                        \
+        set(from, to, 5);                                                                          \
+        STRING("rep movs" suffix);                                                                 \
+        expect("rep-movs" suffix, from + 5 * (size), to + 5 * (size), 0);                          \
+        check("rep-movs" suffix "-data", !memcmp(from, to, 5 * (size)) && !to[5 * (size)]);        \
+        memset(to, 0, 64);                                                                         \
+        set(from + 4 * (size), to + 4 * (size), 4);                                                \
+        STRING("std; rep movs" suffix);                                                            \
+        expect("rep-movs" suffix "-down", from, to, 0);                                            \
+        check("rep-movs" suffix "-down-data",                                                      \
+              !memcmp(from + (size), to + (size), 4 * (size)) && !to[0] && !to[5 * (size)]);       \
+        ax = (word)0x8877665544332211ULL;                                                          \
+        memset(to, 0, 64);                                                                         \
+        set(0, to, 3);                                                                             \
+        STRING("rep stos" suffix);                                                                 \
+        expect("rep-stos" suffix, 0, to + 3 * (size), 0);                                          \
+        check("rep-stos" suffix "-data", !memcmp(to + 2 * (size), &ax, size) && !to[3 * (size)]);  \
+        to[size] ^= 1;                                                                             \
+        set(0, to, 9);                                                                             \
+        STRING("repe scas" suffix);                                                                \
+        expect("repe-scas" suffix, 0, to + 2 * (size), 7);                                         \
+        check("repe-scas" suffix "-zf", !(flags & FLAG_ZF));                                       \
+        memcpy(to, from, 64);                                                                      \
+        to[3 * (size)] ^= 1;                                                                       \
+        set(from, to, 9);                                                                          \
+        STRING("repe cmps" suffix);                                                                \
+        expect("repe-cmps" suffix, from + 4 * (size), to + 4 * (size), 5);                         \
+        set(from + 3 * (size), to + 3 * (size), 9);                                                \
+        STRING("repne cmps" suffix);                                                               \
+        expect("repne-cmps" suffix, from + 5 * (size), to + 5 * (size), 7);                        \
+        check("repne-cmps" suffix "-zf", flags &FLAG_ZF);                                          \
+        ax = 0;                                                                                    \
+        set(from, 0, 3);                                                                           \
+        STRING("rep lods" suffix);                                                                 \
+        expect("rep-lods" suffix, from + 3 * (size), 0, 0);                                        \
+        check("rep-lods" suffix "-data", !memcmp(&ax, from + 2 * (size), size));                   \
     } while (0)
 
 static void sizes(void)
@@ -320,7 +321,8 @@ static void interrupts(void)
         interrupted.sum = (word)big + n;
         __asm__ volatile(MOVW "$1f, %2; movl %k3, (%4); sti; nop; 1: rep stosb; cli"
                          : "+D"(di), "+c"(cx), "+m"(interrupted.ip)
-                         : "r"(200000), "r"(0xfee00380UL), "a"(ax) : "memory");
+                         : "r"(200000), "r"(0xfee00380UL), "a"(ax)
+                         : "memory");
     }
     *(volatile u32 *)0xfee00320 = 1 << 16;
     check("interrupted-inside", interrupted.inside);
@@ -329,8 +331,8 @@ static void interrupts(void)
     else
         check_equal("interrupted-registers", interrupted.bad, 0);
     check("interrupted-finishes", cx == 0 && di == interrupted.sum);
-    check("interrupted-data", big[0] == 0x77 && big[n / 2] == 0x77 && big[n - 1] == 0x77 &&
-                                  !big[n]);
+    check("interrupted-data",
+          big[0] == 0x77 && big[n / 2] == 0x77 && big[n - 1] == 0x77 && !big[n]);
 }
 
 void guest_main(void)

@@ -119,12 +119,13 @@ static void canonical(void)
         FAULTS("sysexit-noncanonical-ip", GP, 0, "sysexitq", : : "d"(BIT(63)), "c"(0) : "memory");
         FAULTS("sysexit-noncanonical-sp", GP, 0, "sysexitq", : : "d"(0), "c"(BIT(63)) : "memory");
     }
-    FAULTS("wrmsr-cstar-noncanonical", GP, 0, "wrmsr",
-           : : "c"(MSR_CSTAR), "a"(0), "d"(0x01000000));
+    FAULTS("wrmsr-cstar-noncanonical", GP, 0, "wrmsr", : : "c"(MSR_CSTAR), "a"(0), "d"(0x01000000));
     FAULTS("wrmsr-sysenter-eip-noncanonical", GP, 0, "wrmsr",
-           : : "c"(MSR_SYSENTER_EIP), "a"(0), "d"(0x01000000));
+           :
+           : "c"(MSR_SYSENTER_EIP), "a"(0), "d"(0x01000000));
     FAULTS("wrmsr-sysenter-esp-noncanonical", GP, 0, "wrmsr",
-           : : "c"(MSR_SYSENTER_ESP), "a"(0), "d"(0x01000000));
+           :
+           : "c"(MSR_SYSENTER_ESP), "a"(0), "d"(0x01000000));
 }
 
 static void compatibility(void)
@@ -174,8 +175,7 @@ void guest_main(void)
     check_equal("sysret-ss", back_ss, SEL_USER_DATA);
     check_equal("sysret-flags", back_flags & (FLAG_CF | FLAG_DF | FLAG_IF),
                 FLAG_CF | FLAG_DF | FLAG_IF);
-    FAULTS("wrmsr-lstar-noncanonical", GP, 0, "wrmsr",
-           : : "c"(MSR_LSTAR), "a"(0), "d"(0x01000000));
+    FAULTS("wrmsr-lstar-noncanonical", GP, 0, "wrmsr", : : "c"(MSR_LSTAR), "a"(0), "d"(0x01000000));
     wrmsr(MSR_SYSENTER_CS, SEL_CODE);
     check("run-user", run_user(user_privileged, 0));
     canonical();

@@ -217,17 +217,17 @@ static void v86(const u8 *code, u32 length, u32 flags)
     v86_enter(flags | FLAG_VM | 2);
     user_kernel_sp = 0;
 }
-#define V86(flags, ...)                                                                           \
-    do {                                                                                          \
-        static const u8 code[] = {__VA_ARGS__};                                                   \
-                                                                                                  \
-        v86(code, sizeof(code), flags);                                                           \
+#define V86(flags, ...)                                                                            \
+    do {                                                                                           \
+        static const u8 code[] = {__VA_ARGS__};                                                    \
+                                                                                                   \
+        v86(code, sizeof(code), flags);                                                            \
     } while (0)
 
 static void expect_v86(const char *name, int vector, u32 error, u32 ip)
 {
-    check(name, trap.vector == vector && trap.error == error && trap.ip == ip &&
-                    trap.flags & FLAG_VM);
+    check(name,
+          trap.vector == vector && trap.error == error && trap.ip == ip && trap.flags & FLAG_VM);
 }
 
 static void virtual_8086(void)

@@ -156,12 +156,9 @@ static u64 run_patch(unsigned n)
 }
 
 static const struct kernel system_kernels[] = {
-    {"syscall", run_syscall, 400000},
-    {"interrupt", run_interrupt, 200000},
-    {"fault", run_fault, 500},
-    {"switch", run_switch, 60000},
-    {"port", run_port, 1500000},
-    {"patch", run_patch, 200000},
+    {"syscall", run_syscall, 400000}, {"interrupt", run_interrupt, 200000},
+    {"fault", run_fault, 500},        {"switch", run_switch, 60000},
+    {"port", run_port, 1500000},      {"patch", run_patch, 200000},
 };
 
 static void run(const struct kernel *k)

@@ -201,14 +201,38 @@ static u64 run_recurse(unsigned n)
     return sum;
 }
 
-static u64 op_add(u64 x, u64 y) { return x + y; }
-static u64 op_sub(u64 x, u64 y) { return x - y; }
-static u64 op_xor(u64 x, u64 y) { return x ^ y; }
-static u64 op_mul(u64 x, u64 y) { return x * (y | 1); }
-static u64 op_rotate(u64 x, u64 y) { return (x << 7 | x >> 57) + y; }
-static u64 op_max(u64 x, u64 y) { return x > y ? x : y; }
-static u64 op_not(u64 x, u64 y) { return ~x + (y >> 1); }
-static u64 op_swap(u64 x, u64 y) { return __builtin_bswap64(x) ^ y; }
+static u64 op_add(u64 x, u64 y)
+{
+    return x + y;
+}
+static u64 op_sub(u64 x, u64 y)
+{
+    return x - y;
+}
+static u64 op_xor(u64 x, u64 y)
+{
+    return x ^ y;
+}
+static u64 op_mul(u64 x, u64 y)
+{
+    return x * (y | 1);
+}
+static u64 op_rotate(u64 x, u64 y)
+{
+    return (x << 7 | x >> 57) + y;
+}
+static u64 op_max(u64 x, u64 y)
+{
+    return x > y ? x : y;
+}
+static u64 op_not(u64 x, u64 y)
+{
+    return ~x + (y >> 1);
+}
+static u64 op_swap(u64 x, u64 y)
+{
+    return __builtin_bswap64(x) ^ y;
+}
 static u64 (*const volatile ops[])(u64, u64) = {
     op_add, op_sub, op_xor, op_mul, op_rotate, op_max, op_not, op_swap,
 };
@@ -234,11 +258,13 @@ enum { PUSH, ADD, SUB, MUL, DUP, SWAP, LOAD, STORE, JUMP_NONZERO, HALT };
 static u64 run_bytecode(unsigned n)
 {
     static const u8 program[] = {
-        PUSH, 200, STORE, 0, PUSH, 1, STORE, 1,               /* i = 200; x = 1 */
-        LOAD, 1, DUP, MUL, LOAD, 0, ADD, PUSH, 3, SUB,        /* 8: x * x + i - 3 */
-        LOAD, 1, SWAP, SUB, STORE, 1,                         /* x -= that */
-        LOAD, 0, PUSH, 1, SUB, DUP, STORE, 0, JUMP_NONZERO, 8, /* while (--i) */
-        LOAD, 1, HALT,
+        PUSH, 200, STORE, 0,   PUSH,  1,   STORE, 1, /* i = 200; x = 1 */
+        LOAD, 1,   DUP,   MUL, LOAD,  0,   ADD,   PUSH, 3,
+        SUB,                             /* 8: x * x + i - 3 */
+        LOAD, 1,   SWAP,  SUB, STORE, 1, /* x -= that */
+        LOAD, 0,   PUSH,  1,   SUB,   DUP, STORE, 0,    JUMP_NONZERO,
+        8, /* while (--i) */
+        LOAD, 1,   HALT,
     };
     u64 variables[2], stack[16], sum = 0;
 
@@ -248,11 +274,25 @@ static u64 run_bytecode(unsigned n)
 
         for (;;) {
             switch (*code++) {
-            case PUSH: *sp++ = *code++; continue;
-            case ADD: sp--; sp[-1] += *sp; continue;
-            case SUB: sp--; sp[-1] -= *sp; continue;
-            case MUL: sp--; sp[-1] *= *sp; continue;
-            case DUP: *sp = sp[-1]; sp++; continue;
+            case PUSH:
+                *sp++ = *code++;
+                continue;
+            case ADD:
+                sp--;
+                sp[-1] += *sp;
+                continue;
+            case SUB:
+                sp--;
+                sp[-1] -= *sp;
+                continue;
+            case MUL:
+                sp--;
+                sp[-1] *= *sp;
+                continue;
+            case DUP:
+                *sp = sp[-1];
+                sp++;
+                continue;
             case SWAP: {
                 u64 top = sp[-1];
 
@@ -260,12 +300,17 @@ static u64 run_bytecode(unsigned n)
                 sp[-2] = top;
                 continue;
             }
-            case LOAD: *sp++ = variables[*code++]; continue;
-            case STORE: variables[*code++] = *--sp; continue;
+            case LOAD:
+                *sp++ = variables[*code++];
+                continue;
+            case STORE:
+                variables[*code++] = *--sp;
+                continue;
             case JUMP_NONZERO:
                 code = *--sp ? program + *code : code + 1;
                 continue;
-            case HALT: break;
+            case HALT:
+                break;
             }
             break;
         }

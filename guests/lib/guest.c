@@ -14,18 +14,13 @@ static unsigned failed;
 #else
 #define CODE_FLAGS 0xc /* G, D */
 #endif
-#define FLAT(access, flags)                                                                       \
-    (0x000f00000000ffffULL | (u64)(access) << 40 | (u64)(flags) << 52)
+#define FLAT(access, flags) (0x000f00000000ffffULL | (u64)(access) << 40 | (u64)(flags) << 52)
 
 u64 gdt[GDT_ENTRIES] __attribute__((aligned(16))) = {
-    [SEL_CODE / 8] = FLAT(0x9b, CODE_FLAGS),
-    [SEL_DATA / 8] = FLAT(0x93, 0xc),
-    [SEL_USER_CODE32 / 8] = FLAT(0xfb, 0xc),
-    [SEL_USER_DATA / 8] = FLAT(0xf3, 0xc),
-    [SEL_USER_CODE64 / 8] = FLAT(0xfb, 0xa),
-    [SEL_USER_DATA2 / 8] = FLAT(0xf3, 0xc),
-    [SEL_CODE32 / 8] = FLAT(0x9b, 0xc),
-    [SEL_CODE16 / 8] = 0x00009b000000ffffULL,
+    [SEL_CODE / 8] = FLAT(0x9b, CODE_FLAGS),  [SEL_DATA / 8] = FLAT(0x93, 0xc),
+    [SEL_USER_CODE32 / 8] = FLAT(0xfb, 0xc),  [SEL_USER_DATA / 8] = FLAT(0xf3, 0xc),
+    [SEL_USER_CODE64 / 8] = FLAT(0xfb, 0xa),  [SEL_USER_DATA2 / 8] = FLAT(0xf3, 0xc),
+    [SEL_CODE32 / 8] = FLAT(0x9b, 0xc),       [SEL_CODE16 / 8] = 0x00009b000000ffffULL,
     [SEL_DATA16 / 8] = 0x000093000000ffffULL,
 };
 struct table_pointer gdt_pointer = {sizeof(gdt) - 1, (word)gdt};
@@ -259,7 +254,9 @@ struct cpuid cpuid(u32 leaf, u32 subleaf)
 {
     struct cpuid r;
 
-    __asm__ volatile("cpuid" : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d) : "a"(leaf), "c"(subleaf));
+    __asm__ volatile("cpuid"
+                     : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d)
+                     : "a"(leaf), "c"(subleaf));
     return r;
 }
 

@@ -77,8 +77,25 @@ typedef _Bool bool;
 #define EFER_NXE BIT(11)
 
 enum {
-    DE = 0, DB = 1, NMI = 2, BP = 3, OF = 4, BR = 5, UD = 6, NM = 7, DF = 8, TS = 10, NP = 11,
-    SS = 12, GP = 13, PF = 14, MF = 16, AC = 17, MC = 18, XM = 19, NONE = -1,
+    DE = 0,
+    DB = 1,
+    NMI = 2,
+    BP = 3,
+    OF = 4,
+    BR = 5,
+    UD = 6,
+    NM = 7,
+    DF = 8,
+    TS = 10,
+    NP = 11,
+    SS = 12,
+    GP = 13,
+    PF = 14,
+    MF = 16,
+    AC = 17,
+    MC = 18,
+    XM = 19,
+    NONE = -1,
 };
 
 /* The frame of an exception, interrupt, or INT. */
@@ -89,7 +106,7 @@ struct frame {
 #else
     u32 gs, fs, es, ds, di, si, bp, sp_ignored, bx, dx, cx, ax;
     u32 vector, error, ip, cs, flags;
-    u32 sp, ss;                     /* only from another ring */
+    u32 sp, ss;                         /* only from another ring */
     u32 v86_es, v86_ds, v86_fs, v86_gs; /* only from virtual-8086 mode */
 #endif
 };
@@ -113,24 +130,24 @@ extern volatile word trap_resume, trap_at, trap_sp, trap_bp;
 #endif
 
 /* TRY("insn", : "=a"(out) : "r"(in)): the operands are those of asm, from the first colon. */
-#define TRY(insn, ...)                                                                            \
-    do {                                                                                          \
-        trap.vector = NONE;                                                                       \
-        __asm__ volatile(MOVW "$99f, trap_resume\n\t" MOVW "$98f, trap_at\n\t" MOVW REG_SP        \
-                         ", trap_sp\n\t" MOVW REG_BP ", trap_bp\n98:\t" insn "\n99:\t" MOVW    \
-                         "trap_sp, " REG_SP "\n\t" MOVW "trap_bp, " REG_BP __VA_ARGS__);           \
-        trap_resume = 0;                                                                          \
+#define TRY(insn, ...)                                                                             \
+    do {                                                                                           \
+        trap.vector = NONE;                                                                        \
+        __asm__ volatile(MOVW "$99f, trap_resume\n\t" MOVW "$98f, trap_at\n\t" MOVW REG_SP         \
+                              ", trap_sp\n\t" MOVW REG_BP ", trap_bp\n98:\t" insn "\n99:\t" MOVW   \
+                              "trap_sp, " REG_SP "\n\t" MOVW "trap_bp, " REG_BP __VA_ARGS__);      \
+        trap_resume = 0;                                                                           \
     } while (0)
 /* TRY, and a check that it raised `vec` as a fault (at the instruction) with this error code. */
-#define FAULTS(name, vec, err, insn, ...)                                                         \
-    do {                                                                                          \
-        TRY(insn, __VA_ARGS__);                                                                   \
-        expect_fault(name, vec, err);                                                             \
+#define FAULTS(name, vec, err, insn, ...)                                                          \
+    do {                                                                                           \
+        TRY(insn, __VA_ARGS__);                                                                    \
+        expect_fault(name, vec, err);                                                              \
     } while (0)
-#define WORKS(name, insn, ...)                                                                    \
-    do {                                                                                          \
-        TRY(insn, __VA_ARGS__);                                                                   \
-        check_equal(name, (u64)(long long)trap.vector, (u64)(long long)NONE);                     \
+#define WORKS(name, insn, ...)                                                                     \
+    do {                                                                                           \
+        TRY(insn, __VA_ARGS__);                                                                    \
+        check_equal(name, (u64)(long long)trap.vector, (u64)(long long)NONE);                      \
     } while (0)
 
 void guest_main(void);
@@ -218,7 +235,10 @@ struct boot_entry {
 extern struct boot_entry boot_entry;
 
 /* Instructions */
-static inline void outb(u16 port, u8 v) { __asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port)); }
+static inline void outb(u16 port, u8 v)
+{
+    __asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port));
+}
 static inline u8 inb(u16 port)
 {
     u8 v;
@@ -244,33 +264,33 @@ static inline u64 rdtsc(void)
     __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
     return (u64)hi << 32 | lo;
 }
-#define CONTROL_REGISTER(n)                                                                       \
-    static inline word cr##n(void)                                                                \
-    {                                                                                             \
-        word v;                                                                                   \
-                                                                                                  \
-        __asm__ volatile("mov %%cr" #n ", %0" : "=r"(v) : : "memory");                            \
-        return v;                                                                                 \
-    }                                                                                             \
-    static inline void set_cr##n(word v)                                                          \
-    {                                                                                             \
-        __asm__ volatile("mov %0, %%cr" #n : : "r"(v) : "memory");                                \
+#define CONTROL_REGISTER(n)                                                                        \
+    static inline word cr##n(void)                                                                 \
+    {                                                                                              \
+        word v;                                                                                    \
+                                                                                                   \
+        __asm__ volatile("mov %%cr" #n ", %0" : "=r"(v) : : "memory");                             \
+        return v;                                                                                  \
+    }                                                                                              \
+    static inline void set_cr##n(word v)                                                           \
+    {                                                                                              \
+        __asm__ volatile("mov %0, %%cr" #n : : "r"(v) : "memory");                                 \
     }
 CONTROL_REGISTER(0)
 CONTROL_REGISTER(2)
 CONTROL_REGISTER(3)
 CONTROL_REGISTER(4)
-#define DEBUG_REGISTER(n)                                                                         \
-    static inline word dr##n(void)                                                                \
-    {                                                                                             \
-        word v;                                                                                   \
-                                                                                                  \
-        __asm__ volatile("mov %%dr" #n ", %0" : "=r"(v));                                         \
-        return v;                                                                                 \
-    }                                                                                             \
-    static inline void set_dr##n(word v)                                                          \
-    {                                                                                             \
-        __asm__ volatile("mov %0, %%dr" #n : : "r"(v) : "memory");                                \
+#define DEBUG_REGISTER(n)                                                                          \
+    static inline word dr##n(void)                                                                 \
+    {                                                                                              \
+        word v;                                                                                    \
+                                                                                                   \
+        __asm__ volatile("mov %%dr" #n ", %0" : "=r"(v));                                          \
+        return v;                                                                                  \
+    }                                                                                              \
+    static inline void set_dr##n(word v)                                                           \
+    {                                                                                              \
+        __asm__ volatile("mov %0, %%dr" #n : : "r"(v) : "memory");                                 \
     }
 DEBUG_REGISTER(0)
 DEBUG_REGISTER(1)

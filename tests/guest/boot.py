@@ -40,7 +40,7 @@ def main():
                     f"{passed:.2f} s in the guest, {real:.2f} s here")
         off = wall2 - (time.time() - (time.monotonic() - host2))
         # Until Linux takes the TSC it counts ticks, and a busy host loses it some, on any PC.
-        cases.check(f"{flavour}-clock-date", abs(off) < 3, f"the guest is {off:.1f} s ahead")
+        cases.check(f"{flavour}-clock-date", abs(off) < 10, f"the guest is {off:.1f} s ahead")
 
     ended = any(line.startswith("doppel-guest: script ended with status 0")
                 for _, line in vm.lines)

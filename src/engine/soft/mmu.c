@@ -430,7 +430,7 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
     e->read_tag = can_read ? page : page ^ GUEST_PAGE_SIZE;
     e->write_tag = page ^ GUEST_PAGE_SIZE;
     e->host = (u64)(uintptr_t)p.host - (lin & (GUEST_PAGE_SIZE - 1));
-    v->tlbs[kind].used[(e - v->tlbs[kind].entries) / 64] |= BIT((e - v->tlbs[kind].entries) % 64);
+    soft_tlb_note(&v->tlbs[kind], (u64)(e - v->tlbs[kind].entries));
     e->info = (p.gpa & ~(GUEST_PAGE_SIZE - 1)) | info;
     grant_writes(v, e, page, &p, write);
     return p;
@@ -717,11 +717,11 @@ static void clear_entry(struct tlb *tlb, unsigned n)
     e->info = 0;
 }
 
-/* Every entry in use, as (struct tlb *, index); the body may clear it. */
-#define FOR_EACH_USED(v, tlb, n)                                                                   \
+/* Every entry in `map` (used, nonglobal), as (struct tlb *, index); the body may clear it. */
+#define FOR_EACH_IN(map, v, tlb, n)                                                                \
     for (struct tlb *tlb = (v)->tlbs; tlb < (v)->tlbs + TLB_KINDS; tlb++)                          \
         for (unsigned word_ = 0; word_ < TLB_SIZE / 64; word_++)                                   \
-            for (u64 bits_ = tlb->used[word_], n;                                                  \
+            for (u64 bits_ = tlb->map[word_], n;                                                   \
                  bits_ && (n = word_ * 64 + (unsigned)__builtin_ctzll(bits_), true);               \
                  bits_ &= bits_ - 1)
 
@@ -729,6 +729,7 @@ static void drop_entry(struct tlb *tlb, u64 n)
 {
     clear_entry(tlb, (unsigned)n);
     tlb->used[n / 64] &= ~BIT(n % 64);
+    tlb->nonglobal[n / 64] &= ~BIT(n % 64);
 }
 
 void soft_tlb_init(struct soft_vcpu *v)
@@ -754,7 +755,7 @@ void soft_tlb_flush(struct soft_vcpu *v)
     v->map_generation++;
     v->stats.tlb_flushes++;
     v->large_data[0] = v->large_data[1] = v->large_code = none;
-    FOR_EACH_USED(v, tlb, n)
+    FOR_EACH_IN(used, v, tlb, n)
     drop_entry(tlb, n);
     drop_fetches(v, true);
     bt_mappings_dropped(v);
@@ -764,9 +765,8 @@ static void drop_nonglobal(struct soft_vcpu *v)
 {
     v->map_generation++;
     v->stats.tlb_flushes++;
-    FOR_EACH_USED(v, tlb, n)
-    if (!(tlb->entries[n].info & TLB_INFO_GLOBAL))
-        drop_entry(tlb, n);
+    FOR_EACH_IN(nonglobal, v, tlb, n)
+    drop_entry(tlb, n);
     drop_fetches(v, false);
 }
 
@@ -787,7 +787,7 @@ static void flush_large(struct soft_vcpu *v, gva_t lin)
 {
     u64 large = v->cpu.cr4 & CR4_PAE ? MIB(2) : MIB(4);
 
-    FOR_EACH_USED(v, tlb, n)
+    FOR_EACH_IN(used, v, tlb, n)
     {
         const struct tlb_entry *e = &tlb->entries[n];
         /* A tag that isn't valid is a page of the next slot, still of the same large page. */
@@ -821,14 +821,14 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
     if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
         return;
-    FOR_EACH_USED(v, tlb, n)
+    FOR_EACH_IN(used, v, tlb, n)
     if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
         tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)
 {
-    FOR_EACH_USED(v, tlb, n)
+    FOR_EACH_IN(used, v, tlb, n)
     tlb->entries[n].write_tag = TLB_NO_TAG(n);
 }
 

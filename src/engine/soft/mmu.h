@@ -94,6 +94,16 @@ static inline struct tlb_entry *tlb_slot(struct tlb *tlb, gva_t lin)
     return &tlb->entries[(lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1)];
 }
 
+/* Entry n was filled: flushes have to know. */
+static inline void soft_tlb_note(struct tlb *tlb, u64 n)
+{
+    tlb->used[n / 64] |= BIT(n % 64);
+    if (tlb->entries[n].info & TLB_INFO_GLOBAL)
+        tlb->nonglobal[n / 64] &= ~BIT(n % 64);
+    else
+        tlb->nonglobal[n / 64] |= BIT(n % 64);
+}
+
 /* Fast accesses of the integer handlers: a hit is a handful of instructions, a miss is soft_load. */
 #define DEFINE_FAST_ACCESS(bits)                                                                   \
     static inline __attribute__((always_inline))                                                   \

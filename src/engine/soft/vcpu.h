@@ -70,8 +70,9 @@ struct tlb_entry {
 
 struct tlb {
     struct tlb_entry entries[TLB_SIZE];
-    /* One bit an entry that may hold something: flushes look at these only. */
+    /* One bit for each entry that may hold something: flushes look at these only. */
     u64 used[TLB_SIZE / 64];
+    u64 nonglobal[TLB_SIZE / 64]; /* of these, the ones that go with an address space */
 };
 
 /* A page that instructions are fetched from. */
@@ -124,9 +125,9 @@ struct bt_shared {
     u64 linear; /* of the access that missed */
     u64 temp;
     u64 kept_address[2]; /* host addresses in borrowed registers, while C fills the TLB */
-    u64 flag_source; /* an operand of what made the flags: see struct bt_recipe */
-    u32 site;   /* which exit or access left the code */
-    u32 reason; /* enum bt_reason */
+    u64 flag_source;     /* an operand of what made the flags: see struct bt_recipe */
+    u32 site;            /* which exit or access left the code */
+    u32 reason;          /* enum bt_reason */
     u64 jump_tag[JUMP_SIZE];
     const u8 *jump_code[JUMP_SIZE];
 };
@@ -151,7 +152,7 @@ struct soft_vcpu {
     struct tlb tlbs[TLB_KINDS];
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
     struct fetch_entry fetches[FETCH_ENTRIES];
-    u64 map_generation; /* changes whenever any translation may have */
+    u64 map_generation;                           /* changes whenever any translation may have */
     struct large_range large_data[2], large_code; /* data: by the half of the address space */
     struct block_cache *blocks;
     bool align_check;      /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */

@@ -16,7 +16,7 @@
 #define BT_MODE_NO_SSE 0x04u /* SSE instructions raise an exception now */
 #define BT_MODE_NO_AVX 0x08u
 #define BT_MODE_NARROW 0x80000000u /* of blocks only: each access has a check of its own */
-#define BT_MODE_NO_X87 0x10u /* x87 and MMX */
+#define BT_MODE_NO_X87 0x10u       /* x87 and MMX */
 #define BT_MODE_CODE32 0x20u
 /* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
 #define BT_MODE_FS 0x40u

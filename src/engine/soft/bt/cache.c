@@ -216,8 +216,8 @@ void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
 {
     const struct bt_block *to = e->to;
-    bool memory = e->flags == EXIT_MEMORY ||
-                  (e->flags == EXIT_RECIPE && to->takes_recipe && !(e->recipe_regs & to->kept_regs));
+    bool memory = e->flags == EXIT_MEMORY || (e->flags == EXIT_RECIPE && to->takes_recipe &&
+                                              !(e->recipe_regs & to->kept_regs));
 
     if (!memcmp(to->perm, e->perm, sizeof(to->perm)))
         patch_rel32(bt_write_at(bt, e->at),
@@ -266,7 +266,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
     v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
     v->bt->filter[bit / 64] |= BIT(bit % 64);
     if (!(v->bt_mode & BT_MODE_USER) &&
-        (!soft_fetch_is_global(v, lin) || (b->gpa2 && !soft_fetch_is_global(v, lin + GUEST_PAGE_SIZE))))
+        (!soft_fetch_is_global(v, lin) ||
+         (b->gpa2 && !soft_fetch_is_global(v, lin + GUEST_PAGE_SIZE))))
         v->bt->kernel_nonglobal = true;
 }
 

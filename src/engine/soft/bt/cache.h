@@ -44,7 +44,7 @@ struct bt_site {
     u16 size;   /* bytes of the access; BT_BRANCH: what a RET had added to RSP */
     bool write;
     bool grouped; /* the check covers more than the instruction's own access */
-    u8 flags; /* enum site_flags: where the arithmetic flags are */
+    u8 flags;     /* enum site_flags: where the arithmetic flags are */
     struct bt_recipe recipe;
     u32 x87; /* number of the instruction that the x87 pointers don't show yet, or 0 */
     struct bt_string string; /* BT_STRING */
@@ -91,7 +91,7 @@ struct bt_exit {
     u16 target; /* offset in the page */
     u8 flags;   /* enum exit_flags */
     u8 perm[BT_PERM];
-    u32 recipe_regs; /* EXIT_RECIPE: registers that it is made from */
+    u32 recipe_regs;     /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
 };

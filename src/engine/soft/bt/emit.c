@@ -469,8 +469,8 @@ static bool simple_access(const struct bt_insn *i, struct access *a)
         if (!i->mem || i->seg != NO_REG || i->address32 != i->code32)
             return false;
         if (i->rip_relative) {
-            *a = (struct access){PAGE_BASE, NO_REG, 0, i->offset + i->len + i->disp, i->mem_size,
-                                 i->mem_write};
+            *a = (struct access){PAGE_BASE,   NO_REG,      0, i->offset + i->len + i->disp,
+                                 i->mem_size, i->mem_write};
             return true;
         }
         if (i->base == NO_REG)
@@ -643,7 +643,8 @@ static unsigned oldest_group(const struct translation *t, unsigned borrowed)
     unsigned oldest = 1;
 
     for (unsigned n = 1; n <= borrowed; n++)
-        if (!t->groups[n].valid || (t->groups[oldest].valid && t->groups[n].used < t->groups[oldest].used))
+        if (!t->groups[n].valid ||
+            (t->groups[oldest].valid && t->groups[n].used < t->groups[oldest].used))
             oldest = n;
     return oldest;
 }

@@ -180,8 +180,7 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
     entry->host = (u64)(uintptr_t)(slot->host + (gpa - slot->gpa));
     entry->read_tag = page;
     entry->write_tag = may_write ? page : page ^ GUEST_PAGE_SIZE;
-    index = (u64)(entry - tlb->entries);
-    tlb->used[index / 64] |= BIT(index % 64);
+    soft_tlb_note(tlb, (u64)(entry - tlb->entries));
     if (may_write)
         atomic_store_explicit(&track->write_tagged, true, memory_order_relaxed);
     return may_write || !write;

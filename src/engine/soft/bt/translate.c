@@ -39,8 +39,8 @@
 
 #include "engine/soft/bt/audit.h"
 
-#include "engine/soft/block.h"
 #include "engine/perf_map.h"
+#include "engine/soft/block.h"
 #include "engine/soft/mmu.h"
 #include "host/log.h"
 
@@ -656,7 +656,8 @@ static void audit_block(const struct translation *t, u32 first_site)
 
     if (bt_audit(t->bt, b, sites, &found))
         return;
-    log_message(LOG_ERROR, "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
+    log_message(LOG_ERROR,
+                "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
                 found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
                 found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
     for (unsigned n = 0; n < t->count; n++) {

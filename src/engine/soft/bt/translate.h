@@ -8,7 +8,7 @@
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
 
-#define BT_HOT_RUNS 12
+#define BT_HOT_RUNS 16
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
@@ -46,7 +46,7 @@ struct stub {
     u8 *from;   /* the displacement that leads to it */
     u32 number; /* of its site or exit */
     bool write;
-    s32 target;  /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
+    s32 target; /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
     u8 perm[BT_PERM];
     struct flag_state flags;
@@ -68,10 +68,10 @@ struct translation {
      */
     u8 home[16], memory_reg[2], perm[BT_PERM];
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
-    u32 x87;       /* as in a site */
-    bool x87_live; /* the x87 registers were made live in this block */
+    u32 x87;          /* as in a site */
+    bool x87_live;    /* the x87 registers were made live in this block */
     struct bt_insn insns[BT_MAX_INSNS + 1];
-    u32 pending;        /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
+    u32 pending; /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
     struct stub stubs[BT_MAX_STUBS];
     unsigned nstubs;
