@@ -7,9 +7,10 @@
  *      cmp S1, 4096 - n  no match, or across the page's end: out, to the slow path
  *      ja
  *      add S1, host      the host address
- * and the instruction itself, whose memory operand is [S1 + n] with nothing else. That is the invariant
- * on which isolation rests: no other host address is ever dereferenced, but through GS at constant
- * offsets in struct soft_vcpu.
+ * and the instruction itself, whose memory operand is [S1 + n] with nothing else. A check for a group of
+ * accesses covers all of them; if it is to serve for longer, its host address is moved to a borrowed register
+ * u, and the operand is [u + n]. That is the invariant on which isolation rests: no other host address is
+ * ever dereferenced, but through GS at constant offsets in struct soft_vcpu. audit.c checks it.
  */
 #include "engine/soft/bt/translate.h"
 
