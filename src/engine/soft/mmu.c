@@ -430,8 +430,8 @@ static struct place translate(struct soft_vcpu *v, gva_t lin, unsigned access)
     e->read_tag = can_read ? page : page ^ GUEST_PAGE_SIZE;
     e->write_tag = page ^ GUEST_PAGE_SIZE;
     e->host = (u64)(uintptr_t)p.host - (lin & (GUEST_PAGE_SIZE - 1));
-    soft_tlb_note(&v->tlbs[kind], (u64)(e - v->tlbs[kind].entries));
     e->info = (p.gpa & ~(GUEST_PAGE_SIZE - 1)) | info;
+    soft_tlb_note(&v->tlbs[kind], (u64)(e - v->tlbs[kind].entries));
     grant_writes(v, e, page, &p, write);
     return p;
 }
