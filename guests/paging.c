@@ -333,6 +333,18 @@ static void tlb(void)
     pt[1] = (word)frame_b | P | W | U;
     set_cr3(cr3());
     check_equal("cr3-load", value(), 2);
+    /* Pages 16 MiB apart, that a TLB of up to 4096 entries has in one place: a global one, then another. */
+    pd[((VA + (16ULL << 20)) >> 21) & 511] = (word)pt | P | W | U;
+    pt[1] = (word)frame_a | P | W | U | G;
+    flush();
+    (void)*(volatile u8 *)(VA + (16ULL << 20));
+    pt[1] = (word)frame_a | P | W | U;
+    value();
+    pt[1] = (word)frame_b | P | W | U;
+    set_cr3(cr3());
+    check_equal("cr3-load-in-place-of-global", value(), 2);
+    pd[((VA + (16ULL << 20)) >> 21) & 511] = 0;
+    flush();
     pt[1] = (word)frame_a | P | W | U | G;
     invlpg(VA);
     value();
