@@ -30,6 +30,7 @@
 
 struct rig {
     struct event_loop *loop;
+    struct vm_clock *clock;
     struct guest_memory memory;
     struct io_bus *ports, *mmio;
     struct io_range end, device;
@@ -128,10 +129,11 @@ static int setup(void **state)
     assert_int_equal(memory_add_slot(&r->memory, RAM, MIB(1), 0, &err), 0);
     assert_int_equal(memory_add_slot(&r->memory, ROM, KIB(64), MEMORY_ROM, &err), 0);
     r->cpuid = cpuid_model_create("host", &support, 1, 1000000000, &err);
+    r->clock = vm_clock_create(r->loop, &err);
     config = (struct engine_config){.memory = &r->memory,
                                     .ports = r->ports,
                                     .mmio = r->mmio,
-                                    .clock = vm_clock_create(r->loop, &err),
+                                    .clock = r->clock,
                                     .machine = {no_interrupt, no_eoi, NULL},
                                     .cpuid = r->cpuid,
                                     .ncpus = 1};
@@ -162,6 +164,7 @@ static int teardown(void **state)
     io_bus_destroy(r->ports);
     io_bus_destroy(r->mmio);
     memory_destroy(&r->memory);
+    vm_clock_destroy(r->clock);
     event_loop_destroy(r->loop);
     free(r);
     return 0;
