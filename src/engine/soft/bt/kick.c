@@ -78,6 +78,9 @@ static void on_kick(int sig, siginfo_t *info, void *context)
     if (!v)
         return;
     bt = v->bt;
+    /* The next to kick sends a signal again: this one may be of a kick that was seen to long ago, and the
+     * code goes on when it has left. */
+    atomic_store(&bt->kicked, false);
     if (info->si_code == SI_TIMER)
         atomic_fetch_or(&v->attention, ATTN_TIMER);
     b = bt_block_at(bt, pc);
