@@ -563,7 +563,6 @@ void bt_flush(struct soft_vcpu *v)
 
     if (!bt)
         return;
-    bt->flushes++;
     bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
     bt->nx87s = 1;
     bt->nunlinked = 0;

@@ -198,8 +198,6 @@ struct bt {
     void *signal_stack;
     struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
     bool interp_next;      /* the next instruction is the interpreter's */
-
-    u64 translated, translated_insns, flushes;
 };
 
 /* The best, or for a seed other than 0 random ones: many runs, each with a seed, try out what the best

@@ -916,7 +916,6 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
         /* Two accesses: the value waits in memory for the second. */
         load.op = BT_PLAIN;
         load.mem_size = i->word;
-        load.mem_read = true;
         load.mem_write = false;
         t->groups[0].valid = false;
         disp = access(t, &load, i->base, i->disp, i->word, false);
@@ -995,7 +994,6 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
 
         load.op = BT_PLAIN;
         load.mem_size = i->word;
-        load.mem_read = true;
         load.mem_write = false;
         disp = access(t, &load, i->base, i->disp, i->word, false);
         flags_to_memory(t);

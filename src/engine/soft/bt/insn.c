@@ -176,7 +176,6 @@ static bool take_memory(struct bt_insn *i, const ZydisDecodedInstruction *zi,
         (m->type != ZYDIS_MEMOP_TYPE_MEM && m->type != ZYDIS_MEMOP_TYPE_AGEN))
         return false;
     i->mem = true;
-    i->mem_read = op->actions & ZYDIS_OPERAND_ACTION_MASK_READ;
     i->mem_write = op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     i->mem_size = (u8)(op->size / 8);
     i->address32 = zi->address_width == 32;

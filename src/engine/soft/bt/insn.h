@@ -92,7 +92,7 @@ struct bt_insn {
     bool opcode_reg;                /* the register is in the opcode: `rm` */
     bool high_byte;                 /* AH, CH, DH or BH is an operand */
     u8 mem_size;                    /* 0: no memory access */
-    bool mem, mem_read, mem_write;  /* memory operand (LEA has one with no access) */
+    bool mem, mem_write;            /* memory operand (LEA has one with no access) */
     bool rip_relative, address32;
     u8 base, index, scale; /* NO_REG: absent; scale as a shift */
     u8 seg;                /* SEG_FS, SEG_GS, or NO_REG */

@@ -755,8 +755,6 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     if (v->engine->config.perf_map)
         name_block(t);
     bt->nblocks++;
-    bt->translated++;
-    bt->translated_insns += b->count;
     bt_block_insert(v, b);
     v->stats.blocks_translated++;
     return b;

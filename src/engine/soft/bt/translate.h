@@ -45,7 +45,6 @@ struct stub {
     u8 reason;  /* STUB_SITE: enum bt_reason */
     u8 *from;   /* the displacement that leads to it */
     u32 number; /* of its site or exit */
-    bool write;
     s32 target; /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
     u8 perm[BT_PERM];
