@@ -1,17 +1,48 @@
 #include "bus/memory.h"
 
+#include "bus/memory_file.h"
+
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 static bool slot_contains(const struct memory_slot *slot, gpa_t gpa)
 {
     return gpa >= slot->gpa && gpa - slot->gpa < slot->size;
 }
 
+int memory_use_file(struct guest_memory *m, struct error *err)
+{
+    int fd = memory_file_open(err);
+
+    if (fd < 0)
+        return -EIO;
+    m->in_file = true;
+    m->fd = fd;
+    m->file_end = 0;
+    return 0;
+}
+
+static u8 *add_anonymous(u64 size, struct error *err)
+{
+    u8 *host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                    -1, 0);
+
+    if (host == MAP_FAILED) {
+        error_host(err, errno, "no host memory for %llu MiB of guest memory",
+                   (unsigned long long)(size >> 20));
+        return NULL;
+    }
+    /* Fewer of the host's TLB misses. Advice only: kernels without huge pages refuse it. */
+    madvise(host, size, MADV_HUGEPAGE);
+    return host;
+}
+
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err)
 {
     const u64 offset_mask = GUEST_PAGE_SIZE - 1;
+    u64 fd_offset = 0;
     unsigned at = 0;
     u8 *host;
 
@@ -26,17 +57,18 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
         (at < m->nslots && m->slots[at].gpa - gpa < size))
         return error_input(err, "guest memory at 0x%llx is there already", (unsigned long long)gpa);
 
-    host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-                0);
-    if (host == MAP_FAILED)
-        return error_host(err, errno, "no host memory for %llu MiB of guest memory",
-                          (unsigned long long)(size >> 20));
-    /* Fewer of the host's TLB misses. Advice only: kernels without huge pages refuse it. */
-    madvise(host, size, MADV_HUGEPAGE);
+    host = m->in_file ? memory_file_add(m->fd, &m->file_end, gpa, size, &fd_offset, err)
+                      : add_anonymous(size, err);
+    if (!host)
+        return -ENOMEM;
 
     memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
-    m->slots[at] = (struct memory_slot){
-        .gpa = gpa, .size = size, .host = host, .flags = flags, .backing = host};
+    m->slots[at] = (struct memory_slot){.gpa = gpa,
+                                        .size = size,
+                                        .host = host,
+                                        .flags = flags,
+                                        .backing = host,
+                                        .fd_offset = fd_offset};
     m->nslots++;
     return 0;
 }
@@ -46,6 +78,9 @@ void memory_destroy(struct guest_memory *m)
     for (unsigned i = 0; i < m->nslots; i++)
         munmap(m->slots[i].backing, m->slots[i].size);
     m->nslots = 0;
+    if (m->in_file)
+        close(m->fd);
+    m->in_file = false;
 }
 
 bool memory_show(struct guest_memory *m, gpa_t gpa, u8 *host, u32 flags)
@@ -97,6 +132,12 @@ void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len)
 {
     if (m->listener.written && len)
         m->listener.written(m->listener.opaque, gpa, len);
+}
+
+bool memory_discard(const struct guest_memory *m, void *host, u64 len)
+{
+    /* Of a file, MADV_DONTNEED would drop this mapping's view only. */
+    return madvise(host, len, m->in_file ? MADV_REMOVE : MADV_DONTNEED) == 0;
 }
 
 /* Whether all of [gpa, gpa + len) is memory, in however many adjacent slots. */

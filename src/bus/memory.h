@@ -22,7 +22,8 @@ struct memory_slot {
     u64 size;
     u8 *host; /* page-aligned: what the guest sees there */
     u32 flags;
-    u8 *backing; /* the slot's own bytes, seen or not: memory_show */
+    u8 *backing;   /* the slot's own bytes, seen or not: memory_show */
+    u64 fd_offset; /* of these in the memory's file, when it has one */
 };
 
 struct memory_listener {
@@ -35,8 +36,13 @@ struct guest_memory {
     struct memory_slot slots[MEMORY_MAX_SLOTS]; /* sorted by gpa */
     unsigned nslots;
     struct memory_listener listener; /* one: the engine's */
+    bool in_file; /* slots are made of a file that can be mapped elsewhere too: memory_use_file */
+    int fd;       /* that file, when in_file */
+    u64 file_end; /* bytes of it in use */
 };
 
+/* Has the slots that are added from now on be parts of one file. Before the first of them. 0 or -errno. */
+int memory_use_file(struct guest_memory *m, struct error *err);
 /* Allocates zeroed host memory for a slot (MAP_NORESERVE, so pages cost nothing until touched). */
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err);
 void memory_destroy(struct guest_memory *m);
@@ -59,6 +65,9 @@ void *memory_host(const struct guest_memory *m, gpa_t gpa, u64 len);
  */
 void *memory_dma(const struct guest_memory *m, gpa_t gpa, u64 *len, bool write);
 void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len);
+/* Gives the host back what memory_dma found, whole pages: they read as zeroes then, which the caller tells. False:
+ * they stay as they are. */
+bool memory_discard(const struct guest_memory *m, void *host, u64 len);
 /* 0, or -EFAULT when any byte is outside RAM (nothing is copied then). ROM may be written here. */
 int memory_read(const struct guest_memory *m, gpa_t gpa, void *buf, u64 len);
 int memory_write(struct guest_memory *m, gpa_t gpa, const void *buf, u64 len);

@@ -78,6 +78,7 @@ struct engine_stats {
 
 struct engine_ops {
     const char *name;
+    bool maps_memory; /* guest memory is to be in a file, which the engine maps at further places */
 
     /* 0 when this host can run it; else an error whose text says why not. */
     int (*probe)(struct error *err);

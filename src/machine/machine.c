@@ -209,8 +209,10 @@ static int build_memory(struct machine *m, struct error *err)
 {
     const struct firmware *fw = &m->firmware;
     gpa_t rom = LAYOUT_ROM_END - fw->rom_size;
-    int ret;
+    int ret = m->ops->maps_memory ? memory_use_file(&m->memory, err) : 0;
 
+    if (ret)
+        return ret;
     if (!m->config.firmware.what)
         return memory_map_build(&m->memory, m->config.memory, err);
     ret = memory_map_build_firmware(&m->memory, m->config.memory, fw->rom_size, err);

@@ -7,6 +7,8 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
 
 static struct guest_memory memory;
 static struct error err;
@@ -52,6 +54,33 @@ static void slots_are_sorted_and_zeroed(void **state)
         assert_true(memory.slots[i - 1].gpa < memory.slots[i].gpa);
     assert_int_equal(memory_read(&memory, 0x11000, buf, sizeof(buf)), 0);
     assert_memory_equal(buf, zeros, sizeof(buf));
+}
+
+/* Both mappings of a slot's part of the file show the same bytes, and no other slot's. */
+static void a_file_can_be_mapped_again(void **state)
+{
+    struct guest_memory m = {0};
+    const struct memory_slot *slot;
+    u8 *again;
+
+    assert_int_equal(memory_use_file(&m, &err), 0);
+    assert_int_equal(memory_add_slot(&m, 0, 0xa0000, 0, &err), 0);
+    assert_int_equal(memory_add_slot(&m, 0x100000, 0x300000, 0, &err), 0);
+    slot = memory_find(&m, 0x200000);
+    assert_int_equal(((u64)(uintptr_t)slot->host - slot->gpa) % MIB(2), 0);
+    assert_int_equal((slot->fd_offset - slot->gpa) % MIB(2), 0);
+    again =
+        mmap(NULL, slot->size, PROT_READ | PROT_WRITE, MAP_SHARED, m.fd, (off_t)slot->fd_offset);
+    assert_ptr_not_equal(again, MAP_FAILED);
+    assert_int_equal(memory_write(&m, 0x200000, "there", 5), 0);
+    assert_int_equal(memory_write(&m, 0, "here", 4), 0);
+    assert_memory_equal(again + 0x100000, "there", 5);
+    again[0] = 'x';
+    assert_memory_equal(memory_host(&m, 0, 4), "here", 4);
+    assert_memory_equal(memory_host(&m, 0x100000, 1), "x", 1);
+    munmap(again, slot->size);
+    memory_destroy(&m);
+    assert_int_equal(fcntl(m.fd, F_GETFD), -1);
 }
 
 static void bad_slots_are_refused(void **state)
@@ -174,6 +203,7 @@ int main(void)
         TEST(nothing_is_copied_when_a_byte_is_outside),
         TEST(lengths_that_overflow_are_outside),
         TEST(memory_at_the_top_does_not_wrap_to_the_bottom),
+        TEST(a_file_can_be_mapped_again),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define BALLOON_F_STATS_VQ BIT(1)
 #define BALLOON_F_DEFLATE_ON_OOM BIT(2)
@@ -47,7 +46,7 @@ static void give_back(struct virtio *v, gpa_t gpa, u64 len)
             log_once(LOG_WARN, "virtio-balloon: the guest gives memory that it doesn't have");
             return;
         }
-        if (madvise(host, here, MADV_DONTNEED) == 0)
+        if (memory_discard(v->env.memory, host, here))
             memory_tell_written(v->env.memory, gpa, here);
         gpa += here;
         len -= here;

@@ -492,6 +492,7 @@ const struct engine_ops engine_interp = {
 
 const struct engine_ops engine_bt = {
     .name = "bt",
+    .maps_memory = true,
     .probe = bt_probe,
     .create = bt_create_engine,
     SOFT_OPS,

@@ -1,0 +1,24 @@
+/*
+ * The file behind guest memory that is mapped more than once: by the translator at the guest's own addresses,
+ * by a backend in another process.
+ */
+#ifndef DOPPEL_BUS_MEMORY_FILE_H
+#define DOPPEL_BUS_MEMORY_FILE_H
+
+#include "host/error.h"
+#include "host/types.h"
+
+/*
+ * An empty file without a name, of huge pages where the host has some for files. Returns its descriptor, the
+ * caller's to close, or -1, err set.
+ */
+int memory_file_open(struct error *err);
+
+/*
+ * Appends `size` bytes to the file, which is *end bytes long, and maps them, file offset and host address
+ * congruent to gpa modulo 2 MiB, so that huge pages serve. Returns the mapping, with its file offset in *offset
+ * and *end moved, or NULL, err set.
+ */
+u8 *memory_file_add(int fd, u64 *end, gpa_t gpa, u64 size, u64 *offset, struct error *err);
+
+#endif
