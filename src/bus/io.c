@@ -39,7 +39,8 @@ struct table {
 struct io_bus {
     const char *name;
     u64 limit;
-    pthread_mutex_t lock; /* writers */
+    pthread_mutex_t lock; /* writers, and the listener */
+    struct io_listener listener;
     atomic_uint sequence; /* odd while a writer is at work */
     struct table *_Atomic table;
     atomic_size_t count;
@@ -190,6 +191,21 @@ void io_bus_remove(struct io_bus *bus, struct io_range *range)
         atomic_store(&bus->count, count - 1);
         atomic_fetch_add(&bus->sequence, 1);
     }
+    pthread_mutex_unlock(&bus->lock);
+}
+
+void io_bus_listen(struct io_bus *bus, struct io_listener listener)
+{
+    pthread_mutex_lock(&bus->lock);
+    bus->listener = listener;
+    pthread_mutex_unlock(&bus->lock);
+}
+
+void io_bus_set_doorbell(struct io_bus *bus, u64 addr, int fd, bool there)
+{
+    pthread_mutex_lock(&bus->lock);
+    if (bus->listener.doorbell)
+        bus->listener.doorbell(bus->listener.opaque, addr, fd, there);
     pthread_mutex_unlock(&bus->lock);
 }
 

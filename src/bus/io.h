@@ -30,6 +30,16 @@ struct io_range {
     void *opaque;
 };
 
+/*
+ * A doorbell is an address to which a write, of any size and value, is but a signal. Who runs the guest may
+ * signal the eventfd in place of making the access, which does the same: KVM's kernel does so.
+ */
+struct io_listener {
+    /* A doorbell comes (`there`) or goes. Any thread, the bus locked: it can't be called. */
+    void (*doorbell)(void *opaque, u64 addr, int fd, bool there);
+    void *opaque;
+};
+
 struct io_bus;
 
 /* limit: the number of addresses (0x10000 for ports; 1 << physical address bits for MMIO). */
@@ -39,6 +49,14 @@ void io_bus_destroy(struct io_bus *bus);
 /* Adds a range; the caller owns `range` until it is removed. -EEXIST when it overlaps another. */
 int io_bus_add(struct io_bus *bus, struct io_range *range, struct error *err);
 void io_bus_remove(struct io_bus *bus, struct io_range *range);
+
+/* Whom to tell of doorbells from now on: one, copied; without a function, nobody. */
+void io_bus_listen(struct io_bus *bus, struct io_listener listener);
+/*
+ * For the owner of the range at addr: a doorbell comes, after the range, or goes, before it does. The eventfd
+ * stays the owner's; it must be open until the doorbell is gone.
+ */
+void io_bus_set_doorbell(struct io_bus *bus, u64 addr, int fd, bool there);
 
 /* The accesses that guests make. size: 1, 2, 4 or 8; the value is zero-extended. */
 u64 io_bus_read(struct io_bus *bus, u64 addr, unsigned size);

@@ -8,6 +8,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -485,6 +486,78 @@ static void any_ring_is_survived(void **state)
     }
 }
 
+/* ---- doorbells ---- */
+
+/* What an engine would ring: the eventfd of each queue, by address. */
+struct doorbells {
+    u64 base;
+    int fds[TOY_QUEUES];
+    unsigned n;
+};
+
+static void doorbell_changed(void *opaque, u64 addr, int fd, bool there)
+{
+    struct doorbells *d = opaque;
+    unsigned q = (unsigned)(addr - d->base - VIRTIO_BAR_NOTIFY) / VIRTIO_NOTIFY_MULTIPLIER;
+
+    assert_true(q < TOY_QUEUES);
+    if (there) {
+        d->fds[q] = fd;
+        d->n++;
+    } else {
+        assert_int_equal(d->fds[q], fd);
+        d->n--;
+    }
+}
+
+static void move_bar(struct driver *d, u64 to)
+{
+    config_write(d->rig, TOY_DEVFN, PCI_BASE_ADDRESS_0 + 4 * VIRTIO_BAR, to, 4);
+}
+
+static void a_rung_doorbell_notifies(void **state)
+{
+    const struct buffer b[2] = {{BUFFERS, 8, false}, {BUFFERS + 512, 8, true}};
+    struct driver *d = *state;
+    struct doorbells bells = {.base = TOY_BAR};
+    const u64 ring = 1;
+    u32 id, len;
+
+    start_driver(d, 0, 16);
+    move_bar(d, 0);
+    io_bus_listen(d->rig->env.mmio, (struct io_listener){doorbell_changed, &bells});
+    move_bar(d, TOY_BAR);
+    assert_int_equal(bells.n, TOY_QUEUES);
+    assert_int_not_equal(bells.fds[0], bells.fds[1]);
+    add(d, b, 2, 3);
+    assert_int_equal(write(bells.fds[0], &ring, sizeof(ring)), sizeof(ring));
+    run_loop(d);
+    assert_true(take_used(d, 2, &id, &len));
+    assert_int_equal(id, 3);
+    assert_int_equal(len, 8);
+    io_bus_listen(d->rig->env.mmio, (struct io_listener){0});
+}
+
+static void doorbells_move_with_their_bar(void **state)
+{
+    struct driver *d = *state;
+    struct doorbells bells = {.base = TOY_BAR};
+
+    move_bar(d, 0);
+    io_bus_listen(d->rig->env.mmio, (struct io_listener){doorbell_changed, &bells});
+    move_bar(d, TOY_BAR);
+    assert_int_equal(bells.n, TOY_QUEUES);
+    config_write(d->rig, TOY_DEVFN, PCI_COMMAND, 0, 2);
+    assert_int_equal(bells.n, 0);
+    bells.base = TOY_BAR + MIB(2);
+    move_bar(d, bells.base);
+    config_write(d->rig, TOY_DEVFN, PCI_COMMAND, PCI_COMMAND_MEMORY, 2);
+    assert_int_equal(bells.n, TOY_QUEUES);
+    io_bus_listen(d->rig->env.mmio, (struct io_listener){0});
+    move_bar(d, TOY_BAR);
+    assert_int_equal(bells.n, TOY_QUEUES);
+}
+
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
 
 int main(void)
@@ -505,6 +578,8 @@ int main(void)
         TEST(a_queue_can_be_reset_alone),
         TEST(a_stopped_machine_has_nothing_under_way),
         TEST(state_survives_the_round_trip),
+        TEST(a_rung_doorbell_notifies),
+        TEST(doorbells_move_with_their_bar),
         TEST(malformed_split_rings_need_a_reset),
         TEST(malformed_packed_rings_need_a_reset),
         TEST(impossible_queues_need_a_reset),

@@ -92,10 +92,19 @@ static struct io_bus *bus_of(struct pci_host *host, const struct pci_bar *bar)
     return pci_bar_is_io(bar) ? host->env.ports : host->env.mmio;
 }
 
+static void set_doorbells(struct pci_host *host, const struct pci_bar *bar, bool there)
+{
+    for (unsigned i = 0; i < bar->ndoorbells; i++)
+        io_bus_set_doorbell(bus_of(host, bar), bar->range.base + bar->doorbells[i].offset,
+                            bar->doorbells[i].fd, there);
+}
+
 static void unmap_bar(struct pci_host *host, struct pci_bar *bar)
 {
-    if (bar->mapped)
-        io_bus_remove(bus_of(host, bar), &bar->range);
+    if (!bar->mapped)
+        return;
+    set_doorbells(host, bar, false);
+    io_bus_remove(bus_of(host, bar), &bar->range);
     bar->mapped = false;
 }
 
@@ -106,7 +115,9 @@ static void map_bar(struct pci_host *host, struct pci_bar *bar, u64 address)
 
     bar->range.base = address;
     bar->mapped = io_bus_add(bus_of(host, bar), &bar->range, &err) == 0;
-    if (!bar->mapped)
+    if (bar->mapped)
+        set_doorbells(host, bar, true);
+    else
         log_once(LOG_DEBUG, "pci: %s", err.text);
 }
 

@@ -108,6 +108,13 @@ void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64
     pci_config_allow32(pci, PCI_COMMAND, PCI_COMMAND_MEMORY);
 }
 
+void pci_set_doorbells(struct pci_device *pci, unsigned n, const struct pci_doorbell *doorbells,
+                       unsigned count)
+{
+    pci->bars[n].doorbells = doorbells;
+    pci->bars[n].ndoorbells = count;
+}
+
 static u64 rom_read(void *opaque, u64 offset, unsigned size)
 {
     const struct pci_device *pci = opaque;

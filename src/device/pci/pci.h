@@ -49,11 +49,19 @@ enum pci_bar_kind {
     PCI_BAR_ROM, /* has an enable bit of its own */
 };
 
+/* A doorbell (bus/io.h) in a BAR. */
+struct pci_doorbell {
+    u64 offset;
+    int fd; /* eventfd */
+};
+
 struct pci_bar {
     enum pci_bar_kind kind;
     u64 size; /* a power of two */
     struct io_range range;
     bool mapped;
+    const struct pci_doorbell *doorbells;
+    unsigned ndoorbells;
 };
 
 struct pci_identity {
@@ -117,6 +125,9 @@ void pci_device_reset(struct pci_device *pci);
 /* size: a power of two, 16 or more in memory (4096 for its own page), 4 to 256 for ports. */
 void pci_add_bar(struct pci_device *pci, unsigned n, enum pci_bar_kind kind, u64 size,
                  const struct io_ops *ops, void *opaque);
+/* Doorbells of a memory BAR, which stay the caller's and constant for as long as the device lives. */
+void pci_set_doorbells(struct pci_device *pci, unsigned n, const struct pci_doorbell *doorbells,
+                       unsigned count);
 /*
  * An expansion ROM (6.2.5.2), for firmware to run: `size` bytes, at most 16 MiB, which stay the caller's for as long as
  * the device lives.

@@ -13,6 +13,8 @@ void virtio_reset_queue(struct virtio *v, unsigned q);
 
 /* In virtio_pci.c: capabilities and BARs. */
 void virtio_pci_setup(struct virtio *v);
+/* Where queue q is notified: an offset in VIRTIO_BAR. */
+u64 virtio_pci_notify_offset(unsigned q);
 void virtio_pci_config_read(struct pci_device *pci, unsigned offset, unsigned size);
 void virtio_pci_config_written(struct pci_device *pci, unsigned offset, unsigned size);
 

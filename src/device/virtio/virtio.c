@@ -66,25 +66,26 @@ void virtio_kick(struct virtio *v, unsigned q)
 {
     u64 one = 1;
 
-    /* Whoever sets the first bit wakes the loop; it takes all that are set by then. */
-    if (atomic_fetch_or(&v->kicked, BIT(q)) == 0 && write(v->kick_fd, &one, sizeof(one)) < 0)
+    if (!(atomic_fetch_or(&v->kicked, BIT(q)) & BIT(q)) &&
+        write(v->notifiers[q].watch.fd, &one, sizeof(one)) < 0)
         log_once(LOG_WARN, "%s: cannot wake the event loop", v->config.name);
 }
 
-static void kick_ready(void *opaque, u32 events)
+/* By virtio_kick, or by an engine that rang the doorbell. */
+static void notified(void *opaque, u32 events)
 {
-    struct virtio *v = opaque;
-    u64 count, queues;
+    struct virtio_notifier *n = opaque;
+    struct virtio *v = n->v;
+    unsigned q = (unsigned)(n - v->notifiers);
+    u64 count;
 
-    if (read(v->kick_fd, &count, sizeof(count)) < 0)
+    if (read(n->watch.fd, &count, sizeof(count)) < 0)
         return;
     device_lock(&v->pci.dev);
-    for (queues = atomic_exchange(&v->kicked, 0); queues; queues &= queues - 1) {
-        unsigned q = (unsigned)__builtin_ctzll(queues);
-
-        if (virtio_is_live(v) && v->queues[q].enabled)
-            v->ops->queue_ready(v, q);
-    }
+    /* Before the queue is looked at: what comes from now on signals again. */
+    atomic_fetch_and(&v->kicked, ~BIT(q));
+    if (virtio_is_live(v) && v->queues[q].enabled)
+        v->ops->queue_ready(v, q);
     device_unlock(&v->pci.dev);
 }
 
@@ -303,10 +304,44 @@ static void virtio_device_reset(struct device *dev)
     pci_device_reset(&v->pci);
 }
 
-static void close_kick(struct virtio *v)
+/* The first `count` notifiers. */
+static void close_notifiers(struct virtio *v, unsigned count)
 {
-    event_loop_unwatch(v->env.loop, &v->kick_watch);
-    close(v->kick_fd);
+    while (count-- > 0) {
+        event_loop_unwatch(v->env.loop, &v->notifiers[count].watch);
+        close(v->notifiers[count].watch.fd);
+    }
+}
+
+static int open_notifier(struct virtio *v, unsigned q, struct error *err)
+{
+    struct virtio_notifier *n = &v->notifiers[q];
+    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), ret;
+
+    if (fd < 0)
+        return error_host(err, errno, "%s: cannot create an eventfd", v->config.name);
+    n->v = v;
+    n->watch = (struct fd_watch){.fd = fd, .events = EPOLLIN, .ready = notified, .opaque = n};
+    ret = event_loop_watch(v->env.loop, &n->watch);
+    if (ret) {
+        close(fd);
+        return error_host(err, -ret, "%s: cannot watch an eventfd", v->config.name);
+    }
+    v->doorbells[q] = (struct pci_doorbell){virtio_pci_notify_offset(q), fd};
+    return 0;
+}
+
+static int open_notifiers(struct virtio *v, struct error *err)
+{
+    for (unsigned q = 0; q < v->config.queues; q++) {
+        int ret = open_notifier(v, q, err);
+
+        if (ret) {
+            close_notifiers(v, q);
+            return ret;
+        }
+    }
+    return 0;
 }
 
 static void virtio_destroy(struct device *dev)
@@ -314,8 +349,8 @@ static void virtio_destroy(struct device *dev)
     struct virtio *v = container_of(dev, struct virtio, pci.dev);
 
     bring_in(v);
-    close_kick(v);
     pci_device_fini(&v->pci);
+    close_notifiers(v, v->config.queues);
     v->ops->destroy(v);
 }
 
@@ -347,16 +382,9 @@ int virtio_init(struct virtio *v, const struct virtio_ops *ops, const struct vir
     v->config = *config;
     v->env = *env;
     v->offered = config->features | COMMON_FEATURES;
-    v->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (v->kick_fd < 0)
-        return error_host(err, errno, "%s: cannot create an eventfd", config->name);
-    v->kick_watch =
-        (struct fd_watch){.fd = v->kick_fd, .events = EPOLLIN, .ready = kick_ready, .opaque = v};
-    ret = event_loop_watch(env->loop, &v->kick_watch);
-    if (ret) {
-        close(v->kick_fd);
-        return error_host(err, -ret, "%s: cannot watch an eventfd", config->name);
-    }
+    ret = open_notifiers(v, err);
+    if (ret)
+        return ret;
     pci_device_init(&v->pci, config->name, &virtio_pci_ops, state, &id);
     virtio_pci_setup(v);
     finish_reset(v);
@@ -412,8 +440,8 @@ static const struct state_field virtio_fields[] = {
     STATE_HOST(struct virtio, config),
     STATE_HOST(struct virtio, env),
     STATE_HOST(struct virtio, offered),
-    STATE_HOST(struct virtio, kick_fd),
-    STATE_HOST(struct virtio, kick_watch),
+    STATE_HOST(struct virtio, notifiers),
+    STATE_HOST(struct virtio, doorbells),
     STATE_HOST(struct virtio, kicked),
     STATE_HOST(struct virtio, stopped),
     STATE_HOST(struct virtio, in_flight),

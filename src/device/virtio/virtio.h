@@ -85,6 +85,12 @@ struct virtio_config {
     const u8 *config_writable; /* as long: which bits the driver may write; NULL: none */
 };
 
+/* A queue's notifications on their way to the loop. */
+struct virtio_notifier {
+    struct virtio *v;
+    struct fd_watch watch; /* of an eventfd */
+};
+
 struct virtio {
     struct pci_device pci;
     const struct virtio_ops *ops;
@@ -92,9 +98,9 @@ struct virtio {
     struct device_env env;
     u64 offered;
 
-    int kick_fd; /* eventfd: notifications on their way to the loop */
-    struct fd_watch kick_watch;
-    _Atomic u64 kicked; /* queues */
+    struct virtio_notifier notifiers[VIRTIO_QUEUES_MAX];
+    struct pci_doorbell doorbells[VIRTIO_QUEUES_MAX]; /* the notifiers' eventfds */
+    _Atomic u64 kicked; /* queues whose eventfd virtio_kick has signalled */
     bool stopped;       /* by the machine */
     unsigned in_flight;
     unsigned queue_in_flight[VIRTIO_QUEUES_MAX];

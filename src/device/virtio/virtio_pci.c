@@ -286,6 +286,11 @@ static void bar_write(void *opaque, u64 offset, u64 value, unsigned size)
 
 static const struct io_ops bar_ops = {bar_read, bar_write, 4};
 
+u64 virtio_pci_notify_offset(unsigned q)
+{
+    return VIRTIO_BAR_NOTIFY + (u64)q * VIRTIO_NOTIFY_MULTIPLIER;
+}
+
 /* ---- capabilities ---- */
 
 static unsigned add_cap(struct virtio *v, u8 type, u32 offset, u32 length, u8 len)
@@ -305,6 +310,7 @@ void virtio_pci_setup(struct virtio *v)
     unsigned at;
 
     pci_add_bar(&v->pci, VIRTIO_BAR, PCI_BAR_MEM64, VIRTIO_BAR_SIZE, &bar_ops, v);
+    pci_set_doorbells(&v->pci, VIRTIO_BAR, v->doorbells, v->config.queues);
     pci_add_msix(&v->pci, v->config.queues + 1, VIRTIO_MSIX_BAR);
     at = add_cap(v, CAP_PCI_CFG, 0, 0, CAP_LENGTH_WITH_DATA);
     v->cfg_cap = at;

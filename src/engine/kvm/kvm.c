@@ -117,6 +117,24 @@ static void engine_memory_written(struct engine *engine, gpa_t gpa, u64 len)
         kvm_dirty_mark(e, gpa, len);
 }
 
+/* --- Doorbells: the kernel signals their eventfds, and the guest doesn't leave --- */
+
+static void doorbell_changed(void *opaque, u64 addr, int fd, bool there)
+{
+    struct kvm_engine *e = opaque;
+    struct kvm_ioeventfd doorbell = {
+        .addr = addr,
+        .len = 0, /* writes of any size */
+        .fd = fd,
+        .flags = there ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN,
+    };
+
+    /* Without it the guest's writes go the ordinary way. */
+    if (ioctl(e->vm, KVM_IOEVENTFD, &doorbell) < 0)
+        log_once(LOG_WARN, "kvm: no doorbell at %#llx: %s", (unsigned long long)addr,
+                 strerror(errno));
+}
+
 /* --- Life --- */
 
 static int engine_probe(struct error *err)
@@ -133,6 +151,7 @@ static void engine_destroy(struct engine *engine)
 {
     struct kvm_engine *e = kvm_engine_of(engine);
 
+    io_bus_listen(e->config.mmio, (struct io_listener){0});
     for (unsigned n = 0; n < MEMORY_MAX_SLOTS; n++)
         kvm_dirty_free(&e->slots[n]);
     if (e->vm >= 0)
@@ -201,6 +220,7 @@ static struct engine *engine_create(const struct engine_config *config, struct e
         engine_destroy((struct engine *)e);
         return NULL;
     }
+    io_bus_listen(config->mmio, (struct io_listener){doorbell_changed, e});
     return (struct engine *)e;
 }
 
