@@ -101,7 +101,9 @@ def build_tree(tree, folder, guests, programs, plan):
     """What the machine under QEMU finds as its file system."""
     for directory in ("bin", "dev", "proc", "sys", "tmp"):
         os.makedirs(os.path.join(tree, directory))
-    copy("/bin/busybox", tree, "bin/busybox")
+    busybox = subprocess.run([os.path.join(guest.ROOT, "scripts", "fetch-busybox")], check=True,
+                             stdout=subprocess.PIPE, text=True).stdout.strip()
+    copy(busybox, tree, "bin/busybox")
     for applet in APPLETS:
         os.symlink("busybox", os.path.join(tree, "bin", applet))
     for name in MODULES:
