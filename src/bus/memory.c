@@ -3,6 +3,7 @@
 #include "bus/memory_file.h"
 
 #include <errno.h>
+#include <linux/mman.h> /* MAP_HUGE_2MB */
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -24,12 +25,26 @@ int memory_use_file(struct guest_memory *m, struct error *err)
     return 0;
 }
 
-static u8 *add_anonymous(u64 size, struct error *err)
+/* Private memory at a place congruent to gpa. NULL with errno set: there is none. */
+static u8 *map_private(gpa_t gpa, u64 size, int flags)
 {
-    u8 *host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                    -1, 0);
+    u8 *host = memory_reserve(gpa, size);
+    int saved;
 
-    if (host == MAP_FAILED) {
+    if (!host || mmap(host, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | flags, -1, 0) != MAP_FAILED)
+        return host;
+    saved = errno;
+    munmap(host, size);
+    errno = saved;
+    return NULL;
+}
+
+static u8 *add_anonymous(gpa_t gpa, u64 size, struct error *err)
+{
+    u8 *host = map_private(gpa, size, MAP_NORESERVE);
+
+    if (!host) {
         error_host(err, errno, "no host memory for %llu MiB of guest memory",
                    (unsigned long long)(size >> 20));
         return NULL;
@@ -39,12 +54,74 @@ static u8 *add_anonymous(u64 size, struct error *err)
     return host;
 }
 
+/* [*gpa, *gpa + *size) made larger, to begin and end with a huge page. */
+static void round_to_huge(u64 *gpa, u64 *size)
+{
+    u64 end = (*gpa + *size + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
+
+    *gpa &= ~(HUGE_PAGE - 1);
+    *size = end - *gpa;
+}
+
+/* What the slot doesn't fill of its first and last huge page stays unused. */
+static u8 *add_huge(gpa_t gpa, u64 size, struct error *err)
+{
+    gpa_t from = gpa;
+    u8 *host;
+
+    round_to_huge(&from, &size);
+    host = map_private(from, size, MAP_HUGETLB | MAP_HUGE_2MB);
+    if (!host) {
+        error_host(err, errno,
+                   "hugepages=on: the host has no %llu free huge pages of 2 MiB (its root gives "
+                   "more by the sysctl vm.nr_hugepages)",
+                   (unsigned long long)(size / HUGE_PAGE));
+        return NULL;
+    }
+    return host + (gpa - from);
+}
+
+/* Whether slots of this size are made of reserved huge pages: small ones would waste them. */
+static bool wants_huge(const struct guest_memory *m, u64 size)
+{
+    return m->options.hugepages && size >= HUGE_PAGE;
+}
+
+static u8 *add_backing(struct guest_memory *m, gpa_t gpa, u64 size, u64 *fd_offset,
+                       struct error *err)
+{
+    if (m->in_file)
+        return memory_file_add(m->fd, &m->file_end, gpa, size, fd_offset, err);
+    return wants_huge(m, size) ? add_huge(gpa, size, err) : add_anonymous(gpa, size, err);
+}
+
+static void remove_backing(const struct memory_slot *slot)
+{
+    u64 at = (u64)(uintptr_t)slot->backing, size = slot->size;
+
+    if (slot->huge)
+        round_to_huge(&at, &size);
+    munmap((void *)(uintptr_t)at, size);
+}
+
+static int apply_options(const struct memory_options *options, u8 *host, u64 size,
+                         struct error *err)
+{
+    if (options->mergeable && madvise(host, size, MADV_MERGEABLE))
+        return error_host(err, errno, "mergeable=on: the host's kernel can't merge pages");
+    if (options->locked && mlock(host, size))
+        return error_host(err, errno,
+                          "locked=on: can't lock %llu MiB in RAM (ulimit -l says how much may be)",
+                          (unsigned long long)(size >> 20));
+    return 0;
+}
+
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err)
 {
     const u64 offset_mask = GUEST_PAGE_SIZE - 1;
-    u64 fd_offset = 0;
+    struct memory_slot slot = {.gpa = gpa, .size = size, .flags = flags};
     unsigned at = 0;
-    u8 *host;
+    int ret;
 
     if (!size || (gpa & offset_mask) || (size & offset_mask) || gpa + size - 1 < gpa)
         return error_input(err, "guest memory can't be 0x%llx bytes at 0x%llx",
@@ -57,18 +134,18 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
         (at < m->nslots && m->slots[at].gpa - gpa < size))
         return error_input(err, "guest memory at 0x%llx is there already", (unsigned long long)gpa);
 
-    host = m->in_file ? memory_file_add(m->fd, &m->file_end, gpa, size, &fd_offset, err)
-                      : add_anonymous(size, err);
-    if (!host)
+    slot.backing = slot.host = add_backing(m, gpa, size, &slot.fd_offset, err);
+    if (!slot.host)
         return -ENOMEM;
+    slot.huge = !m->in_file && wants_huge(m, size);
+    ret = apply_options(&m->options, slot.host, size, err);
+    if (ret) {
+        remove_backing(&slot);
+        return ret;
+    }
 
     memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
-    m->slots[at] = (struct memory_slot){.gpa = gpa,
-                                        .size = size,
-                                        .host = host,
-                                        .flags = flags,
-                                        .backing = host,
-                                        .fd_offset = fd_offset};
+    m->slots[at] = slot;
     m->nslots++;
     return 0;
 }
@@ -76,7 +153,7 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
 void memory_destroy(struct guest_memory *m)
 {
     for (unsigned i = 0; i < m->nslots; i++)
-        munmap(m->slots[i].backing, m->slots[i].size);
+        remove_backing(&m->slots[i]);
     m->nslots = 0;
     if (m->in_file)
         close(m->fd);
@@ -136,6 +213,9 @@ void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len)
 
 bool memory_discard(const struct guest_memory *m, void *host, u64 len)
 {
+    /* Kernels before 6.1 take what is left of a huge page, too. */
+    if (m->options.hugepages && ((u64)(uintptr_t)host | len) % HUGE_PAGE)
+        return false;
     /* Of a file, MADV_DONTNEED would drop this mapping's view only. */
     return madvise(host, len, m->in_file ? MADV_REMOVE : MADV_DONTNEED) == 0;
 }

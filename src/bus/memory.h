@@ -22,6 +22,7 @@ struct memory_slot {
     u64 size;
     u8 *host; /* page-aligned: what the guest sees there */
     u32 flags;
+    bool huge;     /* made of the host's reserved huge pages */
     u8 *backing;   /* the slot's own bytes, seen or not: memory_show */
     u64 fd_offset; /* of these in the memory's file, when it has one */
 };
@@ -32,7 +33,15 @@ struct memory_listener {
     void *opaque;
 };
 
+/* What the host is to do with guest memory. Not of use with a file, but for `locked`. */
+struct memory_options {
+    bool hugepages; /* pages of 2 MiB, which the host has reserved, where slots hold such */
+    bool mergeable; /* pages with equal bytes may become one: Linux's KSM */
+    bool locked;    /* all of it is there from the start, and stays in RAM */
+};
+
 struct guest_memory {
+    struct memory_options options;              /* for the slots that are added from now on */
     struct memory_slot slots[MEMORY_MAX_SLOTS]; /* sorted by gpa */
     unsigned nslots;
     struct memory_listener listener; /* one: the engine's */
@@ -43,7 +52,7 @@ struct guest_memory {
 
 /* Has the slots that are added from now on be parts of one file. Before the first of them. 0 or -errno. */
 int memory_use_file(struct guest_memory *m, struct error *err);
-/* Allocates zeroed host memory for a slot (MAP_NORESERVE, so pages cost nothing until touched). */
+/* Allocates zeroed host memory for a slot. Pages cost nothing until touched, unless the options want it so. */
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err);
 void memory_destroy(struct guest_memory *m);
 /*

@@ -23,7 +23,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define HUGE_PAGE MIB(2)
 /* Where guest memory goes if the place is free: far from where programs of the host or of the guest have theirs. */
 #define PREFERRED_BASE 0x100000000000ULL
 
@@ -109,8 +108,7 @@ int memory_file_open(struct error *err)
     return fd;
 }
 
-/* Address space for `size` bytes, congruent to gpa modulo a huge page. NULL: there is none. */
-static u8 *reserve(gpa_t gpa, u64 size)
+u8 *memory_reserve(gpa_t gpa, u64 size)
 {
     u64 room = size + HUGE_PAGE, lead;
     u8 *at = mmap((void *)(PREFERRED_BASE + (gpa & ~(HUGE_PAGE - 1))), room, PROT_NONE,
@@ -128,7 +126,7 @@ static u8 *reserve(gpa_t gpa, u64 size)
 u8 *memory_file_add(int fd, u64 *end, gpa_t gpa, u64 size, u64 *offset, struct error *err)
 {
     u64 at = *end + ((gpa - *end) & (HUGE_PAGE - 1));
-    u8 *host = reserve(gpa, size);
+    u8 *host = memory_reserve(gpa, size);
 
     if (!host || ftruncate(fd, (off_t)(at + size)) ||
         mmap(host, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,

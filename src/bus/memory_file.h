@@ -8,11 +8,19 @@
 #include "host/error.h"
 #include "host/types.h"
 
+#define HUGE_PAGE MIB(2)
+
 /*
  * An empty file without a name, of huge pages where the host has some for files. Returns its descriptor, the
  * caller's to close, or -1, err set.
  */
 int memory_file_open(struct error *err);
+
+/*
+ * Address space for `size` bytes, with nothing in it, congruent to gpa modulo 2 MiB: only so can huge pages serve,
+ * here and in the tables of KVM. NULL: there is none.
+ */
+u8 *memory_reserve(gpa_t gpa, u64 size);
 
 /*
  * Appends `size` bytes to the file, which is *end bytes long, and maps them, file offset and host address

@@ -34,9 +34,43 @@ static int set_cpu(struct vm_config *config, const char *value, struct error *er
     return 0;
 }
 
+static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
+                        bool *out, struct error *err)
+{
+    *out = !strcmp(value, yes);
+    if (*out || !strcmp(value, no))
+        return 0;
+    return error_input(err, "%s=%s: give %s or %s", key, value, yes, no);
+}
+
+static int set_memory_option(struct memory_options *o, const char *key, const char *value,
+                             struct error *err)
+{
+    if (!strcmp(key, "hugepages"))
+        return parse_choice(key, value, "on", "off", &o->hugepages, err);
+    if (!strcmp(key, "mergeable"))
+        return parse_choice(key, value, "on", "off", &o->mergeable, err);
+    if (!strcmp(key, "locked"))
+        return parse_choice(key, value, "on", "off", &o->locked, err);
+    return error_input(err, "unknown option '%s': give hugepages, locked or mergeable", key);
+}
+
 static int set_memory(struct vm_config *config, const char *value, struct error *err)
 {
-    return parse_size(value, &config->memory, err);
+    const char *options = strchr(value, ',');
+    char size[24], key[16], option[8];
+    size_t len = options ? (size_t)(options++ - value) : strlen(value);
+    int ret;
+
+    if (len >= sizeof(size))
+        return error_input(err, "'%s' is not a size: give one such as 512M or 2G", value);
+    memcpy(size, value, len);
+    size[len] = '\0';
+    ret = parse_size(size, &config->memory, err);
+    while (!ret &&
+           (ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0)
+        ret = set_memory_option(&config->memory_options, key, option, err);
+    return ret;
 }
 
 static int set_cpus(struct vm_config *config, const char *value, struct error *err)
@@ -89,15 +123,6 @@ static int set_firmware(struct vm_config *config, const char *value, struct erro
     }
     config->firmware.what = config->firmware_what;
     return ret;
-}
-
-static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
-                        bool *out, struct error *err)
-{
-    *out = !strcmp(value, yes);
-    if (*out || !strcmp(value, no))
-        return 0;
-    return error_input(err, "%s=%s: give %s or %s", key, value, yes, no);
 }
 
 static int set_disk_option(struct vm_disk *d, const char *key, const char *value, struct error *err)
@@ -300,7 +325,7 @@ static const struct option options[] = {
     {"--name", "NAME", "name of the machine (default: doppel)", set_name},
     {"--engine", "ENGINE", "auto, kvm, bt[,verify] or interp (default: auto)", set_engine},
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
-    {"--memory", "SIZE", "memory, such as 512M or 2G (default: 512M)", set_memory},
+    {"--memory", "SIZE[,...]", "memory, such as 512M or 2G (default: 512M); see below", set_memory},
     {"--cpus", "N", "processors (default: 1)", set_cpus},
     {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=FILE] (its ovmf), or an image FILE",
      set_firmware},
@@ -425,6 +450,10 @@ void cli_run_help(FILE *out)
         fprintf(out, "%*s%s\n", 25 - used, "", o->help);
     }
     fputs(
+        "\n"
+        "--memory SIZE[,hugepages=on][,locked=on][,mergeable=on]: of the host's reserved huge "
+        "pages\n"
+        "(engines kvm and interp); kept in RAM; given up to KSM, which merges equal pages.\n"
         "\n"
         "--disk FILE[,format=raw|qcow2][,bus=virtio|ide][,readonly=on][,serial=TEXT]\n"
         "[,werror=report|stop]: a raw or qcow2 image or a block device, as a virtio disk, or at\n"

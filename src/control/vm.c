@@ -255,6 +255,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .perf_map = vm->perf_map,
         .cpu = c->cpu,
         .memory = c->memory,
+        .memory_options = c->memory_options,
         .cpus = c->cpus,
         .kernel = c->kernel,
         .initrd = c->initrd,

@@ -42,6 +42,7 @@ struct vm_config {
     const char *engine; /* as in --engine */
     const char *cpu;    /* CPUID model: host, v2, v3 */
     u64 memory;         /* bytes */
+    struct memory_options memory_options;
     unsigned cpus;
     const char *kernel; /* path */
     const char *initrd; /* path, or NULL */

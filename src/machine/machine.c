@@ -205,11 +205,24 @@ static int open_firmware(struct machine *m, struct error *err)
     return ret;
 }
 
+static int prepare_memory(struct machine *m, struct error *err)
+{
+    const struct memory_options *o = &m->config.memory_options;
+
+    m->memory.options = *o;
+    if (!m->ops->maps_memory)
+        return 0;
+    if (o->hugepages || o->mergeable)
+        return error_input(err, "%s: the memory of engine %s is in a file, which can't be so",
+                           o->hugepages ? "hugepages=on" : "mergeable=on", m->ops->name);
+    return memory_use_file(&m->memory, err);
+}
+
 static int build_memory(struct machine *m, struct error *err)
 {
     const struct firmware *fw = &m->firmware;
     gpa_t rom = LAYOUT_ROM_END - fw->rom_size;
-    int ret = m->ops->maps_memory ? memory_use_file(&m->memory, err) : 0;
+    int ret = prepare_memory(m, err);
 
     if (ret)
         return ret;

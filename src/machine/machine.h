@@ -27,6 +27,7 @@ struct machine_config {
     struct perf_map *perf_map; /* as in struct engine_config */
     const char *cpu;           /* name of the CPUID model */
     u64 memory;                /* bytes */
+    struct memory_options memory_options;
     unsigned cpus;
     const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */
     struct firmware_config firmware;         /* in place of a kernel */

@@ -111,6 +111,27 @@ static void test_both_forms_of_an_option(void **state)
     assert_string_equal(c.stats, "s");
 }
 
+static void test_memory_options(void **state)
+{
+    static const char *const bad[] = {"1G,",           "1G,hugepages", "1G,hugepages=yes",
+                                      "1G,pages=huge", ",locked=on",   "1G,locked=on,"};
+    struct vm_config c;
+    struct error err;
+
+    assert_int_equal(PARSE(&c, &err, "--kernel=k", "--memory=1G,hugepages=on,locked=on"), 0);
+    assert_int_equal(c.memory, GIB(1));
+    assert_true(c.memory_options.hugepages && c.memory_options.locked);
+    assert_false(c.memory_options.mergeable);
+    assert_int_equal(PARSE(&c, &err, "--kernel=k", "--memory", "2G,mergeable=on,hugepages=off"), 0);
+    assert_true(c.memory_options.mergeable);
+    assert_false(c.memory_options.hugepages || c.memory_options.locked);
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+        if (!PARSE(&c, &err, "--kernel=k", "--memory", bad[i]))
+            fail_msg("'%s' was taken", bad[i]);
+        assert_non_null(strstr(err.text, "--memory: "));
+    }
+}
+
 static void test_errors_name_the_option(void **state)
 {
     struct vm_config c;
@@ -131,11 +152,9 @@ static void test_errors_name_the_option(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sizes),
-        cmocka_unit_test(test_numbers),
-        cmocka_unit_test(test_defaults),
-        cmocka_unit_test(test_both_forms_of_an_option),
-        cmocka_unit_test(test_errors_name_the_option),
+        cmocka_unit_test(test_sizes),          cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_defaults),       cmocka_unit_test(test_both_forms_of_an_option),
+        cmocka_unit_test(test_memory_options), cmocka_unit_test(test_errors_name_the_option),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

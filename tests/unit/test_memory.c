@@ -8,6 +8,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <sys/mman.h>
 
 static struct guest_memory memory;
@@ -188,6 +190,76 @@ static void memory_at_the_top_does_not_wrap_to_the_bottom(void **state)
     assert_int_equal(memory_read(&memory, -15ULL, buf, 16), -EFAULT);
 }
 
+/* Whether the mapping that holds `at` has this word among its VmFlags (proc(5), smaps). */
+static bool has_vm_flag(const u8 *at, const char *flag)
+{
+    FILE *smaps = fopen("/proc/self/smaps", "re");
+    u64 begin = 0, end = 0, b, e;
+    bool found = false;
+    char line[512];
+
+    assert_non_null(smaps);
+    while (fgets(line, sizeof(line), smaps)) {
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " ", &b, &e) == 2) {
+            begin = b;
+            end = e;
+        }
+        if ((u64)(uintptr_t)at >= begin && (u64)(uintptr_t)at < end &&
+            !strncmp(line, "VmFlags:", 8))
+            found = strstr(line, flag) != NULL;
+    }
+    fclose(smaps);
+    return found;
+}
+
+/* So that KVM and the host's processor can use huge pages, whatever the guest address. */
+static void host_addresses_are_congruent_to_the_guests(void **state)
+{
+    struct guest_memory m = {0};
+
+    assert_int_equal(memory_add_slot(&m, 0xc0000, 0x1000000, 0, &err), 0);
+    assert_int_equal(((u64)(uintptr_t)m.slots[0].host - 0xc0000) % MIB(2), 0);
+    memory_destroy(&m);
+}
+
+static void options_are_told_to_the_host(void **state)
+{
+    struct guest_memory m = {.options = {.locked = true}};
+
+    assert_int_equal(memory_add_slot(&m, 0, 0x10000, 0, &err), 0);
+    assert_true(has_vm_flag(m.slots[0].host, " lo"));
+    m.options = (struct memory_options){.mergeable = true};
+    if (memory_add_slot(&m, 0x10000, 0x10000, 0, &err)) /* no KSM in this kernel */
+        assert_non_null(strstr(err.text, "mergeable=on"));
+    else
+        assert_true(has_vm_flag(m.slots[1].host, " mg"));
+    memory_destroy(&m);
+}
+
+/* The host may have any number of huge pages; few tests' hosts have some. */
+static void huge_pages_are_had_or_missed_by_name(void **state)
+{
+    struct guest_memory m = {.options = {.hugepages = true}};
+
+    assert_int_equal(memory_add_slot(&m, 0, 0xa0000, 0, &err), 0);
+    assert_false(m.slots[0].huge);
+    if (memory_add_slot(&m, 0xc0000, MIB(4), 0, &err)) {
+        assert_int_equal(err.class, ERROR_HOST);
+        assert_non_null(strstr(err.text, "hugepages=on"));
+        assert_non_null(strstr(err.text, "vm.nr_hugepages"));
+    } else {
+        u8 *host = m.slots[1].host;
+
+        assert_true(has_vm_flag(host, " ht"));
+        host[0] = host[MIB(4) - 1] = 1;
+        assert_false(memory_discard(&m, host, 4096));
+        assert_true(memory_discard(&m, host + MIB(2) - 0xc0000, MIB(2)));
+        assert_int_equal(host[0], 1);
+        assert_int_equal(host[MIB(4) - 1], 1);
+    }
+    memory_destroy(&m);
+}
+
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
 
 int main(void)
@@ -204,6 +276,9 @@ int main(void)
         TEST(lengths_that_overflow_are_outside),
         TEST(memory_at_the_top_does_not_wrap_to_the_bottom),
         TEST(a_file_can_be_mapped_again),
+        TEST(host_addresses_are_congruent_to_the_guests),
+        TEST(options_are_told_to_the_host),
+        TEST(huge_pages_are_had_or_missed_by_name),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
