@@ -270,7 +270,7 @@ static int create_engine(struct machine *m, struct error *err)
 
     m->engine = m->ops->create(&config, err);
     if (!m->engine)
-        return -EIO;
+        return err->class == ERROR_INPUT ? -EINVAL : -EIO;
     m->memory.listener = (struct memory_listener){memory_written, m};
     return 0;
 }

@@ -3,8 +3,9 @@
  *
  * Invariants
  *  1. Before a block can run, the lines that hold its bytes have their bits set in code_lines, and no
- *     TLB entry allows a store to its pages by the fast path. So each store to such a page comes to
- *     block_cache_written first.
+ *     TLB entry of any vCPU allows a store to its pages by the fast path. So each store to such a page
+ *     comes to soft_code_written first (code_pages.c). A block that couldn't be protected before others
+ *     may have written there is run once and not kept.
  *  2. A dropped block stays in memory until the next flush of the whole cache, which happens between
  *     blocks only. Its mode matches nothing, and its handlers leave the block at once.
  *  3. Lookup entries are valid for one map_generation. A block whose bytes lie in two pages is found by
@@ -18,6 +19,7 @@
 #include "engine/soft/block.h"
 
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/code_pages.h"
 #include "engine/soft/decode.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/interp.h"
@@ -131,27 +133,6 @@ static struct code_page *page_get(struct block_cache *c, gpa_t page)
     return p;
 }
 
-static _Atomic u64 *lines_of(struct soft_vcpu *v, gpa_t gpa)
-{
-    struct soft_engine *e = v->engine;
-    const struct memory_slot *slot = memory_find(e->config.memory, gpa);
-
-    if (!slot)
-        return NULL;
-    return &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT]
-                .code_lines;
-}
-
-/* The lines of a page that [from, from + n) touches, cut at the page's end. */
-static u64 line_mask(gpa_t from, u64 n)
-{
-    unsigned first = (from & (GUEST_PAGE_SIZE - 1)) >> 6;
-    u64 last_byte = (from & (GUEST_PAGE_SIZE - 1)) + n - 1;
-    unsigned last = (unsigned)(MIN(last_byte, GUEST_PAGE_SIZE - 1) >> 6);
-
-    return (UINT64_MAX >> (63 - last)) & (UINT64_MAX << first);
-}
-
 /* --- Dropping --- */
 
 static struct block **next_in_page(struct block *b, gpa_t page)
@@ -187,11 +168,11 @@ static void block_drop(struct block_cache *c, struct block *b)
         b->insns[n].fn = leave_block;
 }
 
-static void page_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
+/* Of [gpa, gpa + n), within one page. */
+static void drop_in_page(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
     gpa_t page = gpa & ~(GUEST_PAGE_SIZE - 1);
     struct code_page *p = page_find(v->blocks, page);
-    _Atomic u64 *lines = lines_of(v, page);
     struct block **link, *none = NULL;
     u64 left = bt_written(v, gpa, n);
 
@@ -206,26 +187,34 @@ static void page_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
             continue;
         }
         if ((b->gpa & ~(GUEST_PAGE_SIZE - 1)) == page)
-            left |= line_mask(b->gpa, b->bytes);
+            left |= soft_line_mask(b->gpa, b->bytes);
         else
-            left |= line_mask(page, b->bytes);
+            left |= soft_line_mask(page, b->bytes);
         link = next_in_page(b, page);
     }
-    if (lines)
-        atomic_store_explicit(lines, left, memory_order_relaxed);
+    soft_code_dropped(v, page, left);
 }
 
-void block_cache_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
+void block_cache_drop(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
     while (n) {
         u64 here = MIN(n, GUEST_PAGE_SIZE - (gpa & (GUEST_PAGE_SIZE - 1)));
-        _Atomic u64 *lines = lines_of(v, gpa);
+        const struct page_track *t = soft_page_track(v->engine, gpa);
 
-        if (!lines || (atomic_load_explicit(lines, memory_order_relaxed) & line_mask(gpa, here)))
-            page_written(v, gpa, here);
+        if (!t || (atomic_load(&t->code_users) & soft_vcpu_bit(v)))
+            drop_in_page(v, gpa, here);
         gpa += here;
         n -= here;
     }
+}
+
+void block_cache_drop_all(struct soft_vcpu *v)
+{
+    const struct block_cache *c = v->blocks;
+
+    for (size_t n = 0; n < ARRAY_SIZE(c->pages); n++)
+        for (const struct code_page *p = c->pages[n]; p; p = p->hash_next)
+            block_cache_drop(v, p->page, GUEST_PAGE_SIZE);
 }
 
 void block_cache_flush(struct soft_vcpu *v)
@@ -233,12 +222,8 @@ void block_cache_flush(struct soft_vcpu *v)
     struct block_cache *c = v->blocks;
 
     for (size_t n = 0; n < ARRAY_SIZE(c->pages); n++) {
-        for (struct code_page *p = c->pages[n]; p; p = p->hash_next) {
-            _Atomic u64 *lines = lines_of(v, p->page);
-
-            if (lines)
-                atomic_store_explicit(lines, 0, memory_order_relaxed);
-        }
+        for (struct code_page *p = c->pages[n]; p; p = p->hash_next)
+            soft_code_dropped(v, p->page, 0);
         c->pages[n] = NULL;
     }
     for (size_t n = 0; n < ARRAY_SIZE(c->lookup); n++)
@@ -269,18 +254,6 @@ static unsigned fetch_bytes(struct soft_vcpu *v, gva_t lin, u8 *buf, unsigned n)
     return done;
 }
 
-/*
- * Protects the block's pages (invariant 1). A page's TLB entries need attention only when its first
- * line gets a bit.
- */
-void block_cache_protect(struct soft_vcpu *v, gpa_t gpa, u64 n)
-{
-    _Atomic u64 *lines = lines_of(v, gpa);
-
-    if (lines && !atomic_fetch_or(lines, line_mask(gpa, n)))
-        soft_tlb_protect(v, gpa & ~(GUEST_PAGE_SIZE - 1));
-}
-
 /* Bytes left in the code segment from ip on; in 64-bit mode there is no limit. */
 static u64 segment_left(const struct soft_vcpu *v, u64 ip)
 {
@@ -291,8 +264,12 @@ static u64 segment_left(const struct soft_vcpu *v, u64 ip)
     return ip > cs->limit ? 0 : (u64)cs->limit - ip + 1;
 }
 
-/* Decodes the block at the exact RIP, whose first byte is at lin (gpa; host NULL: MMIO). */
-static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, const u8 *host)
+/*
+ * Decodes the block at the exact RIP, whose first byte is at lin (gpa; host NULL: MMIO). Others may write to memory
+ * meanwhile, so instructions are decoded from copies, which `code` collects.
+ */
+static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, const u8 *host,
+                                  u8 *code)
 {
     struct block_cache *c = v->blocks;
     struct block *b = (struct block *)(c->arena + c->used);
@@ -309,11 +286,12 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
         struct insn *i = &b->insns[b->count];
         u64 page_left = in_page - MIN((u64)offset, in_page);
         u64 limit_left = left - MIN((u64)offset, left);
-        u8 crossing[MAX_INSN_BYTES];
-        const u8 *bytes = host ? host + offset : NULL;
+        u8 *bytes = code + offset;
         unsigned n = (unsigned)MIN(MIN(page_left, limit_left), (u64)MAX_INSN_BYTES);
         enum decode_result result = DECODE_SHORT;
 
+        for (unsigned k = 0; host && k < n; k++)
+            bytes[k] = host[offset + k];
         if (host && n)
             result = decode_insn(v, bytes, n, offset, i, &more);
         if (result == DECODE_SHORT) {
@@ -328,8 +306,8 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
                 if (n == MAX_INSN_BYTES || n == limit_left)
                     soft_raise_error(v, EXC_GP, 0);
                 n++;
-                fetch_bytes(v, lin, crossing, n);
-                result = decode_insn(v, crossing, n, offset, i, &more);
+                fetch_bytes(v, lin, bytes, n);
+                result = decode_insn(v, bytes, n, offset, i, &more);
             } while (result == DECODE_SHORT);
             if (n > page_left) {
                 gpa_t gpa2;
@@ -349,12 +327,28 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
     return b;
 }
 
+/* n bytes of code at gpa, within one page: from now on a store there is noticed. False: one may have come
+ * before that. */
+static bool protect(struct soft_vcpu *v, gpa_t gpa, const u8 *code, u64 n)
+{
+    const u8 *host = memory_host(v->engine->config.memory, gpa, n);
+
+    return host && soft_code_protect(v, gpa, n) && !memcmp(host, code, n);
+}
+
+static bool protect_block(struct soft_vcpu *v, const struct block *b, const u8 *code)
+{
+    u64 first = GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1));
+
+    return protect(v, b->gpa, code, MIN((u64)b->bytes, first)) &&
+           (!b->gpa2 || protect(v, b->gpa2, code + first, b->bytes - first));
+}
+
 static void block_insert(struct soft_vcpu *v, struct block *b)
 {
     struct block_cache *c = v->blocks;
     struct block **slot = hash_slot(c, b->gpa, b->mode);
     gpa_t page = b->gpa & ~(GUEST_PAGE_SIZE - 1);
-    u64 first = GUEST_PAGE_SIZE - (b->gpa - page);
     struct code_page *p;
 
     c->used += sizeof(*b) + (b->count + 1u) * sizeof(b->insns[0]);
@@ -364,14 +358,11 @@ static void block_insert(struct soft_vcpu *v, struct block *b)
     p = page_get(c, page);
     b->page_next = p->blocks;
     p->blocks = b;
-    block_cache_protect(v, b->gpa, MIN((u64)b->bytes, first));
     if (b->gpa2 && b->gpa2 != page) {
         p = page_get(c, b->gpa2);
         b->page2_next = p->blocks;
         p->blocks = b;
     }
-    if (b->gpa2)
-        block_cache_protect(v, b->gpa2, b->bytes - first);
 }
 
 /* A block over two pages is this one only if its second page is still where it was. */
@@ -394,6 +385,7 @@ static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gv
 {
     struct block_cache *c = v->blocks;
     struct block_link *l = lookup_slot(c, lin);
+    u8 code[BLOCK_MAX_INSNS * MAX_INSN_BYTES];
     const u8 *host;
     struct block *b;
     gpa_t gpa;
@@ -407,9 +399,10 @@ static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gv
     if (!b) {
         if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
             block_cache_flush(v);
-        b = decode_block(v, lin, gpa, host);
-        if (!host)
-            return b; /* code in MMIO is never kept, and no link leads to it */
+        b = decode_block(v, lin, gpa, host, code);
+        /* Code in MMIO is never kept, nor what somebody writes just now. No link leads to it. */
+        if (!host || !protect_block(v, b, code))
+            return b;
         block_insert(v, b);
     }
     *l = (struct block_link){lin, v->map_generation, b};

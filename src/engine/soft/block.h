@@ -42,13 +42,11 @@ void block_cache_destroy(struct block_cache *c);
 struct block *block_cache_find(struct soft_vcpu *v);
 
 /*
- * [gpa, gpa + n) is about to be written by this vCPU, or was written by somebody else: drops the
- * blocks decoded from it. A dropped block that is running is left after the current instruction.
+ * Drops this vCPU's blocks of [gpa, gpa + n), or all, and translations of them. A dropped block that is
+ * running is left after the current instruction.
  */
-void block_cache_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
-
-/* Has stores to [gpa, gpa + n), within one page, come to block_cache_written from now on. */
-void block_cache_protect(struct soft_vcpu *v, gpa_t gpa, u64 n);
+void block_cache_drop(struct soft_vcpu *v, gpa_t gpa, u64 n);
+void block_cache_drop_all(struct soft_vcpu *v);
 
 /* Drops everything, translations too. Only between blocks. */
 void block_cache_flush(struct soft_vcpu *v);

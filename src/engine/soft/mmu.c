@@ -9,7 +9,7 @@
  *  1. A tag is set only while the access it allows needs nothing more: the page tables permit it for the
  *     TLB's kind, A (and for write_tag D) is set in them, the page is RAM (for reading, or ROM).
  *  2. write_tag is never set on a page with a bit in code_lines, nor on one whose next write the dirty
- *     log must see. Who sets such a bit calls soft_tlb_protect first for every vCPU.
+ *     log must see. Who sets such a bit has every vCPU drop its tags (code_pages.c, posts.c).
  *  3. While v->tlb is tlb_none (alignment checks, data breakpoints) every access comes through here.
  *  4. map_generation changes whenever a translation may have changed for fetches; the block cache
  *     compares it. v->fetches holds nothing that was dropped.
@@ -22,6 +22,7 @@
 
 #include "engine/soft/block.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/code_pages.h"
 #include "engine/soft/debug.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/lapic.h"
@@ -53,10 +54,10 @@ static struct place place_of(struct soft_vcpu *v, gpa_t gpa)
     return p;
 }
 
-/* Whether code was decoded from the page, so that block_cache_written must hear of a store. */
+/* Whether the page holds code, so that soft_code_written must hear of a store; which was announced. */
 static bool holds_code(const struct place *p)
 {
-    return atomic_load_explicit(&p->track->code_lines, memory_order_relaxed);
+    return atomic_load(&p->track->code_lines);
 }
 
 static void mark_dirty(struct soft_vcpu *v, gpa_t gpa)
@@ -145,8 +146,9 @@ static bool update_entry(struct soft_vcpu *v, gpa_t gpa, unsigned size, u64 seen
 
     if (!p.host || p.rom)
         return true;
+    soft_announce_store(v, p.track);
     if (holds_code(&p))
-        block_cache_written(v, gpa, size);
+        soft_code_written(v, gpa, size);
     if (size == 4) {
         u32 old = (u32)seen;
 
@@ -357,19 +359,21 @@ static enum tlb_kind access_kind(const struct soft_vcpu *v, unsigned access)
 
 /*
  * Lets stores to e's page take the fast path, if nothing must see them first. Under the dirty log only a
- * write may do so: the first since the log was read has to come here.
+ * write may do so: the first since the log was read has to come here. A write was announced.
  */
 static void grant_writes(struct soft_vcpu *v, struct tlb_entry *e, gva_t page,
                          const struct place *p, bool write)
 {
-    if (!(e->info & TLB_INFO_WRITABLE) || p->rom || holds_code(p))
+    if (!(e->info & TLB_INFO_WRITABLE) || p->rom)
+        return;
+    soft_announce_store(v, p->track);
+    if (holds_code(p))
         return;
     if (v->engine->dirty_logging) {
         if (!write)
             return;
         mark_dirty(v, p->gpa);
     }
-    atomic_store_explicit(&p->track->write_tagged, true, memory_order_relaxed);
     e->write_tag = page;
 }
 
@@ -480,7 +484,8 @@ static gva_t next_page(const struct soft_vcpu *v, gva_t lin)
     return soft_long_mode(v) ? next : (u32)next;
 }
 
-/* Frames and operands, by general registers: memcpy would take the vector registers. */
+/* Frames and operands, by general registers: memcpy would take the vector registers. What a register holds is
+ * copied at once, for another vCPU never sees a part of it. */
 static void copy_small(void *to, const void *from, size_t n)
 {
     u8 *d = to;
@@ -488,8 +493,16 @@ static void copy_small(void *to, const void *from, size_t n)
 
     for (; n >= 8; n -= 8, d += 8, s += 8)
         memcpy(d, s, 8);
-    for (; n; n--)
-        *d++ = *s++;
+    if (n & 4) {
+        memcpy(d, s, 4);
+        d += 4, s += 4;
+    }
+    if (n & 2) {
+        memcpy(d, s, 2);
+        d += 2, s += 2;
+    }
+    if (n & 1)
+        *d = *s;
 }
 
 static void copy(void *to, const void *from, size_t n)
@@ -528,7 +541,7 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
         if (v->journaling)
             bt_journal_write(v, p->host, n);
         else if (holds_code(p))
-            block_cache_written(v, p->gpa, n);
+            soft_code_written(v, p->gpa, n);
         copy(p->host, buf, n);
         return;
     }
@@ -639,7 +652,7 @@ void *soft_pointer(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
     if ((access & ACCESS_WRITE) && v->journaling)
         bt_journal_write(v, p.host, n);
     else if ((access & ACCESS_WRITE) && holds_code(&p))
-        block_cache_written(v, p.gpa, n);
+        soft_code_written(v, p.gpa, n);
     return p.host;
 }
 
@@ -816,14 +829,15 @@ void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
 
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
 {
-    struct place p = place_of(v, page);
+    struct page_track *track = soft_page_track(v->engine, page);
 
     /* A page that is written and run by turns seldom has a write tag; looking for it is dear. */
-    if (!p.track || !atomic_exchange_explicit(&p.track->write_tagged, false, memory_order_relaxed))
+    if (!track || !(atomic_load(&track->writers) & soft_vcpu_bit(v)))
         return;
     FOR_EACH_IN(used, v, tlb, n)
     if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
         tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    atomic_fetch_and(&track->writers, ~soft_vcpu_bit(v));
 }
 
 void soft_tlb_protect_all(struct soft_vcpu *v)

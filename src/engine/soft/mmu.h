@@ -73,8 +73,8 @@ void soft_tlb_flush_nonglobal(struct soft_vcpu *v);
 /* CR3 was written: another address space, by its PCID. keep: what is known of it still holds. */
 void soft_tlb_switch(struct soft_vcpu *v, unsigned pcid, bool keep);
 void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin);
-/* Stores to this guest-physical page must take the slow path from now on (it holds decoded code, or its
- * writes are logged). */
+/* This vCPU's stores to this guest-physical page must take the slow path from now on (it holds decoded code),
+ * or all (they are logged). */
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page);
 void soft_tlb_protect_all(struct soft_vcpu *v);
 

@@ -23,6 +23,7 @@
 #include "engine/soft/host_exec.h"
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
+#include "engine/soft/posts.h"
 #include "engine/soft/system.h"
 
 #include <time.h>
@@ -52,6 +53,7 @@ static void wait_for_attention(struct soft_vcpu *v)
 {
     struct vm_clock *clock = v->engine->config.clock;
 
+    soft_posts_begin_sleep(v);
     pthread_mutex_lock(&v->wait_lock);
     v->waiting = true;
     while (!may_wake(v)) {
@@ -70,6 +72,7 @@ static void wait_for_attention(struct soft_vcpu *v)
     }
     v->waiting = false;
     pthread_mutex_unlock(&v->wait_lock);
+    soft_posts_end_sleep(v);
 }
 
 void soft_attend(struct soft_vcpu *v, u32 bits)
@@ -83,25 +86,12 @@ void soft_attend(struct soft_vcpu *v, u32 bits)
         bt_kick(v);
 }
 
-/* --- Work from other threads --- */
-
-void soft_take_posts(struct soft_vcpu *v)
+/* What others ask for, and the A20 gate. Between blocks. */
+static void attend_posts(struct soft_vcpu *v)
 {
     gpa_t a20 = atomic_load(&v->engine->a20) ? UINT64_MAX : ~BIT(20);
 
-    pthread_mutex_lock(&v->posts_lock);
-    if (v->nposts > SOFT_POSTS)
-        block_cache_flush(v);
-    else
-        for (unsigned n = 0; n < v->nposts; n++)
-            block_cache_written(v, v->posts[n].gpa, v->posts[n].len);
-    v->nposts = 0;
-    if (v->protect_post) {
-        soft_tlb_protect_all(v);
-        v->protect_post = false;
-    }
-    pthread_cond_broadcast(&v->posts_done);
-    pthread_mutex_unlock(&v->posts_lock);
+    soft_take_posts(v);
     if (a20 != v->a20_mask) {
         v->a20_mask = a20;
         soft_tlb_flush(v);
@@ -159,8 +149,9 @@ static void take_sipi(struct soft_vcpu *v)
 {
     if (v->cpu.activity != CPU_WAIT_FOR_SIPI)
         return;
-    cpu_sipi(&v->cpu, v->cpu.sipi_vector);
+    cpu_sipi(&v->cpu, atomic_load(&v->sipi_vector));
     soft_mode_changed(v);
+    atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
 }
 
 static bool take_nmi(struct soft_vcpu *v)
@@ -229,21 +220,22 @@ static void attend(struct soft_vcpu *v)
         poll(v);
     }
     if (bits & ATTN_POSTS)
-        soft_take_posts(v);
+        attend_posts(v);
     if (bits & ATTN_KICK)
         leave(v, VCPU_EXIT_KICKED);
     if (bits & ATTN_NMI)
         v->cpu.nmi_pending = true;
-    /* What follows may unwind: put back what is not looked at yet. */
-    atomic_fetch_or(&v->attention, bits & ATTN_INTERRUPT);
-    if (careful_needed(v))
-        atomic_fetch_or(&v->attention, ATTN_SHADOW);
     if (bits & ATTN_INIT)
         take_init(v);
     if (bits & ATTN_SIPI)
         take_sipi(v);
+    /* Who waits for a start-up IPI takes no interrupt, and looks for them when it starts. */
     if (v->cpu.activity != CPU_RUNNING && v->cpu.activity != CPU_HALTED)
         return;
+    /* What follows may unwind: put back what is not looked at yet. */
+    atomic_fetch_or(&v->attention, bits & ATTN_INTERRUPT);
+    if (careful_needed(v))
+        atomic_fetch_or(&v->attention, ATTN_SHADOW);
     if (v->cpu.db_pending && !v->cpu.shadow_ss) { /* of I/O or SYSRET, in an undisturbed block */
         soft_debug_trap(v);
         return;
@@ -370,8 +362,10 @@ void soft_run(struct soft_vcpu *v)
 {
     v->leave = false;
     v->cur = &insn_none;
+    soft_posts_end_sleep(v);
+    attend_posts(v);
     soft_mode_changed(v);
-    atomic_fetch_or(&v->attention, ATTN_INTERRUPT | ATTN_POSTS);
+    atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
     soft_update_deadline(v);
     if (_setjmp(v->unwind)) {
         uncount_rest(v);
@@ -400,4 +394,5 @@ void soft_run(struct soft_vcpu *v)
         v->cpu.rflags |= EFLAGS_RF; /* for whoever goes on from the saved state */
     soft_vectors_sync(v);
     soft_fpu_sync(v);
+    soft_posts_begin_sleep(v);
 }

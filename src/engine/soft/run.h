@@ -16,8 +16,4 @@ void soft_run_block(struct soft_vcpu *v, struct block *b);
 /* The local APIC's timer was set: when to look at it next. On the vCPU's thread. */
 void soft_update_deadline(struct soft_vcpu *v);
 
-/* Handles what other threads posted (written memory, A20, the dirty log). On the vCPU's thread, or while
- * it does not run, between blocks. */
-void soft_take_posts(struct soft_vcpu *v);
-
 #endif

@@ -9,6 +9,7 @@
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
 #include "engine/soft/msr.h"
+#include "engine/soft/posts.h"
 #include "engine/soft/run.h"
 #include "engine/soft/soft_cpuid.h"
 
@@ -44,6 +45,11 @@ static void soft_support(struct cpuid_support *out)
     *out = *soft_cpuid_support();
 }
 
+static unsigned soft_max_cpus(void)
+{
+    return SOFT_MAX_CPUS;
+}
+
 static void *map_zeroed(size_t n)
 {
     void *p =
@@ -72,6 +78,8 @@ static void soft_destroy(struct engine *engine)
     }
     if (e->lapic_bus)
         lapic_bus_destroy(e->lapic_bus);
+    for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
+        pthread_mutex_destroy(&e->code_locks[n].lock);
     pthread_mutex_destroy(&e->split_lock);
     free(e);
 }
@@ -88,6 +96,8 @@ static struct engine *soft_create(const struct engine_config *config, struct err
     e->tsc_hz = cpuid_model_tsc_hz(config->cpuid);
     atomic_init(&e->a20, true);
     pthread_mutex_init(&e->split_lock, NULL);
+    for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
+        pthread_mutex_init(&e->code_locks[n].lock, NULL);
     e->lapic_bus = lapic_bus_create();
     for (unsigned n = 0; n < config->memory->nslots; n++) {
         e->pages[n] = map_zeroed(tracks_size(&config->memory->slots[n]));
@@ -104,8 +114,15 @@ fail:
 
 static struct engine *bt_create_engine(const struct engine_config *config, struct error *err)
 {
-    struct engine *engine = soft_create(config, err);
+    struct engine *engine;
 
+    if (config->checks.verify && config->ncpus > 1) {
+        error_input(err,
+                    "--engine bt,verify compares one processor's stores: give --cpus 1, not %u",
+                    config->ncpus);
+        return NULL;
+    }
+    engine = soft_create(config, err);
     if (engine)
         engine_of(engine)->bt = true;
     return engine;
@@ -129,7 +146,7 @@ static void lapic_wake(void *opaque, enum lapic_event event, u8 vector)
         soft_attend(v, ATTN_INIT);
         break;
     case LAPIC_EVENT_SIPI:
-        v->cpu.sipi_vector = vector;
+        atomic_store(&v->sipi_vector, vector);
         soft_attend(v, ATTN_SIPI);
         break;
     case LAPIC_EVENT_TIMER:
@@ -162,7 +179,6 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
     host_exec_destroy(v);
     block_cache_destroy(v->blocks);
     v->engine->vcpus[v->index] = NULL;
-    pthread_cond_destroy(&v->posts_done);
     pthread_mutex_destroy(&v->posts_lock);
     pthread_cond_destroy(&v->wait_cond);
     pthread_mutex_destroy(&v->wait_lock);
@@ -218,7 +234,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     pthread_cond_init(&v->wait_cond, &monotonic);
     pthread_condattr_destroy(&monotonic);
     pthread_mutex_init(&v->posts_lock, NULL);
-    pthread_cond_init(&v->posts_done, NULL);
+    atomic_init(&v->asleep, true);
     e->vcpus[index] = v;
     e->nvcpus = MAX(e->nvcpus, index + 1);
 
@@ -239,9 +255,6 @@ static void soft_vcpu_run(struct vcpu *vcpu, struct vcpu_exit *exit)
 {
     struct soft_vcpu *v = vcpu_of(vcpu);
 
-    pthread_mutex_lock(&v->posts_lock);
-    v->running = true;
-    pthread_mutex_unlock(&v->posts_lock);
     v->exit = exit;
     if (v->bt)
         bt_thread_begin(v);
@@ -249,10 +262,6 @@ static void soft_vcpu_run(struct vcpu *vcpu, struct vcpu_exit *exit)
     if (v->bt)
         bt_thread_end(v);
     v->exit = NULL;
-    pthread_mutex_lock(&v->posts_lock);
-    v->running = false;
-    pthread_cond_broadcast(&v->posts_done);
-    pthread_mutex_unlock(&v->posts_lock);
     v->stats.instructions = v->icount;
 }
 
@@ -336,17 +345,6 @@ static void set_dirty(_Atomic u64 *dirty, u64 first, u64 last)
         atomic_fetch_or(&dirty[page / 64], BIT(page % 64));
 }
 
-static void post_written(struct soft_vcpu *v, gpa_t gpa, u64 len)
-{
-    pthread_mutex_lock(&v->posts_lock);
-    if (v->nposts < SOFT_POSTS)
-        v->posts[v->nposts++] = (struct soft_post){gpa, len};
-    else
-        v->nposts = SOFT_POSTS + 1;
-    pthread_mutex_unlock(&v->posts_lock);
-    soft_attend(v, ATTN_POSTS);
-}
-
 static void soft_memory_written(struct engine *engine, gpa_t gpa, u64 len)
 {
     struct soft_engine *e = engine_of(engine);
@@ -361,13 +359,14 @@ static void soft_memory_written(struct engine *engine, gpa_t gpa, u64 len)
     last = (MIN(gpa + len, slot->gpa + slot->size) - 1 - slot->gpa) >> GUEST_PAGE_SHIFT;
     if (e->dirty_logging)
         set_dirty(e->dirty[n], first, last);
+    atomic_thread_fence(memory_order_seq_cst); /* as a vCPU's store: code_pages.c */
     for (u64 page = first; page <= last; page++)
-        any |= atomic_load_explicit(&e->pages[n][page].code_lines, memory_order_relaxed);
+        any |= atomic_load(&e->pages[n][page].code_lines);
     if (!any)
         return;
     for (unsigned c = 0; c < e->nvcpus; c++)
         if (e->vcpus[c])
-            post_written(e->vcpus[c], gpa, len);
+            soft_post_written(e->vcpus[c], gpa, len);
 }
 
 static void soft_memory_changed(struct engine *engine)
@@ -384,31 +383,6 @@ static void soft_memory_changed(struct engine *engine)
         }
 }
 
-/* Makes every vCPU drop its write tags, and waits until all have. */
-static void protect_everywhere(struct soft_engine *e)
-{
-    for (unsigned n = 0; n < e->nvcpus; n++) {
-        struct soft_vcpu *v = e->vcpus[n];
-
-        if (!v)
-            continue;
-        pthread_mutex_lock(&v->posts_lock);
-        v->protect_post = true;
-        pthread_mutex_unlock(&v->posts_lock);
-        soft_attend(v, ATTN_POSTS);
-    }
-    for (unsigned n = 0; n < e->nvcpus; n++) {
-        struct soft_vcpu *v = e->vcpus[n];
-
-        if (!v)
-            continue;
-        pthread_mutex_lock(&v->posts_lock);
-        while (v->protect_post && v->running)
-            pthread_cond_wait(&v->posts_done, &v->posts_lock);
-        pthread_mutex_unlock(&v->posts_lock);
-    }
-}
-
 static int soft_dirty_log_start(struct engine *engine, struct error *err)
 {
     struct soft_engine *e = engine_of(engine);
@@ -420,7 +394,7 @@ static int soft_dirty_log_start(struct engine *engine, struct error *err)
             return error_host(err, ENOMEM, "can't start the dirty log");
     }
     e->dirty_logging = true;
-    protect_everywhere(e);
+    soft_protect_everywhere(e);
     return 0;
 }
 
@@ -443,7 +417,7 @@ static int soft_dirty_log_read(struct engine *engine, const struct memory_slot *
         return -EINVAL;
     for (size_t w = 0; w < dirty_words(slot); w++)
         bitmap[w] = atomic_exchange(&e->dirty[n][w], 0);
-    protect_everywhere(e);
+    soft_protect_everywhere(e);
     return 0;
 }
 
@@ -474,11 +448,12 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
 
 /* What the two software engines have in common: all but how guest code is run. */
 #define SOFT_OPS                                                                                   \
-    .cpuid_support = soft_support, .destroy = soft_destroy, .vcpu_create = soft_vcpu_create,       \
-    .vcpu_destroy = soft_vcpu_destroy, .vcpu_run = soft_vcpu_run, .vcpu_kick = soft_vcpu_kick,     \
-    .vcpu_get_state = soft_get_state, .vcpu_set_state = soft_set_state,                            \
-    .vcpu_reset = soft_vcpu_reset, .deliver_msi = soft_deliver_msi, .set_extint = soft_set_extint, \
-    .set_a20 = soft_set_a20, .inject_nmi = soft_inject_nmi, .memory_written = soft_memory_written, \
+    .max_cpus = soft_max_cpus, .cpuid_support = soft_support, .destroy = soft_destroy,             \
+    .vcpu_create = soft_vcpu_create, .vcpu_destroy = soft_vcpu_destroy, .vcpu_run = soft_vcpu_run, \
+    .vcpu_kick = soft_vcpu_kick, .vcpu_get_state = soft_get_state,                                 \
+    .vcpu_set_state = soft_set_state, .vcpu_reset = soft_vcpu_reset,                               \
+    .deliver_msi = soft_deliver_msi, .set_extint = soft_set_extint, .set_a20 = soft_set_a20,       \
+    .inject_nmi = soft_inject_nmi, .memory_written = soft_memory_written,                          \
     .memory_changed = soft_memory_changed, .dirty_log_start = soft_dirty_log_start,                \
     .dirty_log_stop = soft_dirty_log_stop, .dirty_log_read = soft_dirty_log_read,                  \
     .stats = soft_stats

@@ -14,6 +14,7 @@
 #include "engine/soft/lapic.h"
 #include "engine/soft/msr.h"
 #include "engine/soft/operand.h"
+#include "engine/soft/posts.h"
 
 #include <errno.h>
 #include <sys/random.h>
@@ -437,6 +438,7 @@ static void op_mwait(struct soft_vcpu *v, const struct insn *i)
         until.tv_nsec -= (long)NS_PER_SEC;
         until.tv_sec++;
     }
+    soft_posts_begin_sleep(v);
     pthread_mutex_lock(&v->wait_lock);
     v->waiting = true;
     while (!atomic_load(&v->attention) &&
@@ -444,6 +446,7 @@ static void op_mwait(struct soft_vcpu *v, const struct insn *i)
         ;
     v->waiting = false;
     pthread_mutex_unlock(&v->wait_lock);
+    soft_posts_end_sleep(v);
     v->poll = 0;
 }
 

@@ -93,6 +93,7 @@ struct large_range {
 
 #define SOFT_POSTS 16
 struct soft_post {
+    unsigned kind; /* posts.c */
     gpa_t gpa;
     u64 len;
 };
@@ -144,6 +145,7 @@ struct soft_vcpu {
     const struct insn *cur;
     u8 canonical_shift; /* 64 less the width of a linear address */
     _Atomic u32 attention;
+    _Atomic u8 sipi_vector;      /* of the last start-up IPI */
     u8 class_fault[FPU_CLASSES]; /* 0, or EXC_UD or EXC_NM */
     u64 icount;
     u64 repeat_icount; /* icount when a repeated instruction was last left in the middle */
@@ -200,33 +202,44 @@ struct soft_vcpu {
     pthread_cond_t wait_cond;
     bool waiting;
 
-    /* Guest memory that others wrote, to be dropped from the block cache. */
-    pthread_mutex_t posts_lock;
+    /* What others ask of this vCPU: posts.h. The counts are of posts since the beginning. */
+    pthread_mutex_t posts_lock; /* guards these three, and changes of posts_sent */
     struct soft_post posts[SOFT_POSTS];
-    unsigned nposts;   /* SOFT_POSTS + 1: too many, drop everything */
-    bool protect_post; /* make every write tag go, for the dirty log */
-    bool running;      /* in vcpu_run: posts are its own to handle */
-    pthread_cond_t posts_done;
+    unsigned nposts;
+    bool posts_lost; /* there was no place for one */
+    _Atomic u64 posts_sent, posts_answered;
+    u64 posts_taken;     /* as posts_answered; the vCPU's own */
+    _Atomic bool asleep; /* runs no guest code, and will look at its posts before it does */
 
     struct bt_shared bt_shared;
 };
 
+#define SOFT_MAX_CPUS 64 /* sets of vCPUs are bits of a u64 */
+
 /* What the engine knows of a page of guest memory. */
 struct page_track {
-    _Atomic u64 code_lines; /* which of its 64-byte lines hold decoded code */
-    _Atomic bool
-        write_tagged; /* a TLB entry may have had a write tag for it since the last protect */
+    _Atomic u64 code_lines; /* which of its 64-byte lines hold code that a vCPU keeps blocks of */
+    _Atomic u64 code_users; /* which vCPUs do */
+    _Atomic u64 writers;    /* which vCPUs may have a write tag for it, or a store under way */
+};
+
+/* Of some pages each: guards the clearing of code_lines (code_pages.c). */
+#define SOFT_CODE_LOCKS 64
+struct code_lock {
+    pthread_mutex_t lock;
+    u64 blocks; /* made of these pages' code so far */
 };
 
 struct soft_engine {
     struct engine_config config;
-    struct soft_vcpu *vcpus[64];
+    struct soft_vcpu *vcpus[SOFT_MAX_CPUS];
     unsigned nvcpus;
     struct lapic_bus *lapic_bus;
     /* By slot, one a page. */
     struct page_track *pages[MEMORY_MAX_SLOTS];
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
-    bool dirty_logging;
+    struct code_lock code_locks[SOFT_CODE_LOCKS];
+    _Atomic bool dirty_logging;
     bool bt; /* vCPUs translate */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */

@@ -6,6 +6,7 @@
  */
 #include "engine/soft/bt/bt.h"
 
+#include "engine/soft/code_pages.h"
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
 
@@ -166,6 +167,8 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
         return false;
     index = (gpa - slot->gpa) >> GUEST_PAGE_SHIFT;
     track = &e->pages[slot - e->config.memory->slots][index];
+    if (may_write)
+        soft_announce_store(v, track);
     entry->info = gpa | (may_write ? TLB_INFO_WRITABLE : 0);
     if ((leaf.entry & PTE_G) && (v->cpu.cr4 & CR4_PGE))
         entry->info |= TLB_INFO_GLOBAL;
@@ -175,13 +178,11 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
         v->large_data[lin >> 63].high = MAX(v->large_data[lin >> 63].high, lin | leaf.mask);
     }
     v->stats.tlb_misses++;
-    may_write &= !(slot->flags & MEMORY_ROM) && !e->dirty_logging &&
-                 !atomic_load_explicit(&track->code_lines, memory_order_relaxed);
+    may_write &=
+        !(slot->flags & MEMORY_ROM) && !e->dirty_logging && !atomic_load(&track->code_lines);
     entry->host = (u64)(uintptr_t)(slot->host + (gpa - slot->gpa));
     entry->read_tag = page;
     entry->write_tag = may_write ? page : page ^ GUEST_PAGE_SIZE;
     soft_tlb_note(tlb, (u64)(entry - tlb->entries));
-    if (may_write)
-        atomic_store_explicit(&track->write_tagged, true, memory_order_relaxed);
     return may_write || !write;
 }

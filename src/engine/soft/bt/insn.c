@@ -698,19 +698,21 @@ bool bt_insn_decode(struct soft_vcpu *v, const u8 *bytes, unsigned n, u16 offset
     bool more = true;
 
     memset(out, 0, sizeof(*out));
+    /* A copy first: another vCPU may write there meanwhile, and what is emitted has to be what was decoded. */
+    n = MIN(n, (unsigned)sizeof(out->bytes));
+    memcpy(out->bytes, bytes, n);
     out->offset = offset;
     out->fpu_class = FPU_CLASSES;
     out->base = out->index = out->seg = NO_REG;
     out->code32 = v->bt_mode & BT_MODE_CODE32;
     out->word = out->code32 ? 4 : 8;
-    if (decode_insn_raw(v, bytes, MIN(n, 15), 0, &out->insn, &more, &raw) == DECODE_SHORT)
+    if (decode_insn_raw(v, out->bytes, n, 0, &out->insn, &more, &raw) == DECODE_SHORT)
         return false;
     out->len = out->insn.len;
     if (decode_is_invalid(&out->insn)) {
         out->op = BT_INTERP;
         return true;
     }
-    memcpy(out->bytes, bytes, out->len);
     if (!take_encoding(out, &raw.zi))
         out->op = BT_INTERP;
     else

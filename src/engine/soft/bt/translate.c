@@ -40,7 +40,7 @@
 #include "engine/soft/bt/audit.h"
 
 #include "engine/perf_map.h"
-#include "engine/soft/block.h"
+#include "engine/soft/code_pages.h"
 #include "engine/soft/mmu.h"
 #include "host/log.h"
 
@@ -625,9 +625,9 @@ static bool protect_block(const struct translation *t, const struct bt_block *b,
 {
     unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1))), at = 0;
 
-    block_cache_protect(t->v, b->gpa, MIN(b->bytes, first));
-    if (b->gpa2)
-        block_cache_protect(t->v, b->gpa2, b->bytes - first);
+    if (!soft_code_protect(t->v, b->gpa, MIN(b->bytes, first)) ||
+        (b->gpa2 && !soft_code_protect(t->v, b->gpa2, b->bytes - first)))
+        return false;
     for (unsigned n = 0; n < t->count && at < b->bytes; n++)
         for (unsigned k = 0; k < t->insns[n].len; k++, at++)
             if (t->insns[n].bytes[k] != (at < first ? source->host[at] : source->host2[at - first]))
