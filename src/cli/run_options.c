@@ -277,6 +277,33 @@ static int set_vsock(struct vm_config *config, const char *value, struct error *
     return 0;
 }
 
+/* DIR:TAG[,readonly]; DIR may hold colons, a tag doesn't. */
+static int set_share(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_share *s = &config->shares[config->nshares];
+    const char *options;
+    char *colon;
+    int ret;
+
+    if (config->nshares == VM_SHARES_MAX)
+        return error_input(err, "a machine has %d shared directories at most", VM_SHARES_MAX);
+    *s = (struct vm_share){0};
+    ret = parse_file_options(value, s->path, sizeof(s->path), &options, err);
+    if (ret)
+        return ret;
+    colon = strrchr(s->path, ':');
+    if (!colon || colon == s->path || !colon[1] || strlen(colon + 1) > VM_SHARE_TAG_MAX)
+        return error_input(err, "'%s': give DIR:TAG, a TAG of 1 to %d characters", value,
+                           VM_SHARE_TAG_MAX);
+    strcpy(s->tag, colon + 1);
+    *colon = '\0';
+    if (options && strcmp(options, "readonly") != 0)
+        return error_input(err, "unknown option '%s': give readonly or none", options);
+    s->read_only = options != NULL;
+    config->nshares++;
+    return 0;
+}
+
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
 {
     return set_path(&config->serial, value, err);
@@ -337,6 +364,7 @@ static const struct option options[] = {
     {"--serial-number", "TEXT", "its serial number there", set_machine_serial},
     {"--net", "WHAT", "a network card; see below", set_net},
     {"--vsock", "cid=N,path=S", "vsock by a Unix socket; see below", set_vsock},
+    {"--share", "DIR:TAG[,...]", "a directory that the guest mounts by TAG; see below", set_share},
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--console", "WHERE[,...]",
      "a virtio console: as --serial; with name=NAME a port of that name", set_console},
@@ -353,7 +381,7 @@ static const struct option options[] = {
 static bool may_be_repeated(const struct option *o)
 {
     return o->set == set_disk || o->set == set_cdrom || o->set == set_screenshot ||
-           o->set == set_console || o->set == set_net;
+           o->set == set_console || o->set == set_net || o->set == set_share;
 }
 
 static const struct option *find_option(const char *arg, size_t len)
@@ -478,6 +506,9 @@ void cli_run_help(FILE *out)
         "--vsock cid=N,path=SOCKET: the guest has CID N. Who connects to SOCKET and sends "
         "\"CONNECT P\"\n"
         "reaches its port P; port P of the host (CID 2) is the socket SOCKET_P.\n"
+        "--share DIR:TAG[,readonly]: the guest mounts DIR by \"mount -t virtiofs TAG /mnt\". What "
+        "it\n"
+        "makes there belongs to this process's user. More than once for more of them.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -11,6 +11,7 @@
 #include "machine/machine.h"
 #include "net/net.h"
 #include "net/vsock.h"
+#include "share/share.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -29,6 +30,7 @@ struct vm {
     struct chardev *serial;
     struct machine_disks disks;
     struct machine_nets nets;
+    struct machine_shares shares;
     struct machine_consoles consoles;
     FILE *stats;
     int signal_fd;
@@ -246,6 +248,24 @@ static int open_vsock(struct vm *vm, struct error *err)
     return -EIO;
 }
 
+static int open_shares(struct vm *vm, struct error *err)
+{
+    for (unsigned i = 0; i < vm->config->nshares; i++) {
+        const struct vm_share *s = &vm->config->shares[i];
+        struct share_config config = {.path = s->path, .read_only = s->read_only};
+
+        vm->shares.dir[i].share = share_open(&config, err);
+        if (!vm->shares.dir[i].share) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--share");
+            return -EIO;
+        }
+        vm->shares.dir[i].tag = s->tag;
+        vm->shares.count++;
+    }
+    return 0;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -264,6 +284,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .serial = vm->serial,
         .disks = &vm->disks,
         .nets = &vm->nets,
+        .shares = &vm->shares,
         .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
@@ -314,6 +335,8 @@ static void close_all(struct vm *vm)
     perf_map_destroy(vm->perf_map);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    while (vm->shares.count)
+        share_close(vm->shares.dir[--vm->shares.count].share);
     vsock_close(vm->nets.vsock);
     while (vm->nets.count)
         net_close(vm->nets.backend[--vm->nets.count]);
@@ -333,8 +356,8 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,  open_signals, open_stats,    open_perf_map,  open_disks,
-        open_nets,     open_vsock, open_serial,  open_consoles, create_machine,
+        choose_engine, open_loop,  open_signals, open_stats,  open_perf_map, open_disks,
+        open_nets,     open_vsock, open_shares,  open_serial, open_consoles, create_machine,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

@@ -29,6 +29,15 @@ struct vm_disk {
     bool ide, cdrom;
 };
 
+#define VM_SHARES_MAX 8
+#define VM_SHARE_TAG_MAX 36
+
+struct vm_share {
+    char path[1024];
+    char tag[VM_SHARE_TAG_MAX + 1];
+    bool read_only;
+};
+
 #define VM_CONSOLES_MAX 16
 
 struct vm_console {
@@ -55,6 +64,8 @@ struct vm_config {
     const char *nets[VM_NETS_MAX]; /* as net_open takes them */
     unsigned nnets;
     const char *vsock; /* as vsock_open takes it, or NULL */
+    struct vm_share shares[VM_SHARES_MAX];
+    unsigned nshares;
     struct vm_console consoles[VM_CONSOLES_MAX];
     unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */

@@ -36,6 +36,7 @@
 #include "device/virtio/balloon.h"
 #include "device/virtio/blk.h"
 #include "device/virtio/console.h"
+#include "device/virtio/fs.h"
 #include "device/virtio/net.h"
 #include "device/virtio/rng.h"
 #include "device/virtio/vsock.h"
@@ -602,7 +603,7 @@ static int card_devfn(struct board *b, struct error *err)
     int slot = pci_host_free_slot(b->pci, PCI_SLOT_FIRST_CARD);
 
     if (slot < 0)
-        return error_input(err, "the PCI bus has no free slot: give fewer disks and network cards");
+        return error_input(err, "the PCI bus has no free slot: give fewer disks and other cards");
     return PCI_DEVFN(slot, 0);
 }
 
@@ -742,6 +743,26 @@ static int create_vsock(struct board *b, struct error *err)
     return v ? add(b, virtio_device(v)) : -EIO;
 }
 
+static int create_shares(struct board *b, struct error *err)
+{
+    const struct machine_shares *shares = b->config.shares;
+
+    for (unsigned i = 0; shares && i < shares->count; i++) {
+        int devfn = card_devfn(b, err);
+        struct virtio *v;
+
+        if (devfn < 0)
+            return devfn;
+        v = virtio_fs_create(&b->config.env, shares->dir[i].share, shares->dir[i].tag, b->pci,
+                             (u8)devfn, err);
+        if (!v)
+            return -EIO;
+        virtio_device(v)->instance = i;
+        add(b, virtio_device(v));
+    }
+    return 0;
+}
+
 /* Disks begin at the first drive, CD-ROMs at the third, which is the second channel's first. -1: no room. */
 static int place_on_ide(const struct ide_config *config, bool cdrom)
 {
@@ -811,15 +832,16 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,     create_ioapic,  create_pci,      create_pit,         create_hpet,
-        create_rtc,     create_com1,    create_i8042,    create_acpi_pm,     create_lpc,
-        create_vga,     create_pvpanic, create_debugcon, create_pflash,      create_fw_cfg,
-        create_sysport, create_disks,   create_ide,      create_console,     create_rng,
-        create_balloon, create_nets,    create_vsock,    add_firmware_files,
+        create_pic,     create_ioapic,  create_pci,      create_pit,     create_hpet,
+        create_rtc,     create_com1,    create_i8042,    create_acpi_pm, create_lpc,
+        create_vga,     create_pvpanic, create_debugcon, create_pflash,  create_fw_cfg,
+        create_sysport, create_disks,   create_ide,      create_console, create_rng,
+        create_balloon, create_nets,    create_vsock,    create_shares,  add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX <= BOARD_MAX_DEVICES,
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX + MACHINE_SHARES_MAX <=
+                       BOARD_MAX_DEVICES,
                    "devices[] holds them all");
     if (!b) {
         error_host(err, ENOMEM, "cannot create the board");

@@ -12,6 +12,7 @@ struct chardev;
 struct machine_consoles;
 struct machine_disks;
 struct machine_nets;
+struct machine_shares;
 struct e820_map;
 struct firmware;
 struct vga;
@@ -30,6 +31,7 @@ struct board_config {
     const struct machine_disks *disks;       /* NULL: none */
     const struct machine_consoles *consoles; /* NULL: none */
     const struct machine_nets *nets;         /* NULL: none */
+    const struct machine_shares *shares;     /* NULL: none */
     u16 debug_exit_port;                     /* 0: none */
     struct firmware *firmware;               /* NULL: a direct boot */
     /* With firmware: board_update_memory is to be called, with no vCPU running. On a vCPU's thread. */

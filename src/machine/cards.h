@@ -1,5 +1,5 @@
 /*
- * Disks, console ports and networks of the machine, as those who build it hand them down.
+ * Disks, console ports, networks and shared directories of the machine, as those who build it hand them down.
  */
 #ifndef DOPPEL_MACHINE_CARDS_H
 #define DOPPEL_MACHINE_CARDS_H
@@ -44,6 +44,18 @@ struct machine_nets {
     struct net_backend *backend[MACHINE_NETS_MAX];
     unsigned count;
     struct vsock *vsock; /* NULL: none */
+};
+
+#define MACHINE_SHARES_MAX 8
+
+struct share;
+
+struct machine_shares {
+    struct {
+        struct share *share;
+        const char *tag;
+    } dir[MACHINE_SHARES_MAX];
+    unsigned count;
 };
 
 #endif

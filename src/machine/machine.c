@@ -292,6 +292,7 @@ static int create_board(struct machine *m, struct error *err)
         .serial = m->config.serial,
         .disks = m->config.disks,
         .nets = m->config.nets,
+        .shares = m->config.shares,
         .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
         .firmware = m->config.firmware.what ? &m->firmware : NULL,

@@ -230,7 +230,8 @@ static int check_idle(struct machine *m, struct error *err)
         return error_host(err, EBUSY, "the machine's state: it is about to end or to be reset");
     if (board_is_busy(m->board))
         return error_host(err, EBUSY,
-                          "the machine's state: a disk's failed write waits to be tried again");
+                          "the machine's state: a device holds what can't be saved (a disk's write "
+                          "that failed, a directory that the guest has mounted)");
     return 0;
 }
 

@@ -1,15 +1,19 @@
 /*
- * virtio-rng, virtio-balloon and virtio-console: what each does with what its driver sends, also when that is
- * nonsense, and that a pause loses nothing.
+ * virtio-rng, virtio-balloon, virtio-console and virtio-fs: what each does with what its driver sends, also when
+ * that is nonsense, and that a pause loses nothing.
  */
 #include "device/virtio/balloon.h"
 #include "device/virtio/console.h"
+#include "device/virtio/fs.h"
 #include "device/virtio/rng.h"
 #include "virtio_rig.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <unistd.h>
+
+#include <linux/fuse.h>
 
 #include <cmocka.h>
 
@@ -293,6 +297,66 @@ static void console_ports_are_announced(void **state)
     finish(d, virtio_console_virtio(c));
 }
 
+/* Requests are served by other threads: a stop of the machine waits for them. */
+static void serve_all(struct driver *d, struct virtio *v, unsigned q)
+{
+    notify_queue(d, q);
+    virtio_device(v)->ops->stop(virtio_device(v));
+}
+
+static void fs_serves_a_directory(void **state)
+{
+    struct driver *d = bare_driver();
+    char dir[] = "/tmp/doppel-fs.XXXXXX";
+    struct share_config config = {.path = mkdtemp(dir)};
+    struct share *share = share_open(&config, &d->rig->err);
+    struct virtio *v =
+        virtio_fs_create(&d->rig->env, share, "a tag", d->host, TOY_DEVFN, &d->rig->err);
+    struct {
+        struct fuse_in_header header;
+        struct fuse_init_in init;
+    } in = {{.len = sizeof(in), .opcode = FUSE_INIT, .unique = 7},
+            {.major = FUSE_KERNEL_VERSION, .minor = FUSE_KERNEL_MINOR_VERSION}};
+    struct buffer b[] = {
+        {BUFFERS, sizeof(in), false}, {BUFFERS + 0x1000, 10, true}, {BUFFERS + 0x2000, 200, true}};
+    struct fuse_out_header out;
+    char tag[VIRTIO_FS_TAG_SIZE];
+    u32 id, len;
+
+    place(d);
+    start_queue(d, 0, 1);
+    for (unsigned i = 0; i < sizeof(tag); i++)
+        tag[i] = (char)reg_read(d, VIRTIO_BAR_DEVICE + i, 1);
+    assert_memory_equal(tag, "a tag\0\0", 7);
+    assert_int_equal(reg_read(d, VIRTIO_BAR_DEVICE + sizeof(tag), 4), 1);
+    assert_false(virtio_device(v)->ops->busy(virtio_device(v)));
+
+    memory_write(&d->rig->memory, BUFFERS, &in, sizeof(in));
+    add(d, b, 3, 0);
+    serve_all(d, v, 1);
+    assert_true(take_used(d, 3, &id, &len));
+    assert_int_equal(len, sizeof(out) + sizeof(struct fuse_init_out));
+    memory_read(&d->rig->memory, b[1].at, &out, 10);
+    memory_read(&d->rig->memory, b[2].at, (u8 *)&out + 10, sizeof(out) - 10);
+    assert_int_equal(out.error, 0);
+    assert_int_equal(out.len, len);
+    assert_int_equal(out.unique, 7);
+    /* Mounted: what the guest knows can't be saved. */
+    assert_true(virtio_device(v)->ops->busy(virtio_device(v)));
+    virtio_device(v)->ops->start(virtio_device(v));
+
+    /* What makes no sense comes back, too. */
+    b[0].len = 5;
+    add(d, b, 1, 3);
+    serve_all(d, v, 1);
+    assert_true(take_used(d, 1, &id, &len));
+    assert_int_equal(id, 3);
+    assert_int_equal(len, 0);
+    finish(d, v);
+    share_close(share);
+    rmdir(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -303,6 +367,7 @@ int main(void)
         cmocka_unit_test(console_output_waits_for_its_stream),
         cmocka_unit_test(console_input_waits_for_buffers),
         cmocka_unit_test(console_ports_are_announced),
+        cmocka_unit_test(fs_serves_a_directory),
     };
     return cmocka_run_group_tests_name("virtio_devices", tests, NULL, NULL);
 }

@@ -266,7 +266,7 @@ static bool virtio_busy(struct device *dev)
     bool busy;
 
     device_lock(dev);
-    busy = v->in_flight > 0;
+    busy = v->in_flight > 0 || (v->ops->busy && v->ops->busy(v));
     device_unlock(dev);
     return busy;
 }

@@ -32,6 +32,7 @@ enum virtio_type { /* chapter 5 */
                    VIRTIO_TYPE_ENTROPY = 4,
                    VIRTIO_TYPE_BALLOON = 5,
                    VIRTIO_TYPE_VSOCK = 19,
+                   VIRTIO_TYPE_FS = 26,
 };
 
 /* Feature bits that aren't of one type of device (chapter 6). */
@@ -71,6 +72,8 @@ struct virtio_ops {
     /* Optional, as drain: the machine goes on; or what was kept for that must be given back now. */
     void (*start)(struct virtio *v);
     void (*give_up)(struct virtio *v);
+    /* Optional. Whether it holds, though nothing is in flight, what a saved state can't. The lock is held. */
+    bool (*busy)(struct virtio *v);
     void (*destroy)(struct virtio *v); /* frees it; virtio_fini was called */
 };
 
