@@ -13,9 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #define PIIX3_IDE 0x7010
 #define PIIX_IDETIM 0x40 /* 16 bits for each channel */
@@ -104,12 +101,9 @@ void ide_fail(struct ide_channel *ch, u8 error)
 
 static void want(struct ide_channel *ch, enum ide_wanted what)
 {
-    u64 one = 1;
-
     ch->wanted = what;
     ide_drive(ch)->status = (ide_drive(ch)->status & ~STATUS_DRQ) | STATUS_BSY;
-    if (write(ch->ide->kick_fd, &one, sizeof(one)) < 0)
-        log_debug("ide: the loop is awake already");
+    loop_kick_send(&ch->ide->kick);
 }
 
 static void want_more(struct ide_channel *ch);
@@ -208,13 +202,10 @@ static void serve(struct ide *ide)
     }
 }
 
-static void kicked(void *opaque, u32 events)
+static void kicked(void *opaque)
 {
     struct ide *ide = opaque;
-    u64 count;
 
-    if (read(ide->kick_fd, &count, sizeof(count)) < 0)
-        return;
     device_lock(&ide->pci.dev);
     serve(ide);
     device_unlock(&ide->pci.dev);
@@ -732,10 +723,7 @@ static void ide_destroy(struct device *dev)
     struct ide *ide = container_of(dev, struct ide, pci.dev);
 
     ide_stop(dev);
-    if (ide->watched)
-        event_loop_unwatch(ide->env.loop, &ide->kick_watch);
-    if (ide->kick_fd >= 0)
-        close(ide->kick_fd);
+    loop_kick_close(&ide->kick);
     for (unsigned i = 0; i < IDE_CHANNELS; i++) {
         struct ide_channel *ch = &ide->channels[i];
 
@@ -852,9 +840,7 @@ static const struct state_desc channel_state =
 static const struct state_field ide_fields[] = {
     STATE_STRUCTS(struct ide, pci, &pci_device_state),
     STATE_HOST(struct ide, env),
-    STATE_HOST(struct ide, kick_fd),
-    STATE_HOST(struct ide, kick_watch),
-    STATE_HOST(struct ide, watched),
+    STATE_HOST(struct ide, kick),
     STATE_HOST(struct ide, stopped),
     STATE_STRUCTS(struct ide, channels, &channel_state),
 };
@@ -902,20 +888,6 @@ static int add_ranges(struct ide *ide, unsigned n, struct error *err)
     return 0;
 }
 
-static int start_watch(struct ide *ide, struct error *err)
-{
-    int ret;
-
-    ide->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (ide->kick_fd < 0)
-        return error_host(err, errno, "ide: cannot create an eventfd");
-    ide->kick_watch =
-        (struct fd_watch){.fd = ide->kick_fd, .events = EPOLLIN, .ready = kicked, .opaque = ide};
-    ret = event_loop_watch(ide->env.loop, &ide->kick_watch);
-    ide->watched = ret == 0;
-    return ret ? error_host(err, -ret, "ide: cannot watch an eventfd") : 0;
-}
-
 struct ide *ide_create(const struct device_env *env, const struct ide_config *cfg,
                        struct pci_host *host, u8 devfn, struct error *err)
 {
@@ -948,7 +920,7 @@ struct ide *ide_create(const struct device_env *env, const struct ide_config *cf
         set_up_drive(&ch->drives[1], &cfg->drives[2 * i + 1], 2 * i + 1);
         power_on(ch);
     }
-    ret = start_watch(ide, err);
+    ret = loop_kick_open(&ide->kick, env->loop, kicked, ide, "ide", err);
     if (!ret)
         ret = pci_host_add(host, &ide->pci, devfn, err);
     for (unsigned i = 0; i < IDE_CHANNELS && !ret; i++)

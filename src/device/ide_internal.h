@@ -13,6 +13,7 @@
 #define DOPPEL_DEVICE_IDE_INTERNAL_H
 
 #include "device/ide.h"
+#include "host/loop_kick.h"
 
 #define IDE_BUFFER KIB(64)
 #define IDE_SECTOR 512U
@@ -88,9 +89,8 @@ struct ide_channel {
 struct ide {
     struct pci_device pci;
     struct device_env env;
-    int kick_fd; /* eventfd: some channel wants something of the loop */
-    struct fd_watch kick_watch;
-    bool watched, stopped;
+    struct loop_kick kick; /* some channel wants something of the loop */
+    bool stopped;
     struct ide_channel channels[IDE_CHANNELS];
 };
 

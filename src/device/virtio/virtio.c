@@ -9,9 +9,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #define VIRTIO_PCI_VENDOR 0x1af4
 #define VIRTIO_PCI_DEVICE 0x1040 /* plus the type (4.1.2) */
@@ -64,23 +61,17 @@ void virtio_needs_reset(struct virtio *v, const char *why)
 
 void virtio_kick(struct virtio *v, unsigned q)
 {
-    u64 one = 1;
-
-    if (!(atomic_fetch_or(&v->kicked, BIT(q)) & BIT(q)) &&
-        write(v->notifiers[q].watch.fd, &one, sizeof(one)) < 0)
-        log_once(LOG_WARN, "%s: cannot wake the event loop", v->config.name);
+    if (!(atomic_fetch_or(&v->kicked, BIT(q)) & BIT(q)))
+        loop_kick_send(&v->notifiers[q].kick);
 }
 
 /* By virtio_kick, or by an engine that rang the doorbell. */
-static void notified(void *opaque, u32 events)
+static void notified(void *opaque)
 {
     struct virtio_notifier *n = opaque;
     struct virtio *v = n->v;
     unsigned q = (unsigned)(n - v->notifiers);
-    u64 count;
 
-    if (read(n->watch.fd, &count, sizeof(count)) < 0)
-        return;
     device_lock(&v->pci.dev);
     /* Before the queue is looked at: what comes from now on signals again. */
     atomic_fetch_and(&v->kicked, ~BIT(q));
@@ -307,28 +298,20 @@ static void virtio_device_reset(struct device *dev)
 /* The first `count` notifiers. */
 static void close_notifiers(struct virtio *v, unsigned count)
 {
-    while (count-- > 0) {
-        event_loop_unwatch(v->env.loop, &v->notifiers[count].watch);
-        close(v->notifiers[count].watch.fd);
-    }
+    while (count-- > 0)
+        loop_kick_close(&v->notifiers[count].kick);
 }
 
 static int open_notifier(struct virtio *v, unsigned q, struct error *err)
 {
     struct virtio_notifier *n = &v->notifiers[q];
-    int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), ret;
+    int ret = loop_kick_open(&n->kick, v->env.loop, notified, n, v->config.name, err);
 
-    if (fd < 0)
-        return error_host(err, errno, "%s: cannot create an eventfd", v->config.name);
     n->v = v;
-    n->watch = (struct fd_watch){.fd = fd, .events = EPOLLIN, .ready = notified, .opaque = n};
-    ret = event_loop_watch(v->env.loop, &n->watch);
-    if (ret) {
-        close(fd);
-        return error_host(err, -ret, "%s: cannot watch an eventfd", v->config.name);
-    }
-    v->doorbells[q] = (struct pci_doorbell){virtio_pci_notify_offset(q), fd};
-    return 0;
+    if (!ret)
+        v->doorbells[q] =
+            (struct pci_doorbell){virtio_pci_notify_offset(q), loop_kick_fd(&n->kick)};
+    return ret;
 }
 
 static int open_notifiers(struct virtio *v, struct error *err)

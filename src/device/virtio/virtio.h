@@ -20,6 +20,7 @@
 
 #include "device/pci/host.h"
 #include "device/virtio/queue.h"
+#include "host/loop_kick.h"
 
 #include <stdatomic.h>
 
@@ -91,7 +92,7 @@ struct virtio_config {
 /* A queue's notifications on their way to the loop. */
 struct virtio_notifier {
     struct virtio *v;
-    struct fd_watch watch; /* of an eventfd */
+    struct loop_kick kick;
 };
 
 struct virtio {
@@ -103,7 +104,7 @@ struct virtio {
 
     struct virtio_notifier notifiers[VIRTIO_QUEUES_MAX];
     struct pci_doorbell doorbells[VIRTIO_QUEUES_MAX]; /* the notifiers' eventfds */
-    _Atomic u64 kicked; /* queues whose eventfd virtio_kick has signalled */
+    _Atomic u64 kicked; /* queues that virtio_kick has told the loop of */
     bool stopped;       /* by the machine */
     unsigned in_flight;
     unsigned queue_in_flight[VIRTIO_QUEUES_MAX];
