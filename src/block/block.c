@@ -5,6 +5,9 @@
  *
  * A discard may give a cluster away that a transfer of the first kind still writes to. So, where the format says
  * so, it waits until nothing is under way, and what comes after it waits for it.
+ *
+ * A request of several ranges, or with a flush behind it, takes one such step after another, and waits its turn for
+ * each.
  */
 #include "block/block.h"
 
@@ -20,14 +23,23 @@ struct block_backend {
     unsigned in_flight;
     bool exclusive; /* one that must be alone is under way */
     struct block_request *waiting, **waiting_end;
+    void (*stop)(void *opaque, const char *path, int error); /* NULL: failures are told */
+    void *stop_opaque;
+    struct block_request *kept; /* failed ones, since a stop */
 };
+
+/* What the present step of a request does. */
+static enum block_op step_op(const struct block_request *r)
+{
+    return r->flushing ? BLOCK_FLUSH : r->op;
+}
 
 static int run_request(struct aio_work *w)
 {
     struct block_request *r = container_of(w, struct block_request, work);
     struct disk *d = r->backend->disk;
 
-    switch (r->op) {
+    switch (step_op(r)) {
     case BLOCK_READ:
         return d->ops->read(d, r->offset, r->iov, r->n, r->len);
     case BLOCK_WRITE:
@@ -44,33 +56,80 @@ static int run_request(struct aio_work *w)
 
 static bool must_be_alone(const struct block_backend *b, const struct block_request *r)
 {
-    return b->disk->ops->discard_is_exclusive && (r->op == BLOCK_DISCARD || r->op == BLOCK_ZERO);
+    enum block_op op = step_op(r);
+
+    return b->disk->ops->discard_is_exclusive && (op == BLOCK_DISCARD || op == BLOCK_ZERO);
 }
 
 static void pump(struct block_backend *b);
 
-static void request_done(struct aio_work *w, int result)
+static void enqueue(struct block_backend *b, struct block_request *r)
+{
+    r->next = NULL;
+    *b->waiting_end = r;
+    b->waiting_end = &r->next;
+}
+
+static void take_range(struct block_request *r)
+{
+    r->offset = r->ranges[r->range].offset;
+    r->len = r->ranges[r->range].len;
+    r->unmap = r->ranges[r->range].unmap;
+}
+
+/* Whether there is more to do: the next range, or the flush at the end. */
+static bool next_step(struct block_request *r)
+{
+    if (r->flushing)
+        return false;
+    if (r->ranges && r->range + 1 < r->nranges) {
+        r->range++;
+        take_range(r);
+        return true;
+    }
+    r->flushing = r->fua;
+    return r->fua;
+}
+
+static bool is_host_failure(int error)
+{
+    return error == -ENOSPC || error == -EDQUOT || error == -EIO;
+}
+
+static void keep(struct block_backend *b, struct block_request *r, int error)
+{
+    r->next = b->kept;
+    b->kept = r;
+    b->stop(b->stop_opaque, b->disk->file.path, -error);
+}
+
+static void step_done(struct aio_work *w, int result)
 {
     struct block_request *r = container_of(w, struct block_request, work);
     struct block_backend *b = r->backend;
 
     b->in_flight--;
     b->exclusive = false;
-    r->done(r, result);
+    if (!result && next_step(r))
+        enqueue(b, r);
+    else if (b->stop && r->op != BLOCK_READ && is_host_failure(result))
+        keep(b, r, result);
+    else
+        r->done(r, result);
     pump(b);
 }
 
 static void start(struct block_backend *b, struct block_request *r)
 {
     struct disk *d = b->disk;
-    bool write = r->op == BLOCK_WRITE;
+    enum block_op op = step_op(r);
+    bool write = op == BLOCK_WRITE;
     u64 at;
 
     b->in_flight++;
     b->exclusive = must_be_alone(b, r);
-    r->work = (struct aio_work){.done = request_done, .run = run_request};
-    if ((r->op != BLOCK_READ && !write) || !r->n ||
-        !d->ops->map(d, r->offset, r->len, write, &at)) {
+    r->work = (struct aio_work){.done = step_done, .run = run_request};
+    if ((op != BLOCK_READ && !write) || !r->n || !d->ops->map(d, r->offset, r->len, write, &at)) {
         aio_run(b->aio, &r->work);
         return;
     }
@@ -98,9 +157,11 @@ static void pump(struct block_backend *b)
 void block_submit(struct block_backend *b, struct block_request *r)
 {
     r->backend = b;
-    r->next = NULL;
-    *b->waiting_end = r;
-    b->waiting_end = &r->next;
+    r->range = 0;
+    r->flushing = false;
+    if (r->ranges)
+        take_range(r);
+    enqueue(b, r);
     pump(b);
 }
 
@@ -108,6 +169,39 @@ void block_drain(struct block_backend *b)
 {
     while (b->in_flight)
         aio_wait(b->aio);
+}
+
+void block_stop_on_error(struct block_backend *b,
+                         void (*stop)(void *opaque, const char *path, int error), void *opaque)
+{
+    b->stop = stop;
+    b->stop_opaque = opaque;
+}
+
+static struct block_request *take_kept(struct block_backend *b)
+{
+    struct block_request *r = b->kept;
+
+    if (r)
+        b->kept = r->next;
+    return r;
+}
+
+void block_resume(struct block_backend *b)
+{
+    struct block_request *r;
+
+    while ((r = take_kept(b)))
+        enqueue(b, r);
+    pump(b);
+}
+
+void block_give_up(struct block_backend *b)
+{
+    struct block_request *r;
+
+    while ((r = take_kept(b)))
+        r->done(r, -EIO);
 }
 
 struct block_backend *block_create(struct disk *disk, struct event_loop *loop, bool pool_only,

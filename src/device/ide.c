@@ -221,6 +221,16 @@ static void ide_start(struct device *dev)
     device_unlock(dev);
 }
 
+static void for_each_disk(struct ide *ide, void (*fn)(struct block_backend *backend))
+{
+    for (unsigned i = 0; i < IDE_DRIVES; i++) {
+        struct block_backend *backend = ide->channels[i / 2].drives[i % 2].backend;
+
+        if (backend)
+            fn(backend);
+    }
+}
+
 static void ide_stop(struct device *dev)
 {
     struct ide *ide = container_of(dev, struct ide, pci.dev);
@@ -228,12 +238,19 @@ static void ide_stop(struct device *dev)
     device_lock(dev);
     ide->stopped = true;
     device_unlock(dev);
-    for (unsigned i = 0; i < IDE_DRIVES; i++) {
-        struct block_backend *backend = ide->channels[i / 2].drives[i % 2].backend;
+    for_each_disk(ide, block_drain);
+}
 
-        if (backend)
-            block_drain(backend);
-    }
+/* A failed write is kept, to be tried again. */
+static bool ide_busy(struct device *dev)
+{
+    struct ide *ide = container_of(dev, struct ide, pci.dev);
+    bool busy;
+
+    device_lock(dev);
+    busy = ide->channels[0].busy || ide->channels[1].busy;
+    device_unlock(dev);
+    return busy;
 }
 
 /* ---- programmed I/O ---- */
@@ -711,6 +728,7 @@ static void ide_reset(struct device *dev)
 {
     struct ide *ide = container_of(dev, struct ide, pci.dev);
 
+    for_each_disk(ide, block_give_up);
     device_lock(dev);
     for (unsigned i = 0; i < IDE_CHANNELS; i++)
         power_on(&ide->channels[i]);
@@ -723,6 +741,7 @@ static void ide_destroy(struct device *dev)
     struct ide *ide = container_of(dev, struct ide, pci.dev);
 
     ide_stop(dev);
+    for_each_disk(ide, block_give_up);
     loop_kick_close(&ide->kick);
     for (unsigned i = 0; i < IDE_CHANNELS; i++) {
         struct ide_channel *ch = &ide->channels[i];
@@ -854,7 +873,11 @@ static const struct state_desc ide_state = {
 };
 
 static const struct pci_device_ops ide_ops = {
-    .dev = {.reset = ide_reset, .destroy = ide_destroy, .start = ide_start, .stop = ide_stop},
+    .dev = {.reset = ide_reset,
+            .destroy = ide_destroy,
+            .start = ide_start,
+            .stop = ide_stop,
+            .busy = ide_busy},
 };
 
 static void set_up_drive(struct ide_drive *d, const struct ide_drive_config *cfg, unsigned n)

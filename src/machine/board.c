@@ -587,7 +587,7 @@ static int create_fw_cfg(struct board *b, struct error *err)
     return ret;
 }
 
-/* A disk's write failed, under werror=stop: with the device's lock held. */
+/* A disk's write failed, under werror=stop. */
 static void disk_stop(void *opaque, const char *disk, int error)
 {
     struct board *b = opaque;
@@ -614,8 +614,6 @@ static int create_disk(struct board *b, const struct machine_disk *disk, char *b
         .backend = disk->backend,
         .serial = disk->serial,
         .queues = MIN(b->config.cpus, DISK_QUEUES_MAX),
-        .stop = disk->stop_on_error ? disk_stop : NULL,
-        .opaque = b,
     };
     int devfn = card_devfn(b, err);
     struct virtio *v;
@@ -706,6 +704,8 @@ static int create_disks(struct board *b, struct error *err)
     int ret = 0;
 
     for (unsigned i = 0; disks && i < disks->count && !ret; i++) {
+        if (disks->disk[i].stop_on_error)
+            block_stop_on_error(disks->disk[i].backend, disk_stop, b);
         if (!disks->disk[i].ide)
             ret = create_disk(b, &disks->disk[i], b->boot_paths[i], err);
     }
@@ -914,6 +914,8 @@ void board_start(struct board *b)
         if (b->devices[i]->ops->start)
             b->devices[i]->ops->start(b->devices[i]);
     }
+    for (unsigned i = 0; b->config.disks && i < b->config.disks->count; i++)
+        block_resume(b->config.disks->disk[i].backend);
     if (!b->config.serial)
         return;
     serial_writable(b->com1);

@@ -111,10 +111,7 @@ static struct fixture *create(const char *format, bool read_only, bool pool_only
     struct fixture *f = calloc(1, sizeof(*f));
     struct disk_create c = {.format = format, .size = DISK, .size_given = true, .replace = true};
     struct disk_options options = {.format = format, .read_only = read_only};
-    struct virtio_blk_config cfg = {.serial = "a serial of 20 chars",
-                                    .queues = 2,
-                                    .stop = werror_stop ? stopped : NULL,
-                                    .opaque = f};
+    struct virtio_blk_config cfg = {.serial = "a serial of 20 chars", .queues = 2};
     struct rig *r = rig_create();
     struct error err = {0};
     char path[64];
@@ -132,6 +129,8 @@ static struct fixture *create(const char *format, bool read_only, bool pool_only
         .ops = &faulty_ops, .file = f->disk->real->file, .size = DISK, .read_only = read_only};
     f->backend = block_create(&f->disk->d, r->env.loop, pool_only, &err);
     assert_non_null(f->backend);
+    if (werror_stop)
+        block_stop_on_error(f->backend, stopped, f);
     f->d.host = rig_pci_host(r);
     cfg.backend = f->backend;
     f->v = virtio_blk_create(&r->env, &cfg, f->d.host, TOY_DEVFN, &err);
@@ -336,6 +335,7 @@ static void werror_stop_keeps_the_write_until_there_is_space(void **state)
     assert_false(take_used(&f->d, 3, &id, &len));
     __atomic_store_n(&f->disk->error, 0, __ATOMIC_SEQ_CST);
     dev->ops->start(dev);
+    block_resume(f->backend);
     assert_int_equal(wait_status(f, 3), 0);
     expect(f, 9, 512, 0x77);
     /* A machine that ends with one kept. */

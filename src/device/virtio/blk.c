@@ -68,20 +68,16 @@ struct blk_range { /* 5.2.6: discard and write-zeroes */
 struct virtio_blk {
     struct virtio v;
     struct virtio_blk_config cfg;
-    struct blk_request *failed; /* werror=stop: to be tried again */
     struct blk_config config;
 };
 
-/* A request of the guest's. A discard of several ranges is one disk request after another. */
+/* A request of the guest's. */
 struct blk_request {
     struct block_request r;
     struct virtio_blk *blk;
     unsigned queue;
     struct virtq_chain *chain;
-    struct blk_request *next; /* of `failed` */
-    bool flush_after;         /* a write that must be on the medium when it is done */
-    unsigned range, nranges;
-    struct blk_range ranges[RANGES_MAX];
+    struct block_range ranges[RANGES_MAX];
     struct iovec iov[VIRTQ_SEGMENTS_MAX];
 };
 
@@ -103,57 +99,21 @@ static void finish(struct blk_request *q, enum blk_status status)
     free(q);
 }
 
-static void submit(struct blk_request *q);
-
-/* Whether there is more to do for the guest's request: the next range, or the flush of a write-through. */
-static bool next_step(struct blk_request *q)
-{
-    if (q->range + 1 < q->nranges) {
-        q->range++;
-        return true;
-    }
-    if (!q->flush_after)
-        return false;
-    q->flush_after = false;
-    q->nranges = 0;
-    q->r.op = BLOCK_FLUSH;
-    return true;
-}
-
-static bool is_the_hosts_fault(int error)
-{
-    return error == -ENOSPC || error == -EIO || error == -EDQUOT;
-}
-
 static void request_done(struct block_request *r, int result)
 {
     struct blk_request *q = container_of(r, struct blk_request, r);
     struct virtio_blk *blk = q->blk;
 
+    if (result)
+        log_once(LOG_ERROR, "%s: %s failed: %s", block_path(blk->cfg.backend),
+                 r->op == BLOCK_READ ? "a read" : "a write", strerror(-result));
     device_lock(&blk->v.pci.dev);
-    if (!result && next_step(q)) {
-        submit(q);
-    } else if (result && r->op != BLOCK_READ && blk->cfg.stop && is_the_hosts_fault(result) &&
-               !blk->v.resetting) {
-        q->next = blk->failed;
-        blk->failed = q;
-        blk->cfg.stop(blk->cfg.opaque, block_path(blk->cfg.backend), -result);
-    } else {
-        if (result)
-            log_once(LOG_ERROR, "%s: %s failed: %s", block_path(blk->cfg.backend),
-                     r->op == BLOCK_READ ? "a read" : "a write", strerror(-result));
-        finish(q, result ? BLK_S_IOERR : BLK_S_OK);
-    }
+    finish(q, result ? BLK_S_IOERR : BLK_S_OK);
     device_unlock(&blk->v.pci.dev);
 }
 
 static void submit(struct blk_request *q)
 {
-    if (q->nranges) {
-        q->r.offset = q->ranges[q->range].sector * SECTOR;
-        q->r.len = (u64)q->ranges[q->range].sectors * SECTOR;
-        q->r.unmap = q->ranges[q->range].flags & BLK_WRITE_ZEROES_FLAG_UNMAP;
-    }
     q->r.done = request_done;
     block_submit(q->blk->cfg.backend, &q->r);
 }
@@ -184,7 +144,7 @@ static int start_transfer(struct blk_request *q, const struct blk_header *h, boo
     q->r.len = len;
     q->r.iov = q->iov;
     q->r.n = virtq_chain_iov(chain, !write, write ? sizeof(*h) : 0, len, q->iov);
-    q->flush_after = write && is_write_through(q->blk);
+    q->r.fua = write && is_write_through(q->blk);
     submit(q);
     return -1;
 }
@@ -192,24 +152,28 @@ static int start_transfer(struct blk_request *q, const struct blk_header *h, boo
 static int start_ranges(struct blk_request *q, enum block_op op)
 {
     u64 len = q->chain->read_len - sizeof(struct blk_header);
+    struct blk_range ranges[RANGES_MAX];
 
     if (block_is_read_only(q->blk->cfg.backend))
         return BLK_S_IOERR;
-    q->nranges = (unsigned)(len / sizeof(q->ranges[0]));
-    if (len % sizeof(q->ranges[0]) || !q->nranges || len > sizeof(q->ranges))
+    if (len % sizeof(ranges[0]) || !len || len > sizeof(ranges))
         return BLK_S_UNSUPP;
-    virtq_chain_read(q->chain, sizeof(struct blk_header), q->ranges, len);
-    for (unsigned i = 0; i < q->nranges; i++) {
-        const struct blk_range *r = &q->ranges[i];
+    virtq_chain_read(q->chain, sizeof(struct blk_header), ranges, len);
+    q->r.nranges = (unsigned)(len / sizeof(ranges[0]));
+    for (unsigned i = 0; i < q->r.nranges; i++) {
+        const struct blk_range *r = &ranges[i];
         u32 known = op == BLOCK_ZERO ? BLK_WRITE_ZEROES_FLAG_UNMAP : 0;
 
         if (r->flags & ~known)
             return BLK_S_UNSUPP;
         if (r->sectors > RANGE_SECTORS_MAX || !on_disk(q->blk, r->sector, (u64)r->sectors * SECTOR))
             return BLK_S_IOERR;
+        q->ranges[i] = (struct block_range){r->sector * SECTOR, (u64)r->sectors * SECTOR,
+                                            r->flags & BLK_WRITE_ZEROES_FLAG_UNMAP};
     }
     q->r.op = op;
-    q->flush_after = op == BLOCK_ZERO && is_write_through(q->blk);
+    q->r.ranges = q->ranges;
+    q->r.fua = op == BLOCK_ZERO && is_write_through(q->blk);
     submit(q);
     return -1;
 }
@@ -276,8 +240,6 @@ static void serve(struct virtio *v, unsigned queue, struct virtq_chain *chain)
     q->blk = blk;
     q->queue = queue;
     q->chain = chain;
-    q->range = q->nranges = 0;
-    q->flush_after = false;
     status = start(q);
     if (status >= 0)
         finish(q, (enum blk_status)status);
@@ -288,39 +250,14 @@ static void queue_ready(struct virtio *v, unsigned queue)
     virtio_serve(v, queue, serve);
 }
 
-/* Requests that failed under werror=stop: tried again, or told to the guest at a reset. */
-static void retry(struct virtio_blk *blk, bool give_up)
-{
-    struct blk_request *list;
-
-    device_lock(&blk->v.pci.dev);
-    list = blk->failed;
-    blk->failed = NULL;
-    while (list) {
-        struct blk_request *q = list;
-
-        list = q->next;
-        if (give_up)
-            finish(q, BLK_S_IOERR);
-        else
-            submit(q);
-    }
-    device_unlock(&blk->v.pci.dev);
-}
-
 static void blk_drain(struct virtio *v)
 {
     block_drain(blk_of(v)->cfg.backend);
 }
 
-static void blk_start(struct virtio *v)
-{
-    retry(blk_of(v), false);
-}
-
 static void blk_give_up(struct virtio *v)
 {
-    retry(blk_of(v), true);
+    block_give_up(blk_of(v)->cfg.backend);
 }
 
 static void blk_reset(struct virtio *v)
@@ -337,7 +274,6 @@ static const struct virtio_ops blk_ops = {
     .queue_ready = queue_ready,
     .reset = blk_reset,
     .drain = blk_drain,
-    .start = blk_start,
     .give_up = blk_give_up,
     .destroy = blk_destroy,
 };
@@ -385,7 +321,6 @@ static int blk_loaded(void *obj, struct error *err)
 static const struct state_field blk_fields[] = {
     STATE_STRUCTS(struct virtio_blk, v, &virtio_state),
     STATE_HOST(struct virtio_blk, cfg),
-    STATE_HOST(struct virtio_blk, failed),
     STATE_STRUCTS(struct virtio_blk, config, &config_state),
 };
 static const struct state_desc blk_state = {

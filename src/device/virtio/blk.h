@@ -13,13 +13,6 @@ struct virtio_blk_config {
     struct block_backend *backend; /* borrowed; outlives the device */
     const char *serial;            /* up to 20 characters; NULL: none */
     unsigned queues;
-    /*
-     * werror=stop: a write that fails for the host's sake (no space, an I/O error) is not told to the
-     * guest; stop is called instead, on the loop's thread with the device's lock held, and the write is
-     * tried again when the machine goes on. NULL: the guest gets an I/O error.
-     */
-    void (*stop)(void *opaque, const char *disk, int error);
-    void *opaque;
 };
 
 /* The device, on the bus at devfn. NULL with err set. */
