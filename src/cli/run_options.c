@@ -125,6 +125,20 @@ static int set_firmware(struct vm_config *config, const char *value, struct erro
     return ret;
 }
 
+static int parse_bus(const char *value, enum machine_disk_bus *bus, struct error *err)
+{
+    static const char *const names[] = {
+        [MACHINE_DISK_VIRTIO] = "virtio", [MACHINE_DISK_IDE] = "ide", [MACHINE_DISK_NVME] = "nvme"};
+
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++) {
+        if (!strcmp(value, names[i])) {
+            *bus = i;
+            return 0;
+        }
+    }
+    return error_input(err, "bus=%s: give virtio, nvme or ide", value);
+}
+
 static int set_disk_option(struct vm_disk *d, const char *key, const char *value, struct error *err)
 {
     bool qcow2;
@@ -132,7 +146,7 @@ static int set_disk_option(struct vm_disk *d, const char *key, const char *value
     if (!strcmp(key, "readonly"))
         return parse_choice(key, value, "on", "off", &d->read_only, err);
     if (!strcmp(key, "bus"))
-        return parse_choice(key, value, "ide", "virtio", &d->ide, err);
+        return parse_bus(value, &d->bus, err);
     if (!strcmp(key, "werror"))
         return parse_choice(key, value, "stop", "report", &d->stop_on_error, err);
     if (!strcmp(key, "format")) {
@@ -178,7 +192,8 @@ static int set_cdrom(struct vm_config *config, const char *value, struct error *
 
     if (config->ndisks == VM_DISKS_MAX)
         return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
-    *d = (struct vm_disk){.format = "raw", .read_only = true, .cdrom = true};
+    *d = (struct vm_disk){
+        .format = "raw", .read_only = true, .bus = MACHINE_DISK_IDE, .cdrom = true};
     ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
     if (!ret && options)
         ret = error_input(err, "a CD-ROM has no options: \",,\" is a comma in the file's name");
@@ -483,12 +498,11 @@ void cli_run_help(FILE *out)
         "pages\n"
         "(engines kvm and interp); kept in RAM; given up to KSM, which merges equal pages.\n"
         "\n"
-        "--disk FILE[,format=raw|qcow2][,bus=virtio|ide][,readonly=on][,serial=TEXT]\n"
-        "[,werror=report|stop]: a raw or qcow2 image or a block device, as a virtio disk, or at\n"
-        "the ports of an old PC's IDE controller; more than once for more of them. With\n"
-        "werror=stop a write that fails pauses the machine, and SIGCONT lets it try again. \",,\" "
-        "in\n"
-        "FILE is a comma.\n"
+        "--disk FILE[,format=raw|qcow2][,bus=virtio|nvme|ide][,readonly=on][,serial=TEXT]\n"
+        "[,werror=report|stop]: a raw or qcow2 image or a block device, as a virtio disk, an NVMe\n"
+        "disk, or at the ports of an old PC's IDE controller; more than once for more of them.\n"
+        "NVMe disks with one serial are namespaces of one controller. With werror=stop a write\n"
+        "that fails pauses the machine, and SIGCONT lets it try again. \",,\" in FILE is a comma.\n"
         "\n"
         "--firmware uefi,vars=FILE keeps UEFI's variables in FILE, which is made when it isn't\n"
         "there; without, they are forgotten at the end.\n"

@@ -180,7 +180,7 @@ static int open_disk(struct vm *vm, const struct vm_disk *d, struct error *err)
     }
     out->serial = d->serial[0] ? d->serial : NULL;
     out->stop_on_error = d->stop_on_error;
-    out->ide = d->ide || d->cdrom;
+    out->bus = d->bus;
     out->cdrom = d->cdrom;
     vm->disks.count++;
     return 0;

@@ -6,6 +6,7 @@
 
 #include "host/error.h"
 #include "host/types.h"
+#include "machine/cards.h"
 #include "machine/firmware.h"
 
 /* Exit statuses (docs/architecture.md). With --debug-exit the guest chooses others. */
@@ -26,7 +27,8 @@ struct vm_disk {
     char serial[21]; /* empty: none */
     bool read_only;
     bool stop_on_error;
-    bool ide, cdrom;
+    enum machine_disk_bus bus;
+    bool cdrom;
 };
 
 #define VM_SHARES_MAX 8

@@ -23,6 +23,7 @@
 #include "device/i8042.h"
 #include "device/ide.h"
 #include "device/ioapic.h"
+#include "device/nvme/nvme.h"
 #include "device/pci/host.h"
 #include "device/pci/lpc.h"
 #include "device/pflash.h"
@@ -704,11 +705,69 @@ static int create_disks(struct board *b, struct error *err)
     int ret = 0;
 
     for (unsigned i = 0; disks && i < disks->count && !ret; i++) {
-        if (disks->disk[i].stop_on_error)
-            block_stop_on_error(disks->disk[i].backend, disk_stop, b);
-        if (!disks->disk[i].ide)
-            ret = create_disk(b, &disks->disk[i], b->boot_paths[i], err);
+        const struct machine_disk *disk = &disks->disk[i];
+
+        if (disk->stop_on_error)
+            block_stop_on_error(disk->backend, disk_stop, b);
+        if (disk->bus == MACHINE_DISK_VIRTIO)
+            ret = create_disk(b, disk, b->boot_paths[i], err);
     }
+    return ret;
+}
+
+/* The serial number of the controller that a disk is a namespace of. */
+static void nvme_serial(const struct machine_disks *disks, unsigned i, char *out)
+{
+    if (disks->disk[i].serial)
+        snprintf(out, NVME_SERIAL_SIZE + 1, "%s", disks->disk[i].serial);
+    else
+        snprintf(out, NVME_SERIAL_SIZE + 1, "DOPPEL%u", i);
+}
+
+/* The controller of disk `first`, and of those behind it with its serial number; they are struck off `left`. */
+static int create_nvme_controller(struct board *b, unsigned first, u32 *left, struct error *err)
+{
+    const struct machine_disks *disks = b->config.disks;
+    char serial[NVME_SERIAL_SIZE + 1], other[NVME_SERIAL_SIZE + 1];
+    struct nvme_config config = {.serial = serial};
+    int devfn = card_devfn(b, err);
+    struct nvme *nvme;
+
+    if (devfn < 0)
+        return devfn;
+    nvme_serial(disks, first, serial);
+    for (u32 rest = *left; rest; rest &= rest - 1) {
+        unsigned i = (unsigned)__builtin_ctz(rest);
+
+        nvme_serial(disks, i, other);
+        if (strcmp(serial, other))
+            continue;
+        *left &= ~BIT32(i);
+        config.namespaces[config.count++] = disks->disk[i].backend;
+        /* OVMF goes by this name and the EUI-64, which is 0. */
+        snprintf(b->boot_paths[i], FIRMWARE_PATH_MAX, "/pci@i0cf8/pci8086,5845@%x/namespace@%x,0",
+                 PCI_SLOT((unsigned)devfn), config.count);
+    }
+    nvme = nvme_create(&b->config.env, &config, b->pci, (u8)devfn, err);
+    if (!nvme)
+        return -EIO;
+    nvme_device(nvme)->instance = first;
+    return add(b, nvme_device(nvme));
+}
+
+static int create_nvme(struct board *b, struct error *err)
+{
+    const struct machine_disks *disks = b->config.disks;
+    u32 left = 0;
+    int ret = 0;
+
+    _Static_assert(MACHINE_DISKS_MAX <= NVME_NAMESPACES_MAX, "one controller may have all disks");
+    for (unsigned i = 0; disks && i < disks->count; i++) {
+        if (disks->disk[i].bus == MACHINE_DISK_NVME)
+            left |= BIT32(i);
+    }
+    while (left && !ret)
+        ret = create_nvme_controller(b, (unsigned)__builtin_ctz(left), &left, err);
     return ret;
 }
 
@@ -786,7 +845,7 @@ static int create_ide(struct board *b, struct error *err)
         const struct machine_disk *disk = &disks->disk[i];
         int n = place_on_ide(&config, disk->cdrom);
 
-        if (!disk->ide)
+        if (disk->bus != MACHINE_DISK_IDE)
             continue;
         if (n < 0)
             return error_input(err, "an IDE controller has %d drives at most", IDE_DRIVES);
@@ -832,11 +891,12 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,     create_ioapic,  create_pci,      create_pit,     create_hpet,
-        create_rtc,     create_com1,    create_i8042,    create_acpi_pm, create_lpc,
-        create_vga,     create_pvpanic, create_debugcon, create_pflash,  create_fw_cfg,
-        create_sysport, create_disks,   create_ide,      create_console, create_rng,
-        create_balloon, create_nets,    create_vsock,    create_shares,  add_firmware_files,
+        create_pic,         create_ioapic,  create_pci,      create_pit,     create_hpet,
+        create_rtc,         create_com1,    create_i8042,    create_acpi_pm, create_lpc,
+        create_vga,         create_pvpanic, create_debugcon, create_pflash,  create_fw_cfg,
+        create_sysport,     create_disks,   create_nvme,     create_ide,     create_console,
+        create_rng,         create_balloon, create_nets,     create_vsock,   create_shares,
+        add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 

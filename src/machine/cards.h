@@ -10,12 +10,18 @@
 
 struct block_backend;
 
+enum machine_disk_bus {
+    MACHINE_DISK_VIRTIO, /* a device of its own */
+    MACHINE_DISK_IDE,    /* a drive of the one IDE controller */
+    MACHINE_DISK_NVME,   /* a namespace of the controller that those of its serial number share */
+};
+
 struct machine_disk {
     struct block_backend *backend;
     const char *serial; /* NULL: none */
     bool stop_on_error; /* werror=stop */
-    bool ide;           /* a drive of the IDE controller, not virtio-blk */
-    bool cdrom;         /* and a CD-ROM */
+    enum machine_disk_bus bus;
+    bool cdrom; /* on IDE only */
 };
 
 struct machine_disks {

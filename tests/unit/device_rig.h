@@ -180,6 +180,19 @@ static inline void rig_destroy(struct rig *r)
     free(r);
 }
 
+/* Lets the loop of a rig that has one do what there is to do. */
+static inline void rig_stop_loop(void *opaque)
+{
+    event_loop_stop(opaque);
+}
+static inline void rig_run_loop(struct rig *r)
+{
+    for (unsigned i = 0; i < 3; i++) {
+        event_loop_post(r->env.loop, rig_stop_loop, r->env.loop);
+        event_loop_run(r->env.loop);
+    }
+}
+
 /*
  * Saves `from` and loads it into `to`, a fresh device of the same kind at the same VM time. NULL,
  * or what went wrong: the error's text, or the name of the first field that differs. Devices begin

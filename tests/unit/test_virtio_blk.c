@@ -3,6 +3,7 @@
  * those that no disk can do, a device that is reset with requests under way, and a host that has no space left.
  */
 #include "device/virtio/blk.h"
+#include "faulty_disk.h"
 #include "virtio_rig.h"
 
 #include <errno.h>
@@ -26,67 +27,6 @@ enum { T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_GET_ID = 8, T_DISCARD = 11, T_ZEROES 
 #define F_CONFIG_WCE BIT(11)
 
 static char dir[] = "/tmp/doppel-blk-XXXXXX";
-
-/* ---- a disk that fails when told to ---- */
-
-struct faulty {
-    struct disk d;
-    struct disk *real;
-    int error; /* of writes */
-    unsigned flushes;
-};
-
-static struct faulty *faulty_of(struct disk *d)
-{
-    return container_of(d, struct faulty, d);
-}
-static int faulty_read(struct disk *d, u64 offset, const struct iovec *iov, unsigned n, u64 len)
-{
-    return faulty_of(d)->real->ops->read(faulty_of(d)->real, offset, iov, n, len);
-}
-static int faulty_write(struct disk *d, u64 offset, const struct iovec *iov, unsigned n, u64 len)
-{
-    int error = __atomic_load_n(&faulty_of(d)->error, __ATOMIC_SEQ_CST);
-
-    return error ? error : faulty_of(d)->real->ops->write(faulty_of(d)->real, offset, iov, n, len);
-}
-static int faulty_zero(struct disk *d, u64 offset, u64 len, bool unmap)
-{
-    return faulty_of(d)->real->ops->zero(faulty_of(d)->real, offset, len, unmap);
-}
-static int faulty_discard(struct disk *d, u64 offset, u64 len)
-{
-    return faulty_of(d)->real->ops->discard(faulty_of(d)->real, offset, len);
-}
-static int faulty_flush(struct disk *d)
-{
-    __atomic_add_fetch(&faulty_of(d)->flushes, 1, __ATOMIC_SEQ_CST);
-    return faulty_of(d)->real->ops->flush(faulty_of(d)->real);
-}
-static bool faulty_map(struct disk *d, u64 offset, u64 len, bool write, u64 *at)
-{
-    return !(write && __atomic_load_n(&faulty_of(d)->error, __ATOMIC_SEQ_CST)) &&
-           faulty_of(d)->real->ops->map(faulty_of(d)->real, offset, len, write, at);
-}
-static int faulty_close(struct disk *d)
-{
-    int ret = disk_close(faulty_of(d)->real);
-
-    free(faulty_of(d));
-    return ret;
-}
-
-static struct disk_ops faulty_ops = {
-    .format = "faulty",
-    .read = faulty_read,
-    .write = faulty_write,
-    .zero = faulty_zero,
-    .discard = faulty_discard,
-    .flush = faulty_flush,
-    .map = faulty_map,
-    .close = faulty_close,
-    .discard_is_exclusive = true,
-};
 
 /* ---- the machine around it ---- */
 
@@ -121,12 +61,9 @@ static struct fixture *create(const char *format, bool read_only, bool pool_only
         fail_msg("%s", err.text);
     f->d.rig = r;
     r->env.loop = event_loop_create(&err);
-    f->disk = calloc(1, sizeof(*f->disk));
-    f->disk->real = disk_open(path, &options, &err);
-    if (!f->disk->real)
+    f->disk = faulty_open(path, &options, &err);
+    if (!f->disk)
         fail_msg("%s", err.text);
-    f->disk->d = (struct disk){
-        .ops = &faulty_ops, .file = f->disk->real->file, .size = DISK, .read_only = read_only};
     f->backend = block_create(&f->disk->d, r->env.loop, pool_only, &err);
     assert_non_null(f->backend);
     if (werror_stop)
@@ -357,7 +294,7 @@ static void a_reset_waits_for_the_disk(void **state)
         put_header(f, round % 2 ? T_IN : T_OUT, round * 32);
         add(&f->d, b, 3, 0);
         reg_write(&f->d, VIRTIO_BAR_NOTIFY, 0, 2);
-        event_loop_post(f->d.rig->env.loop, stop_loop, f->d.rig->env.loop);
+        event_loop_post(f->d.rig->env.loop, rig_stop_loop, f->d.rig->env.loop);
         event_loop_run(f->d.rig->env.loop);
         reg_write(&f->d, STATUS, 0, 1);
         for (unsigned i = 0; reg_read(&f->d, STATUS, 1); i++) {

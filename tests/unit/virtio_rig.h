@@ -163,17 +163,9 @@ static inline u16 get16(struct driver *d, gpa_t at)
     return value;
 }
 
-/* Lets the loop do what there is to do. */
-static inline void stop_loop(void *opaque)
-{
-    event_loop_stop(opaque);
-}
 static inline void run_loop(struct driver *d)
 {
-    for (unsigned i = 0; i < 3; i++) {
-        event_loop_post(d->rig->env.loop, stop_loop, d->rig->env.loop);
-        event_loop_run(d->rig->env.loop);
-    }
+    rig_run_loop(d->rig);
 }
 
 static inline u64 offered_features(struct driver *d)

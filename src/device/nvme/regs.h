@@ -178,7 +178,7 @@ enum nvme_opcode {
     NVME_DATASET_MANAGEMENT = 0x09,
 };
 
-#define NVME_RW_FUA BIT32(30)     /* of CDW12 */
+#define NVME_RW_FUA BIT32(30)      /* of CDW12 */
 #define NVME_ZEROES_DEAC BIT32(25) /* of CDW12: the space may be given back */
 #define NVME_DSM_DEALLOCATE BIT32(2)
 #define NVME_DSM_RANGES_MAX 256
