@@ -8,6 +8,7 @@
 #include "device/pci/lpc.h"
 #include "device/pflash.h"
 #include "device/vga.h"
+#include "fuzz_device.h"
 #include "host/log.h"
 
 #define DISK_SIZE KIB(64)
@@ -27,22 +28,6 @@ struct machine {
     struct vga *vga;
     struct device *devices[DEVICES];
 };
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
 
 static void base_changed(void *opaque, u16 base)
 {
@@ -91,14 +76,10 @@ static void destroy(struct machine *m)
     disk_rig_destroy(m->rig);
 }
 
-static void access_bus(struct io_bus *bus, u64 at, struct input *in, u8 op)
+/* What `op` says of an access: its size, and whether it reads. */
+static void access_by(struct io_bus *bus, u64 at, struct input *in, u8 op)
 {
-    unsigned size = 1U << (op >> 6 & 3) % 3;
-
-    if (op & 0x20)
-        io_bus_read(bus, at, size);
-    else
-        io_bus_write(bus, at, take(in, size), size);
+    access_bus(bus, at, 1U << (op >> 6 & 3) % 3, op & 0x20, in);
 }
 
 static void work(struct machine *m)
@@ -128,31 +109,31 @@ static void act(struct machine *m, struct input *in)
 
     switch (op & 0x0f) {
     case 0:
-        access_bus(ports_bus, ports[take(in, 1) % ARRAY_SIZE(ports)], in, op);
+        access_by(ports_bus, ports[take(in, 1) % ARRAY_SIZE(ports)], in, op);
         break;
     case 1:
-        access_bus(ports_bus, 0x1f0 + take(in, 1) % 8, in, op);
+        access_by(ports_bus, 0x1f0 + take(in, 1) % 8, in, op);
         break;
     case 2:
-        access_bus(ports_bus, 0x170 + take(in, 1) % 8, in, op);
+        access_by(ports_bus, 0x170 + take(in, 1) % 8, in, op);
         break;
     case 3:
-        access_bus(ports_bus, 0x3b0 + take(in, 1) % 0x30, in, op);
+        access_by(ports_bus, 0x3b0 + take(in, 1) % 0x30, in, op);
         break;
     case 4:
-        access_bus(ports_bus, BUS_MASTER + take(in, 1) % 16, in, op);
+        access_by(ports_bus, BUS_MASTER + take(in, 1) % 16, in, op);
         break;
     case 5:
-        access_bus(ports_bus, 0x1ce + take(in, 1) % 2, in, 0x40 | (op & 0x20));
+        access_by(ports_bus, 0x1ce + take(in, 1) % 2, in, 0x40 | (op & 0x20));
         break;
     case 6:
-        access_bus(mmio, 0xa0000 + take(in, 3) % 0x20000, in, op);
+        access_by(mmio, 0xa0000 + take(in, 3) % 0x20000, in, op);
         break;
     case 7:
-        access_bus(mmio, FLASH_BASE + take(in, 2) % FLASH_SIZE, in, op);
+        access_by(mmio, FLASH_BASE + take(in, 2) % FLASH_SIZE, in, op);
         break;
     case 8:
-        access_bus(mmio, FRAMEBUFFER + take(in, 3) % MIB(8), in, op);
+        access_by(mmio, FRAMEBUFFER + take(in, 3) % MIB(8), in, op);
         break;
     case 9:
         config_write(m->rig, op & 0x10 ? LPC_DEVFN : IDE_DEVFN, take(in, 1), take(in, 4), 4);
@@ -165,7 +146,7 @@ static void act(struct machine *m, struct input *in)
     }
     case 11: /* many words of data */
         for (unsigned i = 0; i < 512; i++)
-            access_bus(ports_bus, op & 0x10 ? 0x1f0 : 0x170, in, 0x40 | (op & 0x20));
+            access_by(ports_bus, op & 0x10 ? 0x1f0 : 0x170, in, 0x40 | (op & 0x20));
         break;
     case 12:
         look(m);
@@ -174,25 +155,6 @@ static void act(struct machine *m, struct input *in)
         work(m);
         break;
     }
-}
-
-static void damage(struct machine *m, struct input *in)
-{
-    struct device *dev = m->devices[take(in, 1) % DEVICES];
-    size_t len = state_size(dev->state);
-    u8 *bytes = malloc(len);
-
-    m->devices[DEV_IDE]->ops->stop(m->devices[DEV_IDE]);
-    state_save(dev->state, dev, bytes);
-    for (unsigned i = 0; i < 4; i++) {
-        /* Registers are near one end or the other; memory is most of the rest. */
-        size_t at = take(in, 2);
-
-        bytes[i & 1 ? at % len : len - 1 - at % len] = (u8)take(in, 1);
-    }
-    state_load(dev->state, dev, bytes, len, &m->rig->err);
-    free(bytes);
-    m->devices[DEV_IDE]->ops->start(m->devices[DEV_IDE]);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -205,7 +167,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     build(&m);
     for (unsigned i = 0; i < 300 && in.left; i++)
         act(&m, &in);
-    damage(&m, &in);
+    load_damaged_state(m.devices[take(&in, 1) % DEVICES], &in);
     for (unsigned i = 0; i < 100 && in.left; i++)
         act(&m, &in);
     work(&m);

@@ -9,6 +9,7 @@
 #include "device/hpet.h"
 #include "device/ioapic.h"
 #include "device/pvpanic.h"
+#include "fuzz_device.h"
 #include "host/log.h"
 
 #define IOAPIC_BASE 0xfec00000ULL
@@ -24,22 +25,6 @@ struct machine {
     struct device *devices[5];
     char writable[64];
 };
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
 
 static void to_ioapic(void *opaque, unsigned n, bool level)
 {
@@ -98,10 +83,7 @@ static void mmio(struct machine *m, struct input *in, gpa_t base, u64 mask)
     unsigned size = 1U << take(in, 1) % 4;
     u64 addr = base + (take(in, 2) & mask);
 
-    if (take(in, 1) & 1)
-        io_bus_write(m->rig->env.mmio, addr, take(in, size), size);
-    else
-        io_bus_read(m->rig->env.mmio, addr, size);
+    access_bus(m->rig->env.mmio, addr, size, take(in, 1) & 1, in);
 }
 
 static void port(struct machine *m, struct input *in)
@@ -110,10 +92,7 @@ static void port(struct machine *m, struct input *in)
     unsigned size = 1U << take(in, 1) % 3;
     u16 addr = bases[take(in, 1) % ARRAY_SIZE(bases)] + take(in, 1) % 16;
 
-    if (take(in, 1) & 1)
-        io_bus_write(m->rig->env.ports, addr, take(in, size), size);
-    else
-        io_bus_read(m->rig->env.ports, addr, size);
+    access_bus(m->rig->env.ports, addr, size, take(in, 1) & 1, in);
 }
 
 static void guest_memory(struct machine *m, struct input *in)
@@ -121,19 +100,6 @@ static void guest_memory(struct machine *m, struct input *in)
     u64 bytes[2] = {take(in, 8), take(in, 8)};
 
     memory_write(&m->rig->memory, take(in, 2), bytes, sizeof(bytes));
-}
-
-static void damaged_state(struct machine *m, struct input *in)
-{
-    struct device *dev = m->devices[take(in, 1) % ARRAY_SIZE(m->devices)];
-    size_t len = state_size(dev->state);
-    u8 *bytes = malloc(len + 1);
-
-    state_save(dev->state, dev, bytes);
-    for (unsigned changes = take(in, 1) % 16; changes && len; changes--)
-        bytes[take(in, 2) % len] = take(in, 1);
-    state_load(dev->state, dev, bytes, len, &m->rig->err);
-    free(bytes);
 }
 
 static void step(struct machine *m, struct input *in)
@@ -169,7 +135,7 @@ static void step(struct machine *m, struct input *in)
         if (take(in, 1) & 1)
             dev->ops->reset(dev);
         else
-            damaged_state(m, in);
+            load_damaged_state(dev, in);
         break;
     }
     }

@@ -3,23 +3,8 @@
  * come late. Then a damaged state. The sanitizers and the rig's slots are the judges.
  */
 #include "../unit/virtio_rig.h"
+#include "fuzz_device.h"
 #include "host/log.h"
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
 
 static void ring_bytes(struct driver *d, struct input *in)
 {
@@ -28,24 +13,6 @@ static void ring_bytes(struct driver *d, struct input *in)
 
     for (unsigned n = take(in, 1) % 16; n; n--, at += 2)
         put16(d, at, (u16)take(in, 2));
-}
-
-static void damaged_state(struct driver *d, struct input *in)
-{
-    struct device *dev = virtio_device(&d->toy->v);
-    size_t len = state_size(dev->state);
-    u8 *bytes = malloc(len);
-
-    dev->ops->stop(dev);
-    state_save(dev->state, dev, bytes);
-    for (unsigned changes = take(in, 1) % 8; changes; changes--)
-        bytes[(take(in, 1) & 1 ? len - 2100 : 0) + take(in, 2) % 2100 % len] = take(in, 1);
-    device_lock(dev);
-    state_load(dev->state, dev, bytes, len, &d->rig->err);
-    device_unlock(dev);
-    pci_host_loaded(d->host);
-    dev->ops->start(dev);
-    free(bytes);
 }
 
 static void add_chain(struct driver *d, struct input *in)
@@ -93,7 +60,8 @@ static void step(struct driver *d, struct input *in)
         config_write(d->rig, TOY_DEVFN, take(in, 1), take(in, size), MIN(size, 4));
         break;
     case 9:
-        damaged_state(d, in);
+        load_damaged_state(virtio_device(&d->toy->v), in);
+        pci_host_loaded(d->host);
         break;
     }
     notify(d);

@@ -4,6 +4,7 @@
  * and the rig's slots are the judges.
  */
 #include "../unit/net_rig.h"
+#include "fuzz_device.h"
 #include "host/log.h"
 #include "net/merge.h"
 #include "net/offload.h"
@@ -13,33 +14,6 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
-
-static size_t take_bytes(struct input *in, u8 *buf, size_t n)
-{
-    size_t here = MIN(n, in->left);
-
-    memset(buf, 0, n);
-    memcpy(buf, in->data, here);
-    in->data += here;
-    in->left -= here;
-    return here;
-}
 
 static struct net_offload take_offload(struct input *in)
 {
@@ -145,25 +119,6 @@ static void deliver(struct net_rig *n, struct input *in)
     net_deliver(&n->player->b, take(in, 1) % NET_PAIRS, &o, packet, len);
 }
 
-static void damaged_state(struct net_rig *n, struct input *in)
-{
-    struct device *dev = virtio_device(n->card);
-    size_t len = state_size(dev->state);
-    u8 *bytes = malloc(len);
-
-    dev->ops->stop(dev);
-    state_save(dev->state, dev, bytes);
-    /* The card's own part is at the end. */
-    for (unsigned changes = take(in, 1) % 8; changes; changes--)
-        bytes[len - 1 - take(in, 2) % MIN(len, 2500)] = (u8)take(in, 1);
-    device_lock(dev);
-    state_load(dev->state, dev, bytes, len, &n->d.rig->err);
-    device_unlock(dev);
-    pci_host_loaded(n->d.host);
-    dev->ops->start(dev);
-    free(bytes);
-}
-
 static void step(struct net_rig *n, struct input *in)
 {
     unsigned size = 1U << take(in, 1) % 4;
@@ -190,7 +145,8 @@ static void step(struct net_rig *n, struct input *in)
         net_link_changed(&n->player->b, take(in, 1) & 1);
         break;
     case 6:
-        damaged_state(n, in);
+        load_damaged_state(virtio_device(n->card), in);
+        pci_host_loaded(n->d.host);
         break;
     case 7:
     case 8:
