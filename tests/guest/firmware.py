@@ -1,6 +1,7 @@
 #!/usr/bin/python3
-"""Firmware and the old PC: SeaBIOS boots a sector of our own from virtio and IDE disks, GRUB's rescue ISO from a
-CD-ROM drive, and memtest86+ through GRUB; what they show is read from the screen."""
+"""Firmware and the old PC: SeaBIOS boots a sector of our own from virtio, IDE and NVMe disks, GRUB's rescue ISO from
+a CD-ROM drive, and memtest86+ through GRUB; what they show is read from the screen. OVMF boots GRUB from a CD-ROM and
+from a disk of each kind."""
 
 import itertools
 import os
@@ -140,7 +141,7 @@ def boots_to(directory, pattern, *options, patience=guest.PATIENCE):
 def sector_cases(cases, directory):
     """The boot sector, from each kind of disk, with each software engine."""
     image = boot_disk(directory)
-    for bus, engine in itertools.product(("virtio", "ide"), ("interp", "bt")):
+    for bus, engine in itertools.product(("virtio", "ide", "nvme"), ("interp", "bt")):
         name = f"{bus}, {engine}"
         text, picture = (os.path.join(directory, "screen" + end) for end in (".txt", ".png"))
         run = guest.Guest("--firmware", "bios", "--engine", engine, "--disk",
@@ -172,16 +173,24 @@ def iso_cases(cases, directory):
     cases.check("memtest86+ tests", reached, screen)
 
 
-def uefi_cases(cases, directory):
-    """GRUB from the same CD-ROM by OVMF, whose variables end up in their file."""
-    variables = os.path.join(directory, "vars.fd")
-    run = guest.Guest("--firmware", "uefi,vars=" + variables, "--engine", "bt", "--memory", "256M",
-                      "--cdrom", os.path.join(directory, "memtest.iso"))
+def uefi_boots(cases, name, *options):
+    """GRUB comes up by OVMF."""
+    run = guest.Guest("--engine", "bt", "--memory", "256M", *options)
     reached = run.read_until("booted by efi")
     run.process.terminate()
-    if not cases.check("OVMF boots GRUB", reached is not None, run.stderr()):
+    if not cases.check(name, reached is not None, run.stderr()):
         run.show()
     run.finish(30)
+
+
+def uefi_cases(cases, directory):
+    """GRUB from the same image by OVMF, as a CD-ROM and as a disk; variables end up in their file."""
+    variables = os.path.join(directory, "vars.fd")
+    image = os.path.join(directory, "memtest.iso")
+    uefi_boots(cases, "OVMF boots GRUB", "--firmware", "uefi,vars=" + variables, "--cdrom", image)
+    for bus in ("virtio", "nvme"):
+        uefi_boots(cases, f"OVMF boots GRUB ({bus})", "--firmware", "uefi", "--disk",
+                   f"{image},format=raw,readonly=on,bus={bus}")
     with open(variables, "rb") as file, open("/usr/share/OVMF/OVMF_VARS_4M.fd", "rb") as template:
         cases.check("UEFI's variables are kept", file.read() != template.read(), "nothing was written")
 

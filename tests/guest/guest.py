@@ -77,11 +77,14 @@ def temporary():
 
 
 class Guest:
-    """A running doppel, its console read line by line with the time at which each arrived."""
+    """A running doppel, its console read line by line with the time at which each arrived.
 
-    def __init__(self, *options, stdin=subprocess.DEVNULL):
+    `wrap` is a command that becomes doppel (by exec), or nothing.
+    """
+
+    def __init__(self, *options, stdin=subprocess.DEVNULL, wrap=()):
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([DOPPEL, "run", *options], stdin=stdin,
+        self.process = subprocess.Popen([*wrap, DOPPEL, "run", *options], stdin=stdin,
                                         stdout=subprocess.PIPE, stderr=self.errors)
         self.pending = b""
         self.lines = []  # (seconds, text)
@@ -118,6 +121,15 @@ class Guest:
         """What it said on stderr."""
         self.errors.seek(0)
         return self.errors.read().decode(errors="replace")
+
+    def read_errors_until(self, text, patience=PATIENCE):
+        """Waits until it has said `text` on stderr; whether it has."""
+        deadline = time.monotonic() + patience
+        while text not in self.stderr():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return text in self.stderr()
+            time.sleep(0.05)
+        return True
 
     def show(self):
         """Prints the console, for whoever reads about a failure."""

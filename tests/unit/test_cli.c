@@ -149,12 +149,34 @@ static void test_errors_name_the_option(void **state)
     assert_non_null(strstr(err.text, "--kernel"));
 }
 
+static void test_disks(void **state)
+{
+    struct vm_config c;
+    struct error err;
+
+    assert_int_equal(PARSE(&c, &err, "--kernel", "k", "--disk", "a", "--disk",
+                           "b,bus=nvme,serial=s", "--disk", "c,bus=ide,werror=stop", "--cdrom",
+                           "d"),
+                     0);
+    assert_int_equal(c.ndisks, 4);
+    assert_int_equal(c.disks[0].bus, MACHINE_DISK_VIRTIO);
+    assert_int_equal(c.disks[1].bus, MACHINE_DISK_NVME);
+    assert_string_equal(c.disks[1].serial, "s");
+    assert_int_equal(c.disks[2].bus, MACHINE_DISK_IDE);
+    assert_true(c.disks[2].stop_on_error);
+    assert_int_equal(c.disks[3].bus, MACHINE_DISK_IDE);
+    assert_true(c.disks[3].cdrom);
+    assert_int_not_equal(PARSE(&c, &err, "--kernel", "k", "--disk", "a,bus=scsi"), 0);
+    assert_non_null(strstr(err.text, "virtio, nvme or ide"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sizes),          cmocka_unit_test(test_numbers),
         cmocka_unit_test(test_defaults),       cmocka_unit_test(test_both_forms_of_an_option),
         cmocka_unit_test(test_memory_options), cmocka_unit_test(test_errors_name_the_option),
+        cmocka_unit_test(test_disks),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -305,9 +305,10 @@ static void close_notifiers(struct virtio *v, unsigned count)
 static int open_notifier(struct virtio *v, unsigned q, struct error *err)
 {
     struct virtio_notifier *n = &v->notifiers[q];
-    int ret = loop_kick_open(&n->kick, v->env.loop, notified, n, v->config.name, err);
+    int ret;
 
     n->v = v;
+    ret = loop_kick_open(&n->kick, v->env.loop, notified, n, v->config.name, err);
     if (!ret)
         v->doorbells[q] =
             (struct pci_doorbell){virtio_pci_notify_offset(q), loop_kick_fd(&n->kick)};
