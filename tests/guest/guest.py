@@ -4,6 +4,7 @@ A case prints one line for tests/run, "ok NAME" or "not ok NAME: why".
 """
 
 import os
+import re
 import select
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def modules(names, flavour="cloud-amd64"):
     return [os.path.join(folder, name + ".ko") for name in names]
 
 
+def debian_image():
+    """The path of a disk image of Debian 12, built when it is not there: not to be written to."""
+    return subprocess.run([os.path.join(ROOT, "scripts", "debian-image")], check=True,
+                          stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def initramfs(directory, script=None, *files):
     """Builds an initramfs in `directory` and returns its path.
 
@@ -99,13 +106,29 @@ class Guest:
                 self.lines.append((time.monotonic(), line))
                 if text is not None and line.startswith(text):
                     return line
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+            if not self._read(deadline):
                 return None
-            data = os.read(self.process.stdout.fileno(), 65536)
-            if not data:
+
+    def expect(self, pattern, patience=PATIENCE):
+        """Reads until the output matches `pattern` (a regular expression of bytes), whether or not its line has
+        ended; what comes next is read after the match. Returns the match, or None at the end or in vain."""
+        deadline = time.monotonic() + patience
+        while not (match := re.search(pattern, self.pending)):
+            if not self._read(deadline):
                 return None
-            self.pending += data
+        seen, self.pending = self.pending[:match.end()], self.pending[match.end():]
+        self.lines += [(time.monotonic(), line.strip("\r"))
+                       for line in seen.decode(errors="replace").split("\n")]
+        return match
+
+    def _read(self, deadline):
+        """Reads what there is, or waits for it; returns whether something came."""
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+            return False
+        data = os.read(self.process.stdout.fileno(), 65536)
+        self.pending += data
+        return bool(data)
 
     def finish(self, patience=PATIENCE):
         """Reads to the end; returns the exit status, or None when it had to be killed."""

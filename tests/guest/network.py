@@ -11,7 +11,6 @@ All traffic stays on this host's loopback interface.
 """
 
 import hashlib
-import http.server
 import os
 import socket
 import struct
@@ -21,6 +20,7 @@ import threading
 import urllib.request
 
 import guest
+import web
 
 MODULES = ["virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
            "failover", "net_failover", "virtio_net", "vsock", "vmw_vsock_virtio_transport_common",
@@ -90,44 +90,6 @@ dd if=/dev/urandom bs=64k count=64 2>/dev/null | base64 >/tmp/mine
 echo "net: up $(md5sum </tmp/mine | cut -c1-32)"
 wget -q -O /dev/null --post-file /tmp/mine http://192.168.9.1:PORT/upload
 """
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Gives the guest a blob, takes one, and lets it wait until the host has done its part."""
-
-    def __init__(self, address):
-        self.blob = os.urandom(8 << 20)
-        self.uploaded = None
-        self.waiting = threading.Event()
-        self.release = threading.Event()
-        super().__init__((address, 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One request of a guest's."""
-
-    def answer(self, body):
-        """Sends a body."""
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):  # pylint: disable=invalid-name
-        """/blob, or /wait."""
-        if self.path == "/wait":
-            self.server.waiting.set()
-            self.server.release.wait(guest.PATIENCE)
-        self.answer(self.server.blob if self.path == "/blob" else b"")
-
-    def do_POST(self):  # pylint: disable=invalid-name
-        """An upload."""
-        self.server.uploaded = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(b"")
-
-    def log_message(self, format, *args):  # pylint: disable=redefined-builtin
-        """Keeps quiet."""
 
 
 def md5(data):
@@ -228,7 +190,7 @@ def vsock_refused(path):
 
 def user(cases, directory, tool):
     """One guest with user networking and vsock."""
-    server = Server("127.0.0.1")
+    server = web.Server("127.0.0.1")
     forwarded, vsock, pcap = free_port(), os.path.join(directory, "v"), os.path.join(directory, "p")
     listener = answer_once(vsock + "_7000")
     vm = boot(os.path.join(directory, "user"), USER.replace("PORT", str(server.server_port)),
@@ -249,7 +211,7 @@ def user(cases, directory, tool):
     cases.equal("user-mac", said.get("mac"), "52:54:00:01:02:03")
     cases.check("user-ping", "ping" in said, "no answer")
     cases.equal("user-download", said.get("down"), md5(server.blob))
-    cases.equal("user-upload", md5(server.uploaded or b""), said.get("up"))
+    cases.equal("user-upload", md5(server.uploads.get("/upload", b"")), said.get("up"))
     cases.check("user-forward", ready and md5(mine) == said.get("up"), "it isn't the guest's file")
     cases.equal("vsock-from-guest", said.get("heard"), "HELLO FROM THE GUEST")
     cases.check("vsock-from-guest-refused", "nobody" in said, "the guest was connected")
@@ -284,7 +246,7 @@ def tap(cases, directory):
     for command in ("ip tuntap add dev tap0 mode tap multi_queue",
                     "ip addr add 192.168.9.1/24 dev tap0", "ip link set tap0 mtu 1400 up"):
         subprocess.run(command.split(), check=True)
-    server = Server("192.168.9.1")
+    server = web.Server("192.168.9.1")
     pcap = os.path.join(directory, "pcap")
     vm = boot(directory, TAP.replace("PORT", str(server.server_port)), "--net",
               f"tap=tap0,queues=2,pcap={pcap}")
@@ -293,7 +255,7 @@ def tap(cases, directory):
     cases.equal("tap-power-off", status, 0)
     cases.equal("tap-mtu", said.get("mtu"), "1400")
     cases.equal("tap-download", said.get("down"), md5(server.blob))
-    cases.equal("tap-upload", md5(server.uploaded or b""), said.get("up"))
+    cases.equal("tap-upload", md5(server.uploads.get("/upload", b"")), said.get("up"))
     # By IP's source: large packets both ways.
     large = {packet[26:30] for packet in captured(pcap) or [] if len(packet) > 4000}
     cases.equal("tap-offloads", sorted(large), [bytes([192, 168, 9, 1]), bytes([192, 168, 9, 2])])
