@@ -18,7 +18,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-enum { QUEUE_SIZE = 32, RAM_SIZE = 32, KEYBOARD_BUFFER = 16 };
+enum { QUEUE_SIZE = 32, RAM_SIZE = 32, KEYBOARD_BUFFER = 16, KEY_SEQUENCE_MAX = 8 };
 
 enum {
     STATUS_OBF = 0x01,
@@ -132,6 +132,7 @@ struct i8042 {
     bool mouse_enabled, mouse_remote, mouse_wrap, mouse_scale_2;
     s16 dx, dy, dz;
 
+    bool stopped; /* with the machine, whose state stands still then */
     struct device_env env;
     struct irq_line keyboard_irq, mouse_irq;
     struct a20_gate *a20;
@@ -643,7 +644,7 @@ static void command_write(void *opaque, u64 offset, u64 value, unsigned size)
 }
 
 /* The bytes that the keyboard sends for a key in its scan set; returns how many. */
-static unsigned key_sequence(const struct i8042 *k, u16 key, bool down, u8 out[8])
+static unsigned key_sequence(const struct i8042 *k, u16 key, bool down, u8 out[KEY_SEQUENCE_MAX])
 {
     static const u8 pause1[] = {0xe1, 0x1d, 0x45, 0xe1, 0x9d, 0xc5};
     static const u8 pause2[] = {0xe1, 0x14, 0x77, 0xe1, 0xf0, 0x14, 0xf0, 0x77};
@@ -671,11 +672,11 @@ static unsigned key_sequence(const struct i8042 *k, u16 key, bool down, u8 out[8
 
 void i8042_key(struct i8042 *k, u16 key, bool down)
 {
-    u8 bytes[8];
+    u8 bytes[KEY_SEQUENCE_MAX];
 
     device_lock(&k->dev);
     unsigned n = key_sequence(k, key, down, bytes);
-    if (!k->scanning) {
+    if (!k->scanning || k->stopped) {
         n = 0;
     } else if (n && k->keyboard.count + n > KEYBOARD_BUFFER) {
         /* There is one more place, for the overrun code. */
@@ -684,18 +685,31 @@ void i8042_key(struct i8042 *k, u16 key, bool down)
     }
     for (unsigned i = 0; i < n; i++)
         queue_push(&k->keyboard, bytes[i]);
-    advance(k);
+    if (n)
+        advance(k);
     device_unlock(&k->dev);
+}
+
+bool i8042_has_room(struct i8042 *k)
+{
+    bool room;
+
+    device_lock(&k->dev);
+    room = k->keyboard.count + KEY_SEQUENCE_MAX <= KEYBOARD_BUFFER;
+    device_unlock(&k->dev);
+    return room;
 }
 
 void i8042_mouse(struct i8042 *k, int dx, int dy, int dz, u8 buttons)
 {
     device_lock(&k->dev);
-    k->dx = add_motion(k->dx, dx);
-    k->dy = add_motion(k->dy, dy);
-    k->dz = add_motion(k->dz, dz);
-    k->buttons = buttons & 7;
-    advance(k);
+    if (!k->stopped) {
+        k->dx = add_motion(k->dx, dx);
+        k->dy = add_motion(k->dy, dy);
+        k->dz = add_motion(k->dz, dz);
+        k->buttons = buttons & 7;
+        advance(k);
+    }
     device_unlock(&k->dev);
 }
 
@@ -762,6 +776,7 @@ static const struct state_field i8042_fields[] = {
     STATE_FIELD(struct i8042, dx),
     STATE_FIELD(struct i8042, dy),
     STATE_FIELD(struct i8042, dz),
+    STATE_HOST(struct i8042, stopped),
     STATE_HOST(struct i8042, env),
     STATE_HOST(struct i8042, keyboard_irq),
     STATE_HOST(struct i8042, mouse_irq),
@@ -809,6 +824,25 @@ static void i8042_reset(struct device *dev)
     device_unlock(dev);
 }
 
+static void set_stopped(struct device *dev, bool stopped)
+{
+    struct i8042 *k = container_of(dev, struct i8042, dev);
+
+    device_lock(dev);
+    k->stopped = stopped;
+    device_unlock(dev);
+}
+
+static void i8042_start(struct device *dev)
+{
+    set_stopped(dev, false);
+}
+
+static void i8042_stop(struct device *dev)
+{
+    set_stopped(dev, true);
+}
+
 static void i8042_destroy(struct device *dev)
 {
     struct i8042 *k = container_of(dev, struct i8042, dev);
@@ -822,6 +856,8 @@ static void i8042_destroy(struct device *dev)
 static const struct device_ops i8042_ops = {
     .reset = i8042_reset,
     .destroy = i8042_destroy,
+    .start = i8042_start,
+    .stop = i8042_stop,
 };
 
 static const struct io_ops data_ops = {

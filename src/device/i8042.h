@@ -28,14 +28,16 @@ struct i8042 *i8042_create(const struct device_env *env, const struct i8042_conf
 struct device *i8042_device(struct i8042 *k);
 
 /*
- * A key goes down or up: `key` is its scan set 2 code. Dropped while the guest has scanning off; when the
- * keyboard's buffer is full the guest gets its overrun code. Any thread.
+ * A key goes down or up: `key` is its scan set 2 code. Dropped while the guest has scanning off, and while the machine is
+ * stopped; when the keyboard's buffer is full the guest gets its overrun code. Any thread.
  */
 void i8042_key(struct i8042 *k, u16 key, bool down);
+/* Whether the buffer has room for any key: who types faster than the guest reads waits for it. Any thread. */
+bool i8042_has_room(struct i8042 *k);
 
 /*
  * The mouse moved (dx to the right, dy upward, dz the wheel toward the user) and its buttons are as told.
- * Movement that the guest doesn't fetch adds up, within bounds. Any thread.
+ * Movement that the guest doesn't fetch adds up, within bounds. Dropped while the machine is stopped. Any thread.
  */
 void i8042_mouse(struct i8042 *k, int dx, int dy, int dz, u8 buttons);
 

@@ -256,6 +256,7 @@ static void ports_write(void *opaque, u64 offset, u64 value, unsigned size)
 
     device_lock(&vga->pci.dev);
     write_port(vga, PORT_VGA + offset, (u8)value);
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -276,6 +277,7 @@ static void mono_write(void *opaque, u64 offset, u64 value, unsigned size)
 
     device_lock(&vga->pci.dev);
     write_crtc_port(vga, PORT_VGA_MONO + offset, (u8)value);
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -296,11 +298,6 @@ static u16 vbe_read(const struct vga *vga, unsigned index)
     return vga->vbe[index];
 }
 
-static u64 vbe_bytes_per_line(u64 width, u16 bpp)
-{
-    return bpp == 15 ? width * 2 : width * bpp / 8;
-}
-
 /* What was asked for becomes what fits the memory: virtual size and offsets last. */
 static void vbe_fix(struct vga *vga)
 {
@@ -313,10 +310,10 @@ static void vbe_fix(struct vga *vga)
     vbe[VBE_XRES] = MAX(8, MIN(vbe[VBE_XRES] & ~7U, VBE_MAX_XRES));
     vbe[VBE_YRES] = MAX(1, MIN(vbe[VBE_YRES], VBE_MAX_YRES));
     vbe[VBE_VIRT_WIDTH] = MAX(vbe[VBE_XRES], MIN(vbe[VBE_VIRT_WIDTH] & ~7U, 8192U));
-    line = vbe_bytes_per_line(vbe[VBE_VIRT_WIDTH], vbe[VBE_BPP]);
+    line = vga_vbe_bytes_per_line(vbe[VBE_VIRT_WIDTH], vbe[VBE_BPP]);
     if (line * vbe[VBE_YRES] > VGA_MEMORY) {
         vbe[VBE_VIRT_WIDTH] = vbe[VBE_XRES];
-        line = vbe_bytes_per_line(vbe[VBE_VIRT_WIDTH], vbe[VBE_BPP]);
+        line = vga_vbe_bytes_per_line(vbe[VBE_VIRT_WIDTH], vbe[VBE_BPP]);
         vbe[VBE_YRES] = MIN(vbe[VBE_YRES], VGA_MEMORY / line);
     }
     vbe[VBE_VIRT_HEIGHT] = MIN(VGA_MEMORY / line, 0xffffU);
@@ -343,7 +340,7 @@ static void vbe_enable(struct vga *vga, u16 value)
     vbe_fix(vga);
     if (!(value & VBE_NOCLEARMEM))
         memset(vga->memory, 0,
-               vbe_bytes_per_line(vga->vbe[VBE_VIRT_WIDTH], vga->vbe[VBE_BPP]) *
+               vga_vbe_bytes_per_line(vga->vbe[VBE_VIRT_WIDTH], vga->vbe[VBE_BPP]) *
                    vga->vbe[VBE_YRES]);
 }
 
@@ -397,6 +394,7 @@ static void vbe_ports_write(void *opaque, u64 offset, u64 value, unsigned size)
         vga->vbe_index = (u16)value;
     else if (offset == 1 && size == 2)
         vbe_write(vga, vga->vbe_index, (u16)value);
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -557,6 +555,7 @@ static void window_write(void *opaque, u64 offset, u64 value, unsigned size)
     device_lock(&vga->pci.dev);
     for (unsigned i = 0; i < size; i++)
         window_write_byte(vga, offset + i, (u8)(value >> 8 * i));
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -581,6 +580,7 @@ static void framebuffer_write(void *opaque, u64 offset, u64 value, unsigned size
 
     device_lock(&vga->pci.dev);
     memcpy(vga->memory + offset, &value, MIN(size, VGA_MEMORY - offset));
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -612,6 +612,7 @@ static void registers_write(void *opaque, u64 offset, u64 value, unsigned size)
         for (unsigned i = 0; i < size; i++)
             write_port(vga, PORT_VGA + (offset - REGISTERS_VGA) + i, (u8)(value >> 8 * i));
     }
+    vga->changes++;
     device_unlock(&vga->pci.dev);
 }
 
@@ -637,6 +638,7 @@ static void vga_reset(struct device *dev)
 
     device_lock(dev);
     power_on(vga);
+    vga->changes++;
     device_unlock(dev);
     pci_device_reset(&vga->pci);
 }
@@ -667,6 +669,7 @@ static int vga_loaded(void *obj, struct error *err)
     if (memcmp(vbe, vga->vbe, sizeof(vbe)) != 0 || vbe[VBE_BANK] >= VGA_MEMORY / KIB(64) ||
         vbe[VBE_MEMORY_64K] != VGA_MEMORY / KIB(64) || vga->dac_part > 2)
         return error_input(err, "vga: the saved registers are impossible");
+    vga->changes++;
     return 0;
 }
 
@@ -681,6 +684,7 @@ static const struct state_field vga_fields[] = {
     STATE_HOST(struct vga, window_added),
     STATE_HOST(struct vga, ports_added),
     STATE_HOST(struct vga, mono_ports_added),
+    STATE_HOST(struct vga, changes),
     STATE_FIELD(struct vga, misc),
     STATE_FIELD(struct vga, feature),
     STATE_FIELD(struct vga, sr_index),

@@ -89,7 +89,9 @@ struct vga {
     struct device_env env;
     struct io_range ports, mono_ports, vbe_ports, window;
     bool vbe_ports_added, window_added, ports_added, mono_ports_added;
+    u64 changes; /* counts what may have changed the screen */
 
+    /* From here to the end: power_on clears it, and it is what a view copies. */
     u8 misc, feature;
     u8 sr_index, gr_index, cr_index, ar_index;
     bool ar_data; /* the flip-flop: the next write to 0x3c0 is data */
@@ -102,6 +104,11 @@ struct vga {
     u16 vbe[VBE_COUNT];
     u8 memory[VGA_MEMORY]; /* plane p's byte n at 4 * n + p */
 };
+
+static inline u64 vga_vbe_bytes_per_line(u64 width, u16 bpp)
+{
+    return bpp == 15 ? width * 2 : width * bpp / 8;
+}
 
 static inline bool vga_vbe_enabled(const struct vga *vga)
 {

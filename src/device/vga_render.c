@@ -172,6 +172,17 @@ static u32 expand(u32 value, unsigned bits)
     return value << (8 - bits) | value >> (2 * bits - 8);
 }
 
+/* In 32 bits, which is what a system of today draws in. */
+static void draw_line_32(const u8 *from, u32 *to, unsigned width)
+{
+    for (unsigned x = 0; x < width; x++) {
+        u32 v;
+
+        memcpy(&v, from + 4 * (size_t)x, sizeof(v));
+        to[x] = v & 0xffffff;
+    }
+}
+
 static u32 linear_pixel(const struct vga *vga, u64 at, u16 bpp)
 {
     u32 v = 0;
@@ -199,9 +210,14 @@ static void draw_linear(const struct vga *vga, const struct vga_image *image)
         u64 line =
             (u64)(vga->vbe[VBE_Y_OFFSET] + y) * vga->vbe[VBE_VIRT_WIDTH] + vga->vbe[VBE_X_OFFSET];
 
+        u32 *out = image->pixels + (size_t)y * image->width;
+
+        if (bpp == 32) {
+            draw_line_32(vga->memory + line * bytes, out, image->width);
+            continue;
+        }
         for (unsigned x = 0; x < image->width; x++)
-            image->pixels[(size_t)y * image->width + x] =
-                linear_pixel(vga, (line + x) * bytes, bpp);
+            out[x] = linear_pixel(vga, (line + x) * bytes, bpp);
     }
 }
 
@@ -243,25 +259,98 @@ static void draw(const struct vga *vga, const struct vga_image *image)
         draw_planar(vga, image, vga->cr[CR_MAX_SCAN_LINE] & CR_MAX_SCAN_DOUBLE ? 2 : repeat);
 }
 
-int vga_render(struct vga *vga, struct vga_image *image, struct error *err)
+/* Its lock, ranges and bus aren't used: it is no device, only the registers and the memory of one. */
+struct vga_view {
+    struct vga vga;
+    bool filled;
+};
+
+struct vga_view *vga_view_create(struct error *err)
 {
-    int ret = 0;
+    struct vga_view *view =
+        calloc(1, sizeof(*view)); /* untouched pages of its 8 MiB cost nothing */
+
+    if (!view)
+        error_host(err, ENOMEM, "a picture of the screen");
+    return view;
+}
+
+void vga_view_destroy(struct vga_view *view)
+{
+    free(view);
+}
+
+/* Video memory that can be seen: planes have 64 KiB each; vbe_fix keeps linear memory within its bounds. */
+static void seen_memory(const struct vga *vga, size_t *from, size_t *len)
+{
+    size_t line = vga_vbe_bytes_per_line(vga->vbe[VBE_VIRT_WIDTH], vga->vbe[VBE_BPP]);
+
+    *from = 0;
+    *len = 4 * KIB(64);
+    if (vga_vbe_enabled(vga)) {
+        *from = line * vga->vbe[VBE_Y_OFFSET];
+        *len = line * vga->vbe[VBE_YRES];
+    }
+}
+
+bool vga_view_update(struct vga_view *view, struct vga *vga)
+{
+    const size_t registers = offsetof(struct vga, misc);
+    bool changed;
+    size_t from, len;
 
     device_lock(&vga->pci.dev);
-    get_size(vga, image);
-    image->pixels = calloc((size_t)image->width * image->height, sizeof(image->pixels[0]));
-    if (image->pixels)
-        draw(vga, image);
-    else
-        ret = error_host(err, ENOMEM, "a picture of the screen");
+    changed = !view->filled || view->vga.changes != vga->changes;
+    if (changed) {
+        memcpy((u8 *)&view->vga + registers, (u8 *)vga + registers,
+               offsetof(struct vga, memory) - registers);
+        seen_memory(vga, &from, &len);
+        memcpy(view->vga.memory + from, vga->memory + from, len);
+        view->vga.changes = vga->changes;
+        view->filled = true;
+    }
     device_unlock(&vga->pci.dev);
+    return changed;
+}
+
+int vga_view_render(const struct vga_view *view, struct vga_image *image, struct error *err)
+{
+    struct vga_image next;
+    size_t pixels;
+
+    get_size(&view->vga, &next);
+    pixels = (size_t)next.width * next.height;
+    if (image->pixels && next.width == image->width && next.height == image->height) {
+        memset(image->pixels, 0, pixels * sizeof(image->pixels[0]));
+    } else {
+        next.pixels = calloc(pixels, sizeof(next.pixels[0]));
+        vga_image_free(image);
+        if (!next.pixels)
+            return error_host(err, ENOMEM, "a picture of the screen");
+        *image = next;
+    }
+    draw(&view->vga, image);
+    return 0;
+}
+
+int vga_render(struct vga *vga, struct vga_image *image, struct error *err)
+{
+    struct vga_view *view = vga_view_create(err);
+    int ret;
+
+    *image = (struct vga_image){0};
+    if (!view)
+        return -ENOMEM;
+    vga_view_update(view, vga);
+    ret = vga_view_render(view, image, err);
+    vga_view_destroy(view);
     return ret;
 }
 
 void vga_image_free(struct vga_image *image)
 {
     free(image->pixels);
-    image->pixels = NULL;
+    *image = (struct vga_image){0};
 }
 
 /* Code page 437, which a PC's fonts have: what isn't ASCII. */

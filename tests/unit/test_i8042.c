@@ -366,6 +366,38 @@ static void a_full_keyboard_says_so_once(void **state)
     rig_destroy(r);
 }
 
+static void there_is_room_for_any_key_or_none(void **state)
+{
+    struct rig *r = rig_create();
+    struct device *dev = create(r);
+    unsigned keys = 0;
+
+    send(r, 0x60, 0x05); /* set 2 */
+    for (; i8042_has_room((struct i8042 *)dev); keys++)
+        i8042_key((struct i8042 *)dev, I8042_KEY_PAUSE, true);
+    assert_int_equal(keys, 2); /* of 8 bytes, of which the first has moved on */
+    assert_string_equal(read_all(r), "e1 14 77 e1 f0 14 f0 77 e1 14 77 e1 f0 14 f0 77");
+    assert_true(i8042_has_room((struct i8042 *)dev));
+    dev->ops->destroy(dev);
+    rig_destroy(r);
+}
+
+static void a_stopped_machine_gets_no_input(void **state)
+{
+    struct rig *r = rig_create();
+    struct device *dev = create(r);
+
+    dev->ops->stop(dev);
+    i8042_key((struct i8042 *)dev, 0x1c, true);
+    i8042_mouse((struct i8042 *)dev, 1, 1, 0, I8042_BUTTON_LEFT);
+    assert_string_equal(read_all(r), "");
+    dev->ops->start(dev);
+    i8042_key((struct i8042 *)dev, 0x1c, true);
+    assert_string_equal(read_all(r), "1e");
+    dev->ops->destroy(dev);
+    rig_destroy(r);
+}
+
 /* ---- the mouse ---- */
 
 static const char *tell_mouse(struct rig *r, u8 byte)
@@ -515,6 +547,8 @@ int main(void)
         cmocka_unit_test(resend_repeats_the_last_byte),
         cmocka_unit_test(keys_are_dropped_while_scanning_is_off),
         cmocka_unit_test(a_full_keyboard_says_so_once),
+        cmocka_unit_test(there_is_room_for_any_key_or_none),
+        cmocka_unit_test(a_stopped_machine_gets_no_input),
         cmocka_unit_test(three_rates_turn_the_wheel_on_and_then_the_buttons),
         cmocka_unit_test(stream_mode_reports_movement_and_buttons),
         cmocka_unit_test(the_wheel_is_a_fourth_byte),

@@ -236,6 +236,39 @@ static void the_rom_shows_where_it_is_put(void **state)
     assert_int_equal(peek(f, 0xe8000000, 2), 0xffff);
 }
 
+static void a_view_is_what_the_screen_was(void **state)
+{
+    struct fixture *f = *state;
+    struct vga_view *view = vga_view_create(&f->rig->err);
+    struct vga_image image = {0};
+    const u32 *pixels;
+
+    config_write(f->rig, DEVFN, PCI_BASE_ADDRESS_0, FRAMEBUFFER, 4);
+    config_write(f->rig, DEVFN, PCI_COMMAND, PCI_COMMAND_MEMORY, 2);
+    vbe(f, 1, 64);
+    vbe(f, 2, 16);
+    vbe(f, 3, 32);
+    vbe(f, 4, 0x41);
+    poke(f, FRAMEBUFFER + 4, 0xff123456, 4);
+    assert_true(vga_view_update(view, f->vga));
+    assert_false(vga_view_update(view, f->vga)); /* nothing is new */
+    poke(f, FRAMEBUFFER + 4, 0xabcdef, 4);
+    assert_int_equal(vga_view_render(view, &image, &f->rig->err), 0);
+    assert_int_equal(image.width, 64);
+    assert_int_equal(image.pixels[1], 0x123456);
+    pixels = image.pixels;
+    assert_true(vga_view_update(view, f->vga));
+    assert_int_equal(vga_view_render(view, &image, &f->rig->err), 0);
+    assert_ptr_equal(image.pixels, pixels); /* drawn in the same place */
+    assert_int_equal(image.pixels[1], 0xabcdef);
+    vbe(f, 9, 1); /* the picture begins a line further down */
+    assert_true(vga_view_update(view, f->vga));
+    assert_int_equal(vga_view_render(view, &image, &f->rig->err), 0);
+    assert_int_equal(image.pixels[1], 0);
+    vga_image_free(&image);
+    vga_view_destroy(view);
+}
+
 static void state_moves(void **state)
 {
     struct fixture *f = *state, to;
@@ -273,6 +306,7 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(vbe_modes_fit_the_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(the_rom_shows_where_it_is_put, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_view_is_what_the_screen_was, setup, teardown),
         cmocka_unit_test_setup_teardown(state_moves, setup, teardown),
     };
 
