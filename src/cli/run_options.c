@@ -107,22 +107,29 @@ static int set_append(struct vm_config *config, const char *value, struct error 
     return 0;
 }
 
-static int set_firmware(struct vm_config *config, const char *value, struct error *err)
+/* WHAT[,OPTION=FILE], of which *file is left alone when the option is. */
+static int parse_what_and_file(const char *value, char what[VM_PATH_MAX], const char *option,
+                               char text[VM_PATH_MAX], const char **file, struct error *err)
 {
-    char *vars = config->firmware_vars, key[16];
+    char key[16];
     const char *options;
-    int ret = parse_file_options(value, config->firmware_what, sizeof(config->firmware_what),
-                                 &options, err);
+    int ret = parse_file_options(value, what, VM_PATH_MAX, &options, err);
 
-    while (!ret && (ret = parse_next_option(&options, key, sizeof(key), vars,
-                                            sizeof(config->firmware_vars), err)) > 0) {
-        if (strcmp(key, "vars") || !*vars)
-            return error_input(err, "unknown option '%s': give vars=FILE", key);
-        config->firmware.vars = vars;
+    while (!ret &&
+           (ret = parse_next_option(&options, key, sizeof(key), text, VM_PATH_MAX, err)) > 0) {
+        if (strcmp(key, option) || !*text)
+            return error_input(err, "unknown option '%s': give %s=FILE", key, option);
+        *file = text;
         ret = 0;
     }
-    config->firmware.what = config->firmware_what;
     return ret;
+}
+
+static int set_firmware(struct vm_config *config, const char *value, struct error *err)
+{
+    config->firmware.what = config->firmware_what;
+    return parse_what_and_file(value, config->firmware_what, "vars", config->firmware_vars,
+                               &config->firmware.vars, err);
 }
 
 static int parse_bus(const char *value, enum machine_disk_bus *bus, struct error *err)
@@ -359,6 +366,13 @@ static int set_screenshot(struct vm_config *config, const char *value, struct er
     return screenshot_check_name(value, err);
 }
 
+static int set_vnc(struct vm_config *config, const char *value, struct error *err)
+{
+    config->vnc = config->vnc_where;
+    return parse_what_and_file(value, config->vnc_where, "password-file", config->vnc_password_file,
+                               &config->vnc_password, err);
+}
+
 /* In the order of the help. */
 static const struct option options[] = {
     {"--kernel", "FILE", "boot this Linux bzImage, PVH ELF or multiboot image", set_kernel},
@@ -388,6 +402,7 @@ static const struct option options[] = {
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
     {"--screenshot", "FILE", "at exit and on SIGUSR1, the screen as .png, or its text as .txt",
      set_screenshot},
+    {"--vnc", "WHERE[,...]", "screen, keyboard and mouse for a VNC viewer; see below", set_vnc},
     {"--stats", "FILE", "write statistics as JSON to FILE at exit", set_stats},
     {"--perf-map", "[=FILE]", "bt: write /tmp/perf-PID.map for perf; FILE is a System.map",
      set_perf_map},
@@ -473,6 +488,8 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         return error_input(err, "--kernel and --firmware: give one of them");
     if (config->nscreenshots && !config->firmware.what)
         return error_input(err, "--screenshot: a screen comes with --firmware only");
+    if (config->vnc && !config->firmware.what)
+        return error_input(err, "--vnc: a screen comes with --firmware only");
     if (!config->kernel && !config->firmware.what)
         return error_input(err, "nothing to boot: give --kernel FILE or --firmware bios");
     return 0;
@@ -523,6 +540,10 @@ void cli_run_help(FILE *out)
         "--share DIR:TAG[,readonly]: the guest mounts DIR by \"mount -t virtiofs TAG /mnt\". What "
         "it\n"
         "makes there belongs to this process's user. More than once for more of them.\n"
+        "--vnc HOST:PORT or unix:PATH[,password-file=FILE]: HOST is 127.0.0.1 unless given, and\n"
+        "another than a loopback address only with a password, the first line of FILE (8 "
+        "characters\n"
+        "at most: that is VNC's; nothing is encrypted). Keys are a US keyboard's.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"
@@ -534,6 +555,7 @@ void cli_run_help(FILE *out)
         "             --serial console.log --no-reboot --stats stats.json\n"
         "  doppel run --kernel guest.elf --serial none --debug-exit 0xf4\n"
         "  doppel run --firmware bios --disk debian.qcow2 --screenshot screen.png\n"
+        "  doppel run --firmware bios --cdrom installer.iso --disk disk.qcow2 --vnc :5900\n"
         "  doppel run --firmware uefi,vars=vars.fd --cdrom installer.iso --disk disk.qcow2\n",
         out);
 }

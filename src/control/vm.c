@@ -4,6 +4,7 @@
 #include "chardev/chardev.h"
 #include "control/screenshot.h"
 #include "control/stats.h"
+#include "control/vnc.h"
 #include "engine/engine.h"
 #include "engine/perf_map.h"
 #include "host/event_loop.h"
@@ -36,6 +37,7 @@ struct vm {
     int signal_fd;
     struct fd_watch signal_watch;
     struct machine *machine; /* NULL until it is created */
+    struct vnc *vnc;
 };
 
 /* On the loop's thread, so there is a machine: the loop runs within machine_run only. */
@@ -294,6 +296,21 @@ static int create_machine(struct vm *vm, struct error *err)
     return vm->machine ? 0 : -EIO;
 }
 
+static int open_vnc(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+
+    if (!c->vnc)
+        return 0;
+    vm->vnc = vnc_open(c->vnc, c->vnc_password, machine_vga(vm->machine),
+                       machine_keyboard(vm->machine), err);
+    if (vm->vnc)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--vnc");
+    return -EIO;
+}
+
 static int status_of(const struct machine_end *end)
 {
     switch (end->reason) {
@@ -330,6 +347,7 @@ static int write_stats(struct vm *vm, int status, struct error *err)
 
 static void close_all(struct vm *vm)
 {
+    vnc_close(vm->vnc);
     if (vm->machine)
         machine_destroy(vm->machine);
     perf_map_destroy(vm->perf_map);
@@ -356,8 +374,9 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,  open_signals, open_stats,  open_perf_map, open_disks,
-        open_nets,     open_vsock, open_shares,  open_serial, open_consoles, create_machine,
+        choose_engine, open_loop,      open_signals, open_stats,  open_perf_map,
+        open_disks,    open_nets,      open_vsock,   open_shares, open_serial,
+        open_consoles, create_machine, open_vnc,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

@@ -17,12 +17,13 @@ enum vm_status {
     VM_STATUS_GUEST_RESET = 3,
 };
 
+#define VM_PATH_MAX 1024
 #define VM_SCREENSHOTS_MAX 2
 #define VM_DISKS_MAX 16
 #define VM_NETS_MAX 8
 
 struct vm_disk {
-    char path[1024];
+    char path[VM_PATH_MAX];
     char format[8];  /* empty: as the file looks */
     char serial[21]; /* empty: none */
     bool read_only;
@@ -43,8 +44,8 @@ struct vm_share {
 #define VM_CONSOLES_MAX 16
 
 struct vm_console {
-    char where[1024]; /* as chardev_open takes it */
-    char name[64];    /* empty: a console, not a named port */
+    char where[VM_PATH_MAX]; /* as chardev_open takes it */
+    char name[64];           /* empty: a console, not a named port */
 };
 
 /* What the user asked for. Strings are borrowed. */
@@ -59,8 +60,8 @@ struct vm_config {
     const char *initrd; /* path, or NULL */
     const char *append;
     struct firmware_config firmware;
-    char firmware_what[1024], firmware_vars[1024]; /* what its strings may point to */
-    const char *serial;                            /* as chardev_open takes it */
+    char firmware_what[VM_PATH_MAX], firmware_vars[VM_PATH_MAX]; /* what its strings may point to */
+    const char *serial;                                          /* as chardev_open takes it */
     struct vm_disk disks[VM_DISKS_MAX];
     unsigned ndisks;
     const char *nets[VM_NETS_MAX]; /* as net_open takes them */
@@ -74,7 +75,10 @@ struct vm_config {
     bool no_reboot;
     const char *stats;    /* path, or NULL */
     const char *perf_map; /* path of a System.map, "" for none; NULL: no map is written */
-    const char *screenshots[VM_SCREENSHOTS_MAX]; /* paths, for screenshot_write */
+    const char *vnc;      /* as vnc_open takes them, or NULL */
+    const char *vnc_password;
+    char vnc_where[VM_PATH_MAX], vnc_password_file[VM_PATH_MAX]; /* what these may point to */
+    const char *screenshots[VM_SCREENSHOTS_MAX];                 /* paths, for screenshot_write */
     unsigned nscreenshots;
 };
 

@@ -91,6 +91,7 @@ struct board {
     struct ioapic *ioapic;
     struct serial *com1;
     struct rtc *rtc;
+    struct i8042 *keyboard;
     struct pci_host *pci;
     struct lpc *lpc; /* with firmware */
     struct acpi_pm *pm;
@@ -405,9 +406,14 @@ static int create_i8042(struct board *b, struct error *err)
         .a20 = &b->a20,
         .power = b->config.power,
     };
-    struct i8042 *kbd = i8042_create(&b->config.env, &config, err);
 
-    return kbd ? add(b, i8042_device(kbd)) : -EIO;
+    b->keyboard = i8042_create(&b->config.env, &config, err);
+    return b->keyboard ? add(b, i8042_device(b->keyboard)) : -EIO;
+}
+
+struct i8042 *board_keyboard(struct board *b)
+{
+    return b->keyboard;
 }
 
 /* Port 0xCF9, which lies within the host bridge's. No guest runs before there is a sysport. */

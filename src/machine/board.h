@@ -15,6 +15,7 @@ struct machine_nets;
 struct machine_shares;
 struct e820_map;
 struct firmware;
+struct i8042;
 struct vga;
 struct state_reader;
 struct state_writer;
@@ -43,8 +44,9 @@ struct board_config {
 struct board *board_create(const struct board_config *config, struct error *err);
 void board_destroy(struct board *board);
 
-/* The screen; NULL: there is none. */
+/* The screen; NULL: there is none. The keyboard, with its mouse. */
 struct vga *board_vga(struct board *board);
+struct i8042 *board_keyboard(struct board *board);
 
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);

@@ -511,6 +511,11 @@ struct vga *machine_vga(struct machine *m)
     return board_vga(m->board);
 }
 
+struct i8042 *machine_keyboard(struct machine *m)
+{
+    return board_keyboard(m->board);
+}
+
 void machine_quit(struct machine *m)
 {
     request_end(m, &(struct machine_end){.reason = MACHINE_END_QUIT});

@@ -16,6 +16,7 @@
 
 struct chardev;
 struct machine;
+struct i8042;
 struct vga;
 struct state_reader;
 struct state_writer;
@@ -96,10 +97,11 @@ int machine_load(struct machine *m, struct state_reader *r, struct error *err);
 /* The name of the first thing in which the states of two paused machines differ, in buf, or NULL. */
 const char *machine_compare(struct machine *a, struct machine *b, char *buf, size_t buflen);
 
-/* Ends machine_run with MACHINE_END_QUIT. Any thread. */
-/* The screen, or NULL. Its functions may be called at any time until machine_destroy. */
+/* The screen (NULL: there is none), and the keyboard with its mouse. May be used at any time until machine_destroy. */
 struct vga *machine_vga(struct machine *m);
+struct i8042 *machine_keyboard(struct machine *m);
 
+/* Ends machine_run with MACHINE_END_QUIT. Any thread. */
 void machine_quit(struct machine *m);
 
 void machine_stats(struct machine *m, struct machine_stats *out);
