@@ -23,12 +23,16 @@
 
 #define FUNCTIONS 256
 #define SLOTS 32
+#define PINS 4
+#define SLOT_FUNCTIONS 8
 #define FIRST_CHIPSET_SLOT 25
 
 /* PCIEXBAR (5.1.16): bits 2:1 choose how many buses ECAM has. */
 #define PCIEXBAR_LENGTH_SHIFT 1
 #define PCIEXBAR_WRITABLE_LO 0xfc000007U
 #define PCIEXBAR_WRITABLE_HI 0xfU
+
+#define BRIDGE_WINDOW MIB(2) /* of memory behind each, in a direct boot */
 
 #define PAM0 0x90 /* to PAM6 (5.1.18 to 5.1.24): who answers in [0xc0000, 0x100000) */
 #define PAM_COUNT 7
@@ -61,9 +65,14 @@ unsigned pci_host_pirq(unsigned slot, unsigned pin)
     return slot < FIRST_CHIPSET_SLOT ? 4 + (slot + pin) % 4 : pin % 4;
 }
 
+/* A bridge hands INTx p of its device d on as its own (d + p) % 4 (PCI-to-PCI bridges 1.2, table 9-1). */
 static unsigned pirq_of(const struct pci_device *pci)
 {
-    return pci_host_pirq(PCI_SLOT(pci->devfn), pci->pin);
+    unsigned bridge = pci->place >> 8, slot = PCI_SLOT(pci->place & 0xff);
+
+    if (!bridge)
+        return pci_host_pirq(slot, pci->pin);
+    return pci_host_pirq(PCI_SLOT(bridge), (slot + pci->pin) % PINS);
 }
 
 void pci_host_intx(struct pci_host *host, struct pci_device *pci, bool level)
@@ -83,6 +92,42 @@ void pci_host_send(struct pci_host *host, u64 address, u32 data)
 {
     if (host->config.msi.deliver)
         msi_deliver(&host->config.msi, address, data);
+}
+
+/* ---- who is where; the bus's lock is held ---- */
+
+/* NULL when the function isn't one. */
+static struct pci_bridge *bridge_of(struct pci_device *pci)
+{
+    return pci && pci_is_bridge(pci) ? container_of(pci, struct pci_bridge, pci) : NULL;
+}
+
+/* Where it is noted who is at a place; NULL: there can be nobody. */
+static struct pci_device **function_entry(struct pci_host *host, unsigned place)
+{
+    struct pci_bridge *bridge;
+
+    if (place < FUNCTIONS)
+        return &host->functions[place];
+    bridge = bridge_of(host->functions[place >> 8 & 0xff]);
+    return bridge && (place & 0xff) < PCI_LINK_FUNCTIONS ? &bridge->functions[place & 0xff] : NULL;
+}
+
+/* Calls fn for each function, with the bridge that it is behind, or NULL. */
+static void for_each_function(struct pci_host *host,
+                              void (*fn)(struct pci_host *host, struct pci_device *pci,
+                                         struct pci_bridge *above))
+{
+    for (unsigned i = 0; i < FUNCTIONS; i++) {
+        struct pci_bridge *bridge = bridge_of(host->functions[i]);
+
+        if (host->functions[i])
+            fn(host, host->functions[i], NULL);
+        for (unsigned j = 0; bridge && j < PCI_LINK_FUNCTIONS; j++) {
+            if (bridge->functions[j])
+                fn(host, bridge->functions[j], bridge);
+        }
+    }
 }
 
 /* ---- ranges ---- */
@@ -121,30 +166,55 @@ static void map_bar(struct pci_host *host, struct pci_bar *bar, u64 address)
         log_once(LOG_DEBUG, "pci: %s", err.text);
 }
 
-static u64 wanted_address(struct pci_device *pci, unsigned n)
+static u64 wanted_address(struct pci_device *pci, struct pci_bridge *above, unsigned n)
 {
     u64 address;
 
     device_lock(&pci->dev);
     address = pci_bar_address(pci, n);
     device_unlock(&pci->dev);
+    if (above && !(address && pci_bridge_forwards(above, address, pci->bars[n].size)))
+        return 0;
     return address;
 }
 
-static void update_function(struct pci_host *host, struct pci_device *pci, bool add)
+static void unmap_moved(struct pci_host *host, struct pci_device *pci, struct pci_bridge *above)
+{
+    for (unsigned n = 0; n < PCI_BARS; n++) {
+        struct pci_bar *bar = &pci->bars[n];
+
+        if (bar->mapped && wanted_address(pci, above, n) != bar->range.base)
+            unmap_bar(host, bar);
+    }
+}
+
+static void map_wanted(struct pci_host *host, struct pci_device *pci, struct pci_bridge *above)
 {
     for (unsigned n = 0; n < PCI_BARS; n++) {
         struct pci_bar *bar = &pci->bars[n];
         u64 address;
 
-        if (bar->kind == PCI_BAR_NONE)
+        if (bar->kind == PCI_BAR_NONE || bar->mapped)
             continue;
-        address = wanted_address(pci, n);
-        if (!add && bar->mapped && address != bar->range.base)
-            unmap_bar(host, bar);
-        else if (add && !bar->mapped && address)
+        address = wanted_address(pci, above, n);
+        if (address)
             map_bar(host, bar, address);
     }
+}
+
+/* What a bridge that became a bus master held back goes on its way. */
+static void update_upstream(struct pci_host *host, struct pci_device *pci, struct pci_bridge *above)
+{
+    bool cut_off;
+
+    if (!above)
+        return;
+    cut_off = !pci_bridge_is_bus_master(above);
+    device_lock(&pci->dev);
+    pci->cut_off = cut_off;
+    pci_msi_update(pci);
+    pci_msix_update(pci);
+    device_unlock(&pci->dev);
 }
 
 static void update_ecam(struct pci_host *host, bool add)
@@ -170,31 +240,46 @@ static void update_ecam(struct pci_host *host, bool add)
     }
 }
 
-/* The bus's lock is held. */
 static void update_ranges(struct pci_host *host)
 {
-    for (unsigned add = 0; add <= 1; add++) {
-        update_ecam(host, add);
-        for (unsigned i = 0; i < FUNCTIONS; i++) {
-            if (host->functions[i])
-                update_function(host, host->functions[i], add);
-        }
-    }
+    update_ecam(host, false);
+    for_each_function(host, unmap_moved);
+    update_ecam(host, true);
+    for_each_function(host, map_wanted);
+    for_each_function(host, update_upstream);
 }
 
-void pci_host_update_ranges(struct pci_host *host)
+void pci_host_lock(struct pci_host *host)
 {
     pthread_mutex_lock(&host->lock);
+}
+
+void pci_host_unlock(struct pci_host *host)
+{
     update_ranges(host);
     pthread_mutex_unlock(&host->lock);
 }
 
+void pci_host_update_ranges(struct pci_host *host)
+{
+    pci_host_lock(host);
+    pci_host_unlock(host);
+}
+
 /* ---- configuration space ---- */
 
-/* A function of bus 0; there is no other bus. The bus's lock is held. */
+/* Of bridges that a guest gave one bus number the first answers. The bus's lock is held. */
 static struct pci_device *function_at(struct pci_host *host, unsigned bus, unsigned devfn)
 {
-    return bus == 0 ? host->functions[devfn] : NULL;
+    if (bus == 0)
+        return host->functions[devfn];
+    for (unsigned i = 0; i < FUNCTIONS; i++) {
+        struct pci_bridge *bridge = bridge_of(host->functions[i]);
+
+        if (bridge && pci_bridge_leads_to(bridge, bus))
+            return bridge->open && devfn < PCI_LINK_FUNCTIONS ? bridge->functions[devfn] : NULL;
+    }
+    return NULL;
 }
 
 static u32 bus_read(struct pci_host *host, unsigned bus, unsigned devfn, unsigned offset,
@@ -322,13 +407,13 @@ static void pci_host_written(struct pci_device *pci, unsigned offset, unsigned s
 /* ---- functions come and go ---- */
 
 /* A slot's function 0 tells whether there are others (6.2.1). The bus's lock is held. */
-static void update_multi_function(struct pci_host *host, unsigned slot)
+static void update_multi_function(struct pci_device **functions)
 {
-    struct pci_device *first = host->functions[PCI_DEVFN(slot, 0)];
+    struct pci_device *first = functions[0];
     bool others = false;
 
-    for (unsigned i = 1; i < 8; i++)
-        others |= host->functions[PCI_DEVFN(slot, i)] != NULL;
+    for (unsigned i = 1; i < SLOT_FUNCTIONS; i++)
+        others |= functions[i] != NULL;
     if (!first || !others)
         return;
     device_lock(&first->dev);
@@ -337,23 +422,27 @@ static void update_multi_function(struct pci_host *host, unsigned slot)
     device_unlock(&first->dev);
 }
 
-int pci_host_add(struct pci_host *host, struct pci_device *pci, u8 devfn, struct error *err)
+int pci_host_add(struct pci_host *host, struct pci_device *pci, u16 place, struct error *err)
 {
+    struct pci_device **entry;
     int ret = 0;
 
     pthread_mutex_lock(&host->lock);
-    if (host->functions[devfn]) {
+    entry = function_entry(host, place);
+    if (!entry || *entry) {
         error_host(err, EEXIST, "pci: %s is where %s is to be (%02x.%x)",
-                   host->functions[devfn]->dev.name, pci->dev.name, PCI_SLOT(devfn),
-                   PCI_FUNCTION(devfn));
+                   entry ? (*entry)->dev.name : "nothing", pci->dev.name, PCI_SLOT(place & 0xff),
+                   PCI_FUNCTION(place));
         ret = -EEXIST;
     } else {
+        if (place >= FUNCTIONS)
+            pci_add_express(pci, PCI_EXP_TYPE_ENDPOINT);
         memcpy(pci->power_on, pci->config, sizeof(pci->power_on));
         pci->host = host;
-        pci->devfn = devfn;
-        pci->dev.instance = devfn;
-        host->functions[devfn] = pci;
-        update_multi_function(host, PCI_SLOT(devfn));
+        pci->place = place;
+        pci->dev.instance = place;
+        *entry = pci;
+        update_multi_function(entry - PCI_FUNCTION(place));
     }
     pthread_mutex_unlock(&host->lock);
     return ret;
@@ -367,7 +456,7 @@ void pci_host_remove(struct pci_host *host, struct pci_device *pci)
     device_unlock(&pci->dev);
     for (unsigned n = 0; n < PCI_BARS; n++)
         unmap_bar(host, &pci->bars[n]);
-    host->functions[pci->devfn] = NULL;
+    *function_entry(host, pci->place) = NULL;
     pci->host = NULL;
     pthread_mutex_unlock(&host->lock);
 }
@@ -385,7 +474,7 @@ int pci_host_free_slot(struct pci_host *host, unsigned first)
     return found;
 }
 
-static void load_function(struct pci_host *host, struct pci_device *pci)
+static void load_function(struct pci_host *host, struct pci_device *pci, struct pci_bridge *above)
 {
     device_lock(&pci->dev);
     pci->intx_driven = pci_intx_wanted(pci);
@@ -399,14 +488,10 @@ void pci_host_loaded(struct pci_host *host)
 {
     pthread_mutex_lock(&host->lock);
     memset(host->asserted, 0, sizeof(host->asserted));
-    for (unsigned i = 0; i < FUNCTIONS; i++) {
-        if (host->functions[i])
-            load_function(host, host->functions[i]);
-    }
+    for_each_function(host, load_function);
     for (unsigned n = 0; n < PCI_PIRQS; n++)
         host->config.pirq[n].level = host->asserted[n] > 0;
-    update_ranges(host);
-    pthread_mutex_unlock(&host->lock);
+    pci_host_unlock(host);
 }
 
 /* ---- what firmware does ---- */
@@ -423,8 +508,10 @@ static u64 place(u64 *next, u64 end, u64 size)
 
 static void assign_function(struct pci_device *pci, struct pci_windows *w, const u8 *irq)
 {
-    u16 command = pci_config_get16(pci, PCI_COMMAND);
+    u16 command;
 
+    device_lock(&pci->dev);
+    command = pci_config_get16(pci, PCI_COMMAND);
     for (unsigned n = 0; n < PCI_BARS; n++) {
         struct pci_bar *bar = &pci->bars[n];
         u64 io = w->io_base, at;
@@ -447,12 +534,35 @@ static void assign_function(struct pci_device *pci, struct pci_windows *w, const
     pci_config_set16(pci, PCI_COMMAND, command);
     if (pci->config[PCI_INTERRUPT_PIN])
         pci->config[PCI_INTERRUPT_LINE] = irq[pirq_of(pci)];
+    device_unlock(&pci->dev);
+}
+
+/* A card in a slot now, and those that come later, find their places in the window. */
+static void assign_bridge(struct pci_bridge *bridge, u8 bus, struct pci_windows *w, const u8 *irq)
+{
+    u64 at = place(&w->mmio_base, w->mmio_end, BRIDGE_WINDOW);
+    struct pci_windows behind = {.mmio_base = at, .mmio_end = at ? at + BRIDGE_WINDOW : 0};
+
+    pci_bridge_assign(bridge, bus, at, BRIDGE_WINDOW);
+    for (unsigned i = 0; i < PCI_LINK_FUNCTIONS; i++) {
+        if (bridge->functions[i])
+            assign_function(bridge->functions[i], &behind, irq);
+    }
+}
+
+static void assign_ecam(struct pci_device *pci, gpa_t ecam)
+{
+    device_lock(&pci->dev);
+    pci_config_set32(pci, PCI_HOST_PCIEXBAR, (u32)ecam | PCI_HOST_PCIEXBAR_ENABLE);
+    pci_config_set32(pci, PCI_HOST_PCIEXBAR + 4, ecam >> 32);
+    device_unlock(&pci->dev);
 }
 
 void pci_host_assign(struct pci_host *host, const struct pci_windows *windows, gpa_t ecam,
                      const u8 irq[PCI_PIRQS])
 {
     struct pci_windows w = *windows;
+    u8 buses = 0;
 
     pthread_mutex_lock(&host->lock);
     for (unsigned i = 0; i < FUNCTIONS; i++) {
@@ -460,16 +570,12 @@ void pci_host_assign(struct pci_host *host, const struct pci_windows *windows, g
 
         if (!pci)
             continue;
-        device_lock(&pci->dev);
         assign_function(pci, &w, irq);
-        if (pci == &host->pci) {
-            pci_config_set32(pci, PCI_HOST_PCIEXBAR, (u32)ecam | PCI_HOST_PCIEXBAR_ENABLE);
-            pci_config_set32(pci, PCI_HOST_PCIEXBAR + 4, ecam >> 32);
-        }
-        device_unlock(&pci->dev);
+        if (bridge_of(pci))
+            assign_bridge(bridge_of(pci), ++buses, &w, irq);
     }
-    update_ranges(host);
-    pthread_mutex_unlock(&host->lock);
+    assign_ecam(&host->pci, ecam);
+    pci_host_unlock(host);
 }
 
 /* ---- the bridge as a device ---- */

@@ -44,10 +44,11 @@ struct pci_host *pci_host_create(const struct device_env *env, const struct pci_
 struct device *pci_host_device(struct pci_host *host);
 
 /*
- * Puts a function onto the bus; devfn is PCI_DEVFN(slot, function). -EEXIST with err set when there is one.
- * Its configuration space at this time is its power-on state. The device takes itself away again.
+ * Puts a function onto the bus; place is PCI_DEVFN(slot, function), or PCI_BEHIND a root port. -EEXIST with err set
+ * when there is one. Its configuration space at this time is its power-on state (behind a port with an Express
+ * capability, which is added here). The device takes itself away again.
  */
-int pci_host_add(struct pci_host *host, struct pci_device *pci, u8 devfn, struct error *err);
+int pci_host_add(struct pci_host *host, struct pci_device *pci, u16 place, struct error *err);
 /*
  * What the programmable attribute map says of a piece of [0xc0000, 0x100000): where reads go, to RAM or to the ROM
  * behind the chipset, and whether writes reach RAM.
@@ -77,8 +78,8 @@ struct pci_windows {
 };
 
 /*
- * What firmware does at boot: an address for each BAR (64-bit ones too, below 4 GiB), decoding on, and
- * ECAM at `ecam`. irq[]: what PCI_INTERRUPT_LINE tells, for each PIRQ. No vCPU may run.
+ * What firmware does at boot: an address for each BAR (64-bit ones too, below 4 GiB), decoding on, a bus number and
+ * a window for each bridge, and ECAM at `ecam`. irq[]: what PCI_INTERRUPT_LINE tells, for each PIRQ. No vCPU may run.
  */
 void pci_host_assign(struct pci_host *host, const struct pci_windows *windows, gpa_t ecam,
                      const u8 irq[PCI_PIRQS]);

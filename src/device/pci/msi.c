@@ -11,6 +11,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <string.h>
 
 static u64 value_mask(unsigned size)
 {
@@ -35,6 +36,7 @@ void pci_add_msi(struct pci_device *pci, unsigned vectors)
     pci_config_allow32(pci, cap + PCI_MSI_ADDRESS_HI, ~0U);
     pci_config_allow32(pci, cap + PCI_MSI_DATA, 0xffff);
     pci_config_allow32(pci, cap + PCI_MSI_MASK, (u32)(BIT(vectors) - 1));
+    memset(pci->own + cap + PCI_MSI_PENDING, 0xff, 4);
 }
 
 bool pci_msi_enabled(const struct pci_device *pci)

@@ -51,6 +51,12 @@ void pci_config_allow32(struct pci_device *pci, unsigned offset, u32 mask)
         pci->writable[offset + i] |= mask >> 8 * i;
 }
 
+void pci_config_allow16(struct pci_device *pci, unsigned offset, u16 mask)
+{
+    for (unsigned i = 0; i < 2; i++)
+        pci->writable[offset + i] |= mask >> 8 * i;
+}
+
 /* ---- setting up ---- */
 
 void pci_device_init(struct pci_device *pci, const char *name, const struct pci_device_ops *ops,
@@ -68,6 +74,7 @@ void pci_device_init(struct pci_device *pci, const char *name, const struct pci_
     pci_config_set16(pci, PCI_SUBSYSTEM_ID, id->subsystem);
     pci_config_allow32(pci, PCI_COMMAND, COMMAND_WRITABLE);
     pci->writable[PCI_CACHE_LINE_SIZE] = 0xff;
+    pci->own[PCI_STATUS] = PCI_STATUS_INTERRUPT;
     if (id->pin) {
         pci->config[PCI_INTERRUPT_PIN] = id->pin;
         pci->pin = id->pin - 1;
@@ -155,6 +162,21 @@ unsigned pci_add_capability(struct pci_device *pci, u8 id, unsigned len)
     return offset;
 }
 
+unsigned pci_add_express(struct pci_device *pci, unsigned type)
+{
+    unsigned cap = pci_add_capability(pci, PCI_CAP_ID_EXP, PCI_EXP_LENGTH);
+
+    pci_config_set16(pci, cap + PCI_EXP_FLAGS,
+                     PCI_EXP_FLAGS_VERSION | type << PCI_EXP_FLAGS_TYPE_SHIFT);
+    pci_config_set32(pci, cap + PCI_EXP_DEVCAP, PCI_EXP_DEVCAP_RBER);
+    pci_config_allow16(pci, cap + PCI_EXP_DEVCTL, PCI_EXP_DEVCTL_WRITABLE);
+    pci_config_set32(pci, cap + PCI_EXP_LNKCAP, PCI_EXP_WIDTH_X1 | PCI_EXP_SPEED_2_5GT);
+    pci_config_allow16(pci, cap + PCI_EXP_LNKCTL, PCI_EXP_LNKCTL_CCC);
+    pci_config_set16(pci, cap + PCI_EXP_LNKSTA, PCI_EXP_WIDTH_X1 | PCI_EXP_SPEED_2_5GT);
+    pci_config_set32(pci, cap + PCI_EXP_LNKCAP2, PCI_EXP_LNKCAP2_2_5GT);
+    return cap;
+}
+
 void pci_device_fini(struct pci_device *pci)
 {
     if (pci->host)
@@ -180,7 +202,7 @@ void pci_device_reset(struct pci_device *pci)
 
 bool pci_is_bus_master(const struct pci_device *pci)
 {
-    return pci->config[PCI_COMMAND] & PCI_COMMAND_MASTER;
+    return (pci->config[PCI_COMMAND] & PCI_COMMAND_MASTER) && !pci->cut_off;
 }
 
 u64 pci_bar_address(const struct pci_device *pci, unsigned n)
@@ -236,7 +258,7 @@ bool pci_config_write(struct pci_device *pci, unsigned offset, u32 value, unsign
     pci_msi_update(pci);
     pci_msix_update(pci);
     device_unlock(&pci->dev);
-    return overlaps(offset, size, PCI_COMMAND, 2) ||
+    return pci_is_bridge(pci) || overlaps(offset, size, PCI_COMMAND, 2) ||
            overlaps(offset, size, PCI_BASE_ADDRESS_0, 24) ||
            overlaps(offset, size, PCI_ROM_ADDRESS, 4);
 }
@@ -261,21 +283,14 @@ void pci_intx_set(struct pci_device *pci, bool level)
 
 /* ---- state ---- */
 
-/*
- * What no write can change must be as it is in this device. (PCI_STATUS_INTERRUPT is the device's own,
- * and the pending bits of MSI.)
- */
+/* What neither a write nor the device itself changes must be as it is in this device. */
 static int pci_device_loaded(void *obj, struct error *err)
 {
     struct pci_device *pci = obj;
 
     for (unsigned i = 0; i < PCI_CONFIG_SIZE; i++) {
-        u8 free = pci->writable[i] | pci->write_clear[i];
+        u8 free = pci->writable[i] | pci->write_clear[i] | pci->own[i];
 
-        if (i == PCI_STATUS)
-            free |= PCI_STATUS_INTERRUPT;
-        if (pci->msi_cap && i - pci->msi_cap - PCI_MSI_PENDING < 4)
-            continue;
         if ((pci->config[i] ^ pci->power_on[i]) & ~free)
             return error_input(err, "%s: the saved configuration space is of another device (%#x)",
                                pci->dev.name, i);
@@ -296,10 +311,12 @@ static const struct state_field pci_device_fields[] = {
     STATE_HOST(struct pci_device, dev),
     STATE_HOST(struct pci_device, ops),
     STATE_HOST(struct pci_device, host),
-    STATE_HOST(struct pci_device, devfn),
+    STATE_HOST(struct pci_device, place),
+    STATE_HOST(struct pci_device, cut_off),
     STATE_FIELD(struct pci_device, config),
     STATE_HOST(struct pci_device, writable),
     STATE_HOST(struct pci_device, write_clear),
+    STATE_HOST(struct pci_device, own),
     STATE_HOST(struct pci_device, power_on),
     STATE_HOST(struct pci_device, next_cap),
     STATE_HOST(struct pci_device, bars),

@@ -7,7 +7,7 @@
  *     pci_device_init(&d->pci, &ops, &state, &(struct pci_identity){...});    ids, class, pin
  *     pci_add_bar(&d->pci, 0, PCI_BAR_MEM32, 0x1000, &regs_ops, d);
  *     pci_add_msix(&d->pci, vectors, 1);                                      and other capabilities
- *     pci_host_add(host, &d->pci, devfn, err);                                pci/host.h
+ *     pci_host_add(host, &d->pci, place, err);                                pci/host.h
  *
  * Its reset operation calls pci_device_reset, its destroy operation pci_device_fini, its state table
  * holds STATE_STRUCTS(struct mine, pci, &pci_device_state). Configuration space is bytes, each with a
@@ -32,6 +32,11 @@
 #define PCI_BAR_ROM_INDEX 6 /* the expansion ROM's */
 #define PCI_MSIX_MAX 128    /* vectors */
 
+/*
+ * A function's place is its devfn on bus 0, or for a card in the slot of a root port (pci/port.h) that port's devfn and
+ * the card's function. Places are wiring: they stay, while bus numbers are the guest's to choose.
+ */
+#define PCI_BEHIND(port, function) ((port) << 8 | (function))
 #define PCI_DEVFN(slot, function) ((slot) << 3 | (function))
 #define PCI_SLOT(devfn) ((devfn) >> 3)
 #define PCI_FUNCTION(devfn) ((devfn)&7)
@@ -91,12 +96,14 @@ struct pci_device {
     struct device dev;
     const struct pci_device_ops *ops;
     struct pci_host *host; /* NULL before pci_host_add */
-    u8 devfn;
+    u16 place;
+    bool cut_off; /* its port lets no access of it through to memory */
 
     u8 config[PCI_CONFIG_SIZE];
     /* Set up by the device and constant from pci_host_add on. */
     u8 writable[PCI_CONFIG_SIZE];    /* bits that a write changes */
     u8 write_clear[PCI_CONFIG_SIZE]; /* bits that a write of 1 clears */
+    u8 own[PCI_CONFIG_SIZE];         /* bits that the device itself changes */
     u8 power_on[PCI_CONFIG_SIZE];
     u8 next_cap; /* where the next capability goes */
     struct pci_bar bars[PCI_BARS];
@@ -133,6 +140,8 @@ void pci_set_doorbells(struct pci_device *pci, unsigned n, const struct pci_door
  * the device lives.
  */
 void pci_add_rom(struct pci_device *pci, const u8 *data, u32 size);
+/* The capability that functions of PCI Express have; type: PCI_EXP_TYPE_*. Its length is PCI_EXP_LENGTH. */
+unsigned pci_add_express(struct pci_device *pci, unsigned type);
 /* A capability of `len` bytes, zeroed but for its header. Returns its offset in config. */
 unsigned pci_add_capability(struct pci_device *pci, u8 id, unsigned len);
 /* MSI with 64-bit addresses and masks; vectors: 1, 2, 4 to 32. */
@@ -147,8 +156,9 @@ void pci_config_set16(struct pci_device *pci, unsigned offset, u16 value);
 void pci_config_set32(struct pci_device *pci, unsigned offset, u32 value);
 /* Lets the guest write the bits of `mask` (of a 32-bit register at offset). */
 void pci_config_allow32(struct pci_device *pci, unsigned offset, u32 mask);
+void pci_config_allow16(struct pci_device *pci, unsigned offset, u16 mask);
 
-/* Whether the guest lets the device reach memory, and so send MSIs. */
+/* Whether the guest lets the device, and its port, reach memory, and so send MSIs. */
 bool pci_is_bus_master(const struct pci_device *pci);
 
 void pci_intx_set(struct pci_device *pci, bool level);

@@ -355,7 +355,7 @@ static void fill_config(struct virtio_blk *blk)
 }
 
 struct virtio *virtio_blk_create(const struct device_env *env, const struct virtio_blk_config *cfg,
-                                 struct pci_host *host, u8 devfn, struct error *err)
+                                 struct pci_host *host, u16 place, struct error *err)
 {
     struct virtio_blk *blk = calloc(1, sizeof(*blk));
     struct virtio_config config = {
@@ -382,7 +382,7 @@ struct virtio *virtio_blk_create(const struct device_env *env, const struct virt
         free(blk);
         return NULL;
     }
-    if (virtio_add(&blk->v, host, devfn, err)) {
+    if (virtio_add(&blk->v, host, place, err)) {
         virtio_device(&blk->v)->ops->destroy(virtio_device(&blk->v));
         return NULL;
     }

@@ -15,8 +15,8 @@ struct virtio_blk_config {
     unsigned queues;
 };
 
-/* The device, on the bus at devfn. NULL with err set. */
+/* The device, on the bus at a place (pci.h). NULL with err set. */
 struct virtio *virtio_blk_create(const struct device_env *env, const struct virtio_blk_config *cfg,
-                                 struct pci_host *host, u8 devfn, struct error *err);
+                                 struct pci_host *host, u16 place, struct error *err);
 
 #endif

@@ -634,7 +634,7 @@ static u64 features_of(const struct net_info *info)
 }
 
 struct virtio *virtio_net_create(const struct device_env *env, struct net_backend *backend,
-                                 struct pci_host *host, u8 devfn, struct error *err)
+                                 struct pci_host *host, u16 place, struct error *err)
 {
     const struct net_info *info = net_info(backend);
     struct virtio_net *n = calloc(1, sizeof(*n));
@@ -661,7 +661,7 @@ struct virtio *virtio_net_create(const struct device_env *env, struct net_backen
         free(n);
         return NULL;
     }
-    if (virtio_add(&n->v, host, devfn, err)) {
+    if (virtio_add(&n->v, host, place, err)) {
         virtio_device(&n->v)->ops->destroy(virtio_device(&n->v));
         return NULL;
     }

@@ -7,8 +7,8 @@
 #include "device/virtio/virtio.h"
 #include "net/net.h"
 
-/* The device, on the bus at devfn, attached to a backend (borrowed). NULL with err set. */
+/* The device, on the bus at a place (pci.h), attached to a backend (borrowed). NULL with err set. */
 struct virtio *virtio_net_create(const struct device_env *env, struct net_backend *backend,
-                                 struct pci_host *host, u8 devfn, struct error *err);
+                                 struct pci_host *host, u16 place, struct error *err);
 
 #endif

@@ -375,9 +375,9 @@ int virtio_init(struct virtio *v, const struct virtio_ops *ops, const struct vir
     return 0;
 }
 
-int virtio_add(struct virtio *v, struct pci_host *host, u8 devfn, struct error *err)
+int virtio_add(struct virtio *v, struct pci_host *host, u16 place, struct error *err)
 {
-    int ret = pci_host_add(host, &v->pci, devfn, err);
+    int ret = pci_host_add(host, &v->pci, place, err);
 
     if (!ret)
         virtio_device_reset(&v->pci.dev);

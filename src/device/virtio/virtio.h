@@ -128,7 +128,7 @@ extern const struct state_desc virtio_state;
 int virtio_init(struct virtio *v, const struct virtio_ops *ops, const struct virtio_config *config,
                 const struct state_desc *state, const struct device_env *env, struct error *err);
 /* Onto the bus: the last step. After a failure, dev.ops->destroy takes all away. */
-int virtio_add(struct virtio *v, struct pci_host *host, u8 devfn, struct error *err);
+int virtio_add(struct virtio *v, struct pci_host *host, u16 place, struct error *err);
 
 /* For ops, the lock held. 1 with *chain set (the caller frees it), 0: none, or the driver broke the rules. */
 int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **chain);
