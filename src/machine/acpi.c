@@ -9,8 +9,8 @@
  * Choices that guests see:
  * - Fixed hardware, not the hardware-reduced model, and always in ACPI mode (SMI_CMD is 0): there
  *   is no system management mode to hand over from. The power button is fixed hardware too.
- * - There is one PCI bus, with no ISA bridge on it: the legacy devices stand in \_SB. Its interrupts are
- *   wired to inputs of the PIC or the IOAPIC for good, without link devices: _PRT names the inputs.
+ * - There is one PCI host bridge, with no ISA bridge on its bus: the legacy devices stand in \_SB. Its interrupts
+ *   are wired to inputs of the PIC or the IOAPIC for good, without link devices: _PRT names the inputs.
  * - Processors are ACPI0007 devices; the Processor term is gone since ACPI 6.4. _UID is the index,
  *   and the MADT's entries carry the same.
  * - ISA interrupts are the IOAPIC's inputs of the same number but for the PIT (2), and edges, but
@@ -444,6 +444,65 @@ static void pci_routes(struct aml *a, const char *name, bool ioapic)
     aml_end(a);
 }
 
+#define OSC_UUID "33db4d5b-1ff7-401c-9657-7441c03dd766"
+/* Errors in the first dword, and what of the third is granted (PCI Firmware Specification 3.2, 4.5.1). */
+#define OSC_UNKNOWN_UUID 0x04
+#define OSC_UNKNOWN_REVISION 0x08
+#define OSC_MASKED 0x10
+#define OSC_PCIE_HOTPLUG 0x01
+#define OSC_PCIE_PME 0x04
+#define OSC_PCIE_CAPABILITY 0x10
+
+/* Or (CDW1, error, CDW1) */
+static void osc_error(struct aml *a, unsigned error)
+{
+    aml_or(a);
+    aml_path(a, "CDW1");
+    aml_int(a, error);
+    aml_path(a, "CDW1");
+}
+
+/*
+ * _OSC (ACPI 6.4, 6.2.11): the OS says what it knows of, and asks for control of it. It gets the root ports' hot-plug,
+ * which without this it would leave to firmware.
+ */
+static void pci_osc(struct aml *a)
+{
+    aml_method(a, "_OSC", 4);
+    aml_dword_field(a, 3, 0, "CDW1");
+    aml_if(a);
+    aml_equal(a);
+    aml_arg(a, 0);
+    aml_uuid(a, OSC_UUID);
+    aml_dword_field(a, 3, 8, "CDW3");
+    aml_and(a);
+    aml_path(a, "CDW3");
+    aml_int(a, OSC_PCIE_HOTPLUG | OSC_PCIE_PME | OSC_PCIE_CAPABILITY);
+    aml_local(a);
+    aml_if(a);
+    aml_not_equal(a);
+    aml_arg(a, 1);
+    aml_int(a, 1);
+    osc_error(a, OSC_UNKNOWN_REVISION);
+    aml_end(a);
+    aml_if(a);
+    aml_not_equal(a);
+    aml_path(a, "CDW3");
+    aml_local(a);
+    osc_error(a, OSC_MASKED);
+    aml_end(a);
+    aml_store(a);
+    aml_local(a);
+    aml_path(a, "CDW3");
+    aml_end(a);
+    aml_else(a);
+    osc_error(a, OSC_UNKNOWN_UUID);
+    aml_end(a);
+    aml_return(a);
+    aml_arg(a, 3);
+    aml_end(a);
+}
+
 static void dsdt_pci(struct aml *a, const struct acpi_config *cfg)
 {
     isa_device(a, "PCI0", "PNP0A08");
@@ -456,6 +515,7 @@ static void dsdt_pci(struct aml *a, const struct acpi_config *cfg)
     aml_name(a, "_BBN");
     aml_int(a, 0);
     pci_windows(a, cfg);
+    pci_osc(a);
     pci_routes(a, "PRTA", true);
     pci_routes(a, "PRTP", false);
     aml_method(a, "_PRT", 0);

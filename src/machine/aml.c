@@ -29,9 +29,16 @@
 #define AML_MULTI_NAME_PREFIX 0x2f
 #define AML_EXT_PREFIX 0x5b
 #define AML_ROOT_CHAR 0x5c
+#define AML_LOCAL0_OP 0x60
 #define AML_ARG0_OP 0x68
 #define AML_STORE_OP 0x70
+#define AML_AND_OP 0x7b
+#define AML_OR_OP 0x7d
+#define AML_CREATE_DWORD_FIELD_OP 0x8a
+#define AML_LNOT_OP 0x92
+#define AML_LEQUAL_OP 0x93
 #define AML_IF_OP 0xa0
+#define AML_ELSE_OP 0xa1
 #define AML_RETURN_OP 0xa4
 #define AML_DEVICE_OP 0x82 /* after AML_EXT_PREFIX */
 
@@ -228,6 +235,12 @@ void aml_if(struct aml *a)
     aml_open(a, false);
 }
 
+void aml_else(struct aml *a)
+{
+    emit_byte(a, AML_ELSE_OP);
+    aml_open(a, false);
+}
+
 void aml_return(struct aml *a)
 {
     emit_byte(a, AML_RETURN_OP);
@@ -293,6 +306,57 @@ void aml_arg(struct aml *a, unsigned n)
 void aml_store(struct aml *a)
 {
     emit_byte(a, AML_STORE_OP);
+}
+
+void aml_or(struct aml *a)
+{
+    emit_byte(a, AML_OR_OP);
+}
+
+void aml_and(struct aml *a)
+{
+    emit_byte(a, AML_AND_OP);
+}
+
+void aml_equal(struct aml *a)
+{
+    emit_byte(a, AML_LEQUAL_OP);
+}
+
+void aml_not_equal(struct aml *a)
+{
+    emit_byte(a, AML_LNOT_OP);
+    emit_byte(a, AML_LEQUAL_OP);
+}
+
+void aml_local(struct aml *a)
+{
+    emit_byte(a, AML_LOCAL0_OP);
+}
+
+void aml_dword_field(struct aml *a, unsigned arg, unsigned index, const char *name)
+{
+    emit_byte(a, AML_CREATE_DWORD_FIELD_OP);
+    aml_arg(a, arg);
+    aml_int(a, index);
+    aml_path(a, name);
+}
+
+/* The first three groups are numbers, whose bytes come in little-endian order (ACPI 6.4, 19.6.142). */
+void aml_uuid(struct aml *a, const char *uuid)
+{
+    static const u8 digits[16] = {6, 4, 2, 0, 11, 9, 16, 14, 19, 21, 24, 26, 28, 30, 32, 34};
+
+    assert(strlen(uuid) == 36);
+    emit_byte(a, AML_BUFFER_OP);
+    aml_open(a, false);
+    aml_int(a, sizeof(digits));
+    for (unsigned i = 0; i < sizeof(digits); i++) {
+        char byte[3] = {uuid[digits[i]], uuid[digits[i] + 1]};
+
+        emit_byte(a, (u8)strtoul(byte, NULL, 16));
+    }
+    aml_end(a);
 }
 
 void aml_resource_io(struct aml *a, u16 port, u8 len)

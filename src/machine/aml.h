@@ -45,6 +45,7 @@ void aml_device(struct aml *a, const char *path);
 void aml_method(struct aml *a, const char *path, unsigned nargs);
 void aml_package(struct aml *a, u8 nelements);
 void aml_if(struct aml *a);        /* the first term in it is the condition */
+void aml_else(struct aml *a);      /* right after the end of an If */
 void aml_resources(struct aml *a); /* a buffer of resource descriptors */
 void aml_end(struct aml *a);
 
@@ -56,12 +57,22 @@ void aml_int(struct aml *a, u64 value);
 void aml_string(struct aml *a, const char *text); /* 7-bit characters */
 void aml_eisa_id(struct aml *a, const char *id);  /* "PNP0501": three letters, four hex digits */
 void aml_path(struct aml *a, const char *path);
-void aml_arg(struct aml *a, unsigned n); /* ArgN, n < 7 */
+void aml_arg(struct aml *a, unsigned n);        /* ArgN, n < 7 */
+void aml_local(struct aml *a);                  /* Local0 */
+void aml_uuid(struct aml *a, const char *uuid); /* a buffer of 16 bytes; as uuidgen prints it */
 
 /* Return: the next term. */
 void aml_return(struct aml *a);
 /* Store: its source and its target are the next two terms. */
 void aml_store(struct aml *a);
+/* Or, And: two values and the target are the next three terms. */
+void aml_or(struct aml *a);
+void aml_and(struct aml *a);
+/* Of the next two terms. */
+void aml_equal(struct aml *a);
+void aml_not_equal(struct aml *a);
+/* CreateDWordField (ArgN, index, name). */
+void aml_dword_field(struct aml *a, unsigned arg, unsigned index, const char *name);
 
 /* Within aml_resources. */
 void aml_resource_io(struct aml *a, u16 port, u8 len);

@@ -47,6 +47,7 @@
 #include "machine/firmware.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
+#include "machine/slots.h"
 #include "state/stream.h"
 
 #include <errno.h>
@@ -59,7 +60,7 @@
 #define IOAPIC_ID 0
 #define DISK_QUEUES_MAX 16
 #define FAST_A20_ON 0x02
-#define BOARD_MAX_DEVICES 64
+#define BOARD_MAX_DEVICES 80
 
 /* The two lines that the HPET takes over, as indices into struct isa's arrays. */
 enum { LEGACY_PIT, LEGACY_RTC, LEGACY_COUNT };
@@ -105,9 +106,25 @@ struct board {
         struct board *board;
         unsigned port;
     } console_ends[MACHINE_CONSOLES_MAX];
-    struct device *devices[BOARD_MAX_DEVICES]; /* in the order of creation */
+    struct device
+        *devices[BOARD_MAX_DEVICES]; /* in the order of creation, but for cards in slots */
     unsigned ndevices;
+    struct slots slots;
 };
+
+/* The next device from *i on, cards in slots last; NULL at the end. */
+static struct device *next_device(const struct board *b, unsigned *i)
+{
+    if (*i < b->ndevices)
+        return b->devices[(*i)++];
+    while (*i - b->ndevices < b->slots.count) {
+        struct device *card = b->slots.slot[(*i)++ - b->ndevices].card;
+
+        if (card)
+            return card;
+    }
+    return NULL;
+}
 
 static void extint_set(void *opaque, unsigned n, bool level)
 {
@@ -431,12 +448,12 @@ static void reset_control_write(void *opaque, u8 value)
     sysport_reset_control_write(b->sysport, value);
 }
 
-static void pam_written(void *opaque)
+static void want_update(void *opaque)
 {
     struct board *b = opaque;
 
-    if (b->config.memory_changed)
-        b->config.memory_changed(b->config.opaque);
+    if (b->config.update_wanted)
+        b->config.update_wanted(b->config.opaque);
 }
 
 static int create_pci(struct board *b, struct error *err)
@@ -446,7 +463,7 @@ static int create_pci(struct board *b, struct error *err)
         .msi = {deliver_msi, b},
         .reset_control_read = reset_control_read,
         .reset_control_write = reset_control_write,
-        .pam_written = pam_written,
+        .pam_written = b->config.firmware ? want_update : NULL,
         .opaque = b,
     };
 
@@ -614,21 +631,28 @@ static int card_devfn(struct board *b, struct error *err)
     return PCI_DEVFN(slot, 0);
 }
 
-static int create_disk(struct board *b, const struct machine_disk *disk, char *boot_path,
-                       struct error *err)
+static struct virtio *create_disk_at(struct board *b, const struct machine_disk *disk, u16 place,
+                                     struct error *err)
 {
     struct virtio_blk_config config = {
         .backend = disk->backend,
         .serial = disk->serial,
         .queues = MIN(b->config.cpus, DISK_QUEUES_MAX),
     };
+
+    return virtio_blk_create(&b->config.env, &config, b->pci, place, err);
+}
+
+static int create_disk(struct board *b, const struct machine_disk *disk, char *boot_path,
+                       struct error *err)
+{
     int devfn = card_devfn(b, err);
     struct virtio *v;
 
     if (devfn < 0)
         return devfn;
     snprintf(boot_path, FIRMWARE_PATH_MAX, "/pci@i0cf8/scsi@%x/disk@0,0", PCI_SLOT(devfn));
-    v = virtio_blk_create(&b->config.env, &config, b->pci, (u8)devfn, err);
+    v = create_disk_at(b, disk, (u16)devfn, err);
     return v ? add(b, virtio_device(v)) : -EIO;
 }
 
@@ -828,6 +852,56 @@ static int create_shares(struct board *b, struct error *err)
     return 0;
 }
 
+static int create_slots(struct board *b, struct error *err)
+{
+    b->slots.card_gone = b->config.card_gone;
+    b->slots.opaque = b->config.opaque;
+    for (unsigned i = 0; i < b->config.slots; i++) {
+        struct device *port = slots_add(&b->slots, b->pci, want_update, b, err);
+
+        if (!port)
+            return -EIO;
+        add(b, port);
+    }
+    return 0;
+}
+
+int board_plug_disk(struct board *b, unsigned slot, const struct machine_disk *disk,
+                    struct error *err)
+{
+    int place = slots_place(&b->slots, slot, err);
+    struct virtio *v;
+
+    if (place < 0)
+        return place;
+    if (disk->stop_on_error)
+        block_stop_on_error(disk->backend, disk_stop, b);
+    v = create_disk_at(b, disk, (u16)place, err);
+    if (!v)
+        return -EIO;
+    slots_insert(&b->slots, slot, virtio_device(v), disk->backend);
+    return 0;
+}
+
+int board_plug_net(struct board *b, unsigned slot, struct net_backend *net, struct error *err)
+{
+    int place = slots_place(&b->slots, slot, err);
+    struct virtio *v;
+
+    if (place < 0)
+        return place;
+    v = virtio_net_create(&b->config.env, net, b->pci, (u16)place, err);
+    if (!v)
+        return -EIO;
+    slots_insert(&b->slots, slot, virtio_device(v), NULL);
+    return 0;
+}
+
+int board_unplug(struct board *b, unsigned slot, bool force, struct error *err)
+{
+    return slots_remove(&b->slots, slot, force, err);
+}
+
 /* Disks begin at the first drive, CD-ROMs at the third, which is the second channel's first. -1: no room. */
 static int place_on_ide(const struct ide_config *config, bool cdrom)
 {
@@ -897,16 +971,17 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,         create_ioapic,  create_pci,      create_pit,     create_hpet,
-        create_rtc,         create_com1,    create_i8042,    create_acpi_pm, create_lpc,
-        create_vga,         create_pvpanic, create_debugcon, create_pflash,  create_fw_cfg,
-        create_sysport,     create_disks,   create_nvme,     create_ide,     create_console,
-        create_rng,         create_balloon, create_nets,     create_vsock,   create_shares,
-        add_firmware_files,
+        create_pic,     create_ioapic,      create_pci,      create_pit,     create_hpet,
+        create_rtc,     create_com1,        create_i8042,    create_acpi_pm, create_lpc,
+        create_vga,     create_pvpanic,     create_debugcon, create_pflash,  create_fw_cfg,
+        create_sysport, create_disks,       create_nvme,     create_ide,     create_console,
+        create_rng,     create_balloon,     create_nets,     create_vsock,   create_shares,
+        create_slots,   add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 
-    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX + MACHINE_SHARES_MAX <=
+    _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX + MACHINE_SHARES_MAX +
+                           MACHINE_SLOTS_MAX <=
                        BOARD_MAX_DEVICES,
                    "devices[] holds them all");
     if (!b) {
@@ -940,6 +1015,7 @@ void board_destroy(struct board *b)
         chardev_attach(b->config.serial, NULL);
     for (unsigned i = 0; b->console && i < b->config.consoles->count; i++)
         chardev_attach(b->config.consoles->port[i].chr, NULL);
+    slots_remove_all(&b->slots);
     /* The last first, so that whoever raises a line goes before what it is wired to. */
     while (b->ndevices) {
         struct device *dev = b->devices[--b->ndevices];
@@ -953,35 +1029,47 @@ void board_destroy(struct board *b)
 
 void board_reset(struct board *b)
 {
-    for (unsigned i = 0; i < b->ndevices; i++)
-        b->devices[i]->ops->reset(b->devices[i]);
+    struct device *dev;
+
+    for (unsigned i = 0; (dev = next_device(b, &i));)
+        dev->ops->reset(dev);
+    slots_update(&b->slots);
 }
 
 void board_stop(struct board *b)
 {
-    for (unsigned i = 0; i < b->ndevices; i++) {
-        if (b->devices[i]->ops->stop)
-            b->devices[i]->ops->stop(b->devices[i]);
+    struct device *dev;
+
+    for (unsigned i = 0; (dev = next_device(b, &i));) {
+        if (dev->ops->stop)
+            dev->ops->stop(dev);
     }
 }
 
 bool board_is_busy(struct board *b)
 {
+    struct device *dev;
     bool busy = false;
 
-    for (unsigned i = 0; i < b->ndevices; i++)
-        busy |= b->devices[i]->ops->busy && b->devices[i]->ops->busy(b->devices[i]);
+    for (unsigned i = 0; (dev = next_device(b, &i));)
+        busy |= dev->ops->busy && dev->ops->busy(dev);
     return busy;
 }
 
 void board_start(struct board *b)
 {
-    for (unsigned i = 0; i < b->ndevices; i++) {
-        if (b->devices[i]->ops->start)
-            b->devices[i]->ops->start(b->devices[i]);
+    struct device *dev;
+
+    for (unsigned i = 0; (dev = next_device(b, &i));) {
+        if (dev->ops->start)
+            dev->ops->start(dev);
     }
     for (unsigned i = 0; b->config.disks && i < b->config.disks->count; i++)
         block_resume(b->config.disks->disk[i].backend);
+    for (unsigned i = 0; i < b->slots.count; i++) {
+        if (b->slots.slot[i].disk)
+            block_resume(b->slots.slot[i].disk);
+    }
     if (!b->config.serial)
         return;
     serial_writable(b->com1);
@@ -990,12 +1078,12 @@ void board_start(struct board *b)
 
 void board_save(struct board *b, struct state_writer *w)
 {
+    struct device *dev;
+
     pthread_mutex_lock(&b->isa.lock);
     state_write_section(w, &isa_state, 0, &b->isa);
     pthread_mutex_unlock(&b->isa.lock);
-    for (unsigned i = 0; i < b->ndevices; i++) {
-        struct device *dev = b->devices[i];
-
+    for (unsigned i = 0; (dev = next_device(b, &i));) {
         device_lock(dev);
         state_write_section(w, dev->state, dev->instance, dev);
         device_unlock(dev);
@@ -1004,14 +1092,13 @@ void board_save(struct board *b, struct state_writer *w)
 
 static int load_sections(struct board *b, struct state_reader *r, struct error *err)
 {
+    struct device *dev;
     int ret;
 
     pthread_mutex_lock(&b->isa.lock);
     ret = state_read_section(r, &isa_state, 0, &b->isa, err);
     pthread_mutex_unlock(&b->isa.lock);
-    for (unsigned i = 0; i < b->ndevices && ret == 0; i++) {
-        struct device *dev = b->devices[i];
-
+    for (unsigned i = 0; ret == 0 && (dev = next_device(b, &i));) {
         device_lock(dev);
         ret = state_read_section(r, dev->state, dev->instance, dev, err);
         device_unlock(dev);
@@ -1042,8 +1129,13 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
 {
     const char *difference = state_compare(&isa_state, &a->isa, &b->isa, buf, buflen);
 
-    for (unsigned i = 0; i < a->ndevices && !difference; i++)
-        difference = state_compare(a->devices[i]->state, a->devices[i], b->devices[i], buf, buflen);
+    const struct device *in_a, *in_b;
+
+    for (unsigned i = 0, j = 0; !difference && (in_a = next_device(a, &i));) {
+        in_b = next_device(b, &j);
+        if (in_b)
+            difference = state_compare(in_a->state, in_a, in_b, buf, buflen);
+    }
     return difference;
 }
 
@@ -1112,6 +1204,12 @@ bool board_update_memory(struct board *b)
             pam.access == (PCI_HOST_PAM_READ | PCI_HOST_PAM_WRITE) ? 0 : MEMORY_ROM);
     }
     return changed;
+}
+
+bool board_update(struct board *b)
+{
+    slots_update(&b->slots);
+    return board_update_memory(b);
 }
 
 int board_ack_extint(struct board *b)

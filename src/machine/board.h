@@ -10,9 +10,11 @@
 struct board;
 struct chardev;
 struct machine_consoles;
+struct machine_disk;
 struct machine_disks;
 struct machine_nets;
 struct machine_shares;
+struct net_backend;
 struct e820_map;
 struct firmware;
 struct i8042;
@@ -35,8 +37,13 @@ struct board_config {
     const struct machine_shares *shares;     /* NULL: none */
     u16 debug_exit_port;                     /* 0: none */
     struct firmware *firmware;               /* NULL: a direct boot */
-    /* With firmware: board_update_memory is to be called, with no vCPU running. On a vCPU's thread. */
-    void (*memory_changed)(void *opaque);
+    unsigned slots;                          /* for cards that come and go */
+    /*
+     * board_update is to be called, with no vCPU running. On a vCPU's thread, with device locks held. NULL: never.
+     */
+    void (*update_wanted)(void *opaque);
+    /* The card in a slot has been destroyed; on the loop's thread. May be NULL. */
+    void (*card_gone)(void *opaque, unsigned slot);
     void *opaque;
 };
 
@@ -79,11 +86,23 @@ const char *board_compare(const struct board *a, const struct board *b, char *bu
 int board_prepare_boot(struct board *board, gpa_t *rsdp, struct error *err);
 
 /*
- * With firmware, in place of that: the A20 gate open, as a PC has it at its first instruction. And after a reset, a load,
- * or when the board asked: shows RAM or ROM where the host bridge says. Returns whether the engine must be told.
+ * With firmware, in place of that: the A20 gate open, as a PC has it at its first instruction. And after a reset or a
+ * load: shows RAM or ROM where the host bridge says. Returns whether the engine must be told.
  */
 void board_prepare_firmware(struct board *board);
 bool board_update_memory(struct board *board);
+/* What the board asked for: that, and what is to be done with cards in slots. Returns the same. */
+bool board_update(struct board *board);
+
+/*
+ * Cards in slots, on the loop's thread: -errno with err set when there is no such slot, or one that is taken or
+ * empty. What the card works with is borrowed until card_gone. Removing asks the guest, which takes its time;
+ * with `force` no vCPU may run, and the card is destroyed at once.
+ */
+int board_plug_disk(struct board *board, unsigned slot, const struct machine_disk *disk,
+                    struct error *err);
+int board_plug_net(struct board *board, unsigned slot, struct net_backend *net, struct error *err);
+int board_unplug(struct board *board, unsigned slot, bool force, struct error *err);
 
 /* For struct engine_machine_ops: INTA, and EOI broadcasts. Any thread. */
 int board_ack_extint(struct board *board);

@@ -29,6 +29,8 @@ struct machine_disks {
     unsigned count;
 };
 
+#define MACHINE_SLOTS_MAX 8 /* for cards that come and go */
+
 #define MACHINE_CONSOLES_MAX 16
 
 struct chardev;

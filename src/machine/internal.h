@@ -36,7 +36,7 @@ struct machine {
     /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
     pthread_mutex_t request_lock;
     bool reset_requested, pause_requested;
-    bool remap_requested;   /* board_update_memory */
+    bool update_requested;  /* board_update */
     struct machine_end end; /* the first reason wins */
     int request_fd;         /* eventfd that wakes the loop */
     struct fd_watch request_watch;

@@ -79,6 +79,7 @@
 
 /* Slots of the PCI bus: 0 is the host bridge, 31 the chipset's; cards take what is free from here on. */
 #define PCI_SLOT_VGA 1
+#define PCI_SLOT_PORTS 28 /* root ports, a function each */
 #define PCI_SLOT_IDE 30
 #define PCI_SLOT_FIRST_CARD 2
 

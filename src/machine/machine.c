@@ -56,13 +56,13 @@ static void request_reset(struct machine *m)
     notify(m);
 }
 
-/* On the thread of the vCPU that wrote a PAM register, which goes no further until it is done. */
-static void request_remap(void *opaque)
+/* On the thread of the vCPU that wrote a register of the board's, which goes no further until it is done. */
+static void request_update(void *opaque)
 {
     struct machine *m = opaque;
 
     pthread_mutex_lock(&m->request_lock);
-    m->remap_requested = true;
+    m->update_requested = true;
     pthread_mutex_unlock(&m->request_lock);
     notify(m);
 }
@@ -73,12 +73,13 @@ void machine_update_memory(struct machine *m)
         m->ops->memory_changed(m->engine);
 }
 
-static void remap(struct machine *m)
+static void update(struct machine *m)
 {
     bool running = m->running;
 
     machine_pause(m);
-    machine_update_memory(m);
+    if (board_update(m->board))
+        m->ops->memory_changed(m->engine);
     if (running)
         machine_start(m);
 }
@@ -127,7 +128,7 @@ static void requests_ready(void *opaque, u32 events)
 {
     struct machine *m = opaque;
     struct machine_end end = {.reason = MACHINE_END_ERROR};
-    bool ended, reset, pause, moved;
+    bool ended, reset, pause, changed;
     u64 count;
 
     if (read(m->request_fd, &count, sizeof(count)) < 0)
@@ -136,12 +137,12 @@ static void requests_ready(void *opaque, u32 events)
     ended = m->end.reason != MACHINE_END_NONE;
     reset = m->reset_requested;
     pause = m->pause_requested;
-    moved = m->remap_requested;
-    m->reset_requested = m->pause_requested = m->remap_requested = false;
+    changed = m->update_requested;
+    m->reset_requested = m->pause_requested = m->update_requested = false;
     pthread_mutex_unlock(&m->request_lock);
 
-    if (moved)
-        remap(m);
+    if (changed)
+        update(m);
     if (ended)
         event_loop_stop(m->loop);
     else if (reset && machine_reset(m, &end.error))
@@ -275,6 +276,13 @@ static int create_engine(struct machine *m, struct error *err)
     return 0;
 }
 
+static void card_gone(void *opaque, unsigned slot)
+{
+    struct machine *m = opaque;
+
+    m->config.card_gone(m->config.opaque, slot);
+}
+
 static int create_board(struct machine *m, struct error *err)
 {
     struct board_config config = {
@@ -296,7 +304,9 @@ static int create_board(struct machine *m, struct error *err)
         .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,
         .firmware = m->config.firmware.what ? &m->firmware : NULL,
-        .memory_changed = m->config.firmware.what ? request_remap : NULL,
+        .slots = m->config.slots,
+        .update_wanted = request_update,
+        .card_gone = m->config.card_gone ? card_gone : NULL,
         .opaque = m,
     };
 
@@ -449,7 +459,7 @@ bool machine_has_request(struct machine *m)
     bool requested;
 
     pthread_mutex_lock(&m->request_lock);
-    requested = m->end.reason != MACHINE_END_NONE || m->reset_requested || m->remap_requested;
+    requested = m->end.reason != MACHINE_END_NONE || m->reset_requested || m->update_requested;
     pthread_mutex_unlock(&m->request_lock);
     return requested;
 }
@@ -504,6 +514,39 @@ int machine_reset(struct machine *m, struct error *err)
     if (running)
         machine_start(m);
     return 0;
+}
+
+int machine_plug_disk(struct machine *m, unsigned slot, const struct machine_disk *disk,
+                      struct error *err)
+{
+    int ret = board_plug_disk(m->board, slot, disk, err);
+
+    if (!ret && !m->running)
+        board_stop(m->board);
+    return ret;
+}
+
+int machine_plug_net(struct machine *m, unsigned slot, struct net_backend *net, struct error *err)
+{
+    int ret = board_plug_net(m->board, slot, net, err);
+
+    if (!ret && !m->running)
+        board_stop(m->board);
+    return ret;
+}
+
+int machine_unplug(struct machine *m, unsigned slot, bool force, struct error *err)
+{
+    bool running = m->running;
+    int ret;
+
+    if (!force)
+        return board_unplug(m->board, slot, false, err);
+    machine_pause(m);
+    ret = board_unplug(m->board, slot, true, err);
+    if (running)
+        machine_start(m);
+    return ret;
 }
 
 struct vga *machine_vga(struct machine *m)

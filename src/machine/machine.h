@@ -39,6 +39,10 @@ struct machine_config {
     const struct machine_shares *shares;     /* NULL: none */
     u16 debug_exit_port;                     /* 0: none */
     bool no_reboot;                          /* a reset ends the machine */
+    unsigned slots; /* for cards that come and go; MACHINE_SLOTS_MAX at most */
+    /* The card in a slot (from 0) is gone, and what it worked with is free. May be NULL. */
+    void (*card_gone)(void *opaque, unsigned slot);
+    void *opaque;
 };
 
 enum machine_end_reason {
@@ -82,6 +86,20 @@ void machine_pause(struct machine *m);
  * afresh. Memory keeps what the loader doesn't write. A paused machine stays paused.
  */
 int machine_reset(struct machine *m, struct error *err);
+
+/*
+ * Puts a card into a slot, paused or not; the guest is told. What disk and net point to is borrowed until card_gone.
+ * -EINVAL with err set when there is no such slot or it is taken, else what creating it came to.
+ */
+int machine_plug_disk(struct machine *m, unsigned slot, const struct machine_disk *disk,
+                      struct error *err);
+int machine_plug_net(struct machine *m, unsigned slot, struct net_backend *net, struct error *err);
+/*
+ * Asks the guest to let the card go: card_gone is called when it did, at any time later. It may never do so: with
+ * `force` the card is taken at once, which for the guest is a card that was pulled out. 0, -EINVAL for an empty
+ * slot, -EBUSY while the guest is at work on it.
+ */
+int machine_unplug(struct machine *m, unsigned slot, bool force, struct error *err);
 
 /*
  * The whole state of a paused machine: clock, memory, devices, processors. -EBUSY while the guest's
