@@ -2,6 +2,7 @@
 
 #include "cli/parse.h"
 #include "control/screenshot.h"
+#include "machine/cards.h"
 
 #include <ctype.h>
 #include <string.h>
@@ -169,15 +170,12 @@ static int set_disk_option(struct vm_disk *d, const char *key, const char *value
     return 0;
 }
 
-static int set_disk(struct vm_config *config, const char *value, struct error *err)
+static int parse_disk(const char *value, struct vm_disk *d, struct error *err)
 {
-    struct vm_disk *d = &config->disks[config->ndisks];
     char key[16], option[64];
     const char *options;
     int ret;
 
-    if (config->ndisks == VM_DISKS_MAX)
-        return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
     *d = (struct vm_disk){0};
     ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
     if (ret)
@@ -187,6 +185,16 @@ static int set_disk(struct vm_config *config, const char *value, struct error *e
         if (ret)
             return ret;
     }
+    return ret;
+}
+
+static int set_disk(struct vm_config *config, const char *value, struct error *err)
+{
+    int ret;
+
+    if (config->ndisks == VM_DISKS_MAX)
+        return error_input(err, "a machine has %d disks at most", VM_DISKS_MAX);
+    ret = parse_disk(value, &config->disks[config->ndisks], err);
     config->ndisks += ret == 0;
     return ret;
 }
@@ -341,6 +349,22 @@ static int set_debug_exit(struct vm_config *config, const char *value, struct er
     return ret;
 }
 
+static int set_control(struct vm_config *config, const char *value, struct error *err)
+{
+    config->control = value;
+    return strncmp(value, "socket=", 7) ? error_input(err, "'%s': give socket=PATH", value) : 0;
+}
+
+static int set_slots(struct vm_config *config, const char *value, struct error *err)
+{
+    u64 n;
+    int ret = parse_number(value, 0, MACHINE_SLOTS_MAX, &n, err);
+
+    if (!ret)
+        config->slots = (unsigned)n;
+    return ret;
+}
+
 static int set_no_reboot(struct vm_config *config, const char *value, struct error *err)
 {
     config->no_reboot = true;
@@ -397,6 +421,9 @@ static const struct option options[] = {
     {"--serial", "WHERE", "stdio, FILE, socket=PATH or none (default: stdio)", set_serial},
     {"--console", "WHERE[,...]",
      "a virtio console: as --serial; with name=NAME a port of that name", set_console},
+    {"--control", "socket=PATH",
+     "a Unix socket for commands to the running machine (docs/control.md)", set_control},
+    {"--slots", "N", "PCI Express slots for what --control adds: 0 to 8 (default: 0)", set_slots},
     {"--debug-exit", "PORT", "a guest's write of V to PORT ends with status (V << 1) | 1",
      set_debug_exit},
     {"--no-reboot", NULL, "end with status 3 when the guest resets", set_no_reboot},
@@ -471,6 +498,7 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         .cpus = 1,
         .append = "",
         .serial = "stdio",
+        .parse_disk = parse_disk,
     };
     *help = false;
     for (int i = 1; i < argc; i++) {
@@ -486,6 +514,9 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
     }
     if (config->kernel && config->firmware.what)
         return error_input(err, "--kernel and --firmware: give one of them");
+    if (config->slots && !config->control)
+        return error_input(err,
+                           "--slots: give --control socket=PATH too, which puts cards into them");
     if (config->nscreenshots && !config->firmware.what)
         return error_input(err, "--screenshot: a screen comes with --firmware only");
     if (config->vnc && !config->firmware.what)

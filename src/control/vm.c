@@ -2,6 +2,8 @@
 
 #include "block/block.h"
 #include "chardev/chardev.h"
+#include "control/cards.h"
+#include "control/control.h"
 #include "control/screenshot.h"
 #include "control/stats.h"
 #include "control/vnc.h"
@@ -33,6 +35,7 @@ struct vm {
     struct machine_nets nets;
     struct machine_shares shares;
     struct machine_consoles consoles;
+    struct control *control; /* NULL: none */
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
@@ -166,36 +169,15 @@ static int open_serial(struct vm *vm, struct error *err)
     return -EIO;
 }
 
-static int open_disk(struct vm *vm, const struct vm_disk *d, struct error *err)
-{
-    struct disk_options options = {.format = d->format[0] ? d->format : NULL,
-                                   .read_only = d->read_only};
-    struct machine_disk *out = &vm->disks.disk[vm->disks.count];
-    struct disk *disk = disk_open(d->path, &options, err);
-
-    if (!disk)
-        return -EIO;
-    out->backend = block_create(disk, vm->loop, false, err);
-    if (!out->backend) {
-        disk_close(disk);
-        return -EIO;
-    }
-    out->serial = d->serial[0] ? d->serial : NULL;
-    out->stop_on_error = d->stop_on_error;
-    out->bus = d->bus;
-    out->cdrom = d->cdrom;
-    vm->disks.count++;
-    return 0;
-}
-
 static int open_disks(struct vm *vm, struct error *err)
 {
     for (unsigned i = 0; i < vm->config->ndisks; i++) {
-        if (open_disk(vm, &vm->config->disks[i], err)) {
+        if (cards_open_disk(&vm->config->disks[i], vm->loop, &vm->disks.disk[i], err)) {
             if (err->class == ERROR_INPUT)
                 error_prefix(err, vm->config->disks[i].cdrom ? "--cdrom" : "--disk");
             return -EIO;
         }
+        vm->disks.count++;
     }
     return 0;
 }
@@ -205,16 +187,15 @@ static int open_nets(struct vm *vm, struct error *err)
     const struct vm_config *c = vm->config;
 
     while (vm->nets.count < c->nnets) {
-        char seed[128];
+        struct net_backend *net =
+            cards_open_net(c->nets[vm->nets.count], c->name, vm->nets.count, vm->loop, err);
 
-        snprintf(seed, sizeof(seed), "%s.%u", c->name, vm->nets.count);
-        vm->nets.backend[vm->nets.count] = net_open(c->nets[vm->nets.count], seed, vm->loop, err);
-        if (!vm->nets.backend[vm->nets.count]) {
+        if (!net) {
             if (err->class == ERROR_INPUT)
                 error_prefix(err, "--net");
             return -EIO;
         }
-        vm->nets.count++;
+        vm->nets.backend[vm->nets.count++] = net;
     }
     return 0;
 }
@@ -268,6 +249,18 @@ static int open_shares(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_control(struct vm *vm, struct error *err)
+{
+    if (!vm->config->control)
+        return 0;
+    vm->control = control_open(vm->config, vm->loop, err);
+    if (vm->control)
+        return 0;
+    if (err->class == ERROR_INPUT)
+        error_prefix(err, "--control");
+    return -EIO;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -290,10 +283,17 @@ static int create_machine(struct vm *vm, struct error *err)
         .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,
+        .slots = c->slots,
+        .card_gone = control_card_gone,
+        .opaque = vm->control,
     };
 
     vm->machine = machine_create(&config, vm->loop, err);
-    return vm->machine ? 0 : -EIO;
+    if (!vm->machine)
+        return -EIO;
+    if (vm->control)
+        control_attach(vm->control, vm->machine);
+    return 0;
 }
 
 static int open_vnc(struct vm *vm, struct error *err)
@@ -348,8 +348,11 @@ static int write_stats(struct vm *vm, int status, struct error *err)
 static void close_all(struct vm *vm)
 {
     vnc_close(vm->vnc);
+    if (vm->machine && vm->control)
+        control_detach(vm->control);
     if (vm->machine)
         machine_destroy(vm->machine);
+    control_close(vm->control);
     perf_map_destroy(vm->perf_map);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
@@ -374,9 +377,9 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,      open_signals, open_stats,  open_perf_map,
-        open_disks,    open_nets,      open_vsock,   open_shares, open_serial,
-        open_consoles, create_machine, open_vnc,
+        choose_engine, open_loop,    open_signals,   open_stats,  open_perf_map,
+        open_disks,    open_nets,    open_vsock,     open_shares, open_serial,
+        open_consoles, open_control, create_machine, open_vnc,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

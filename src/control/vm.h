@@ -32,6 +32,9 @@ struct vm_disk {
     bool cdrom;
 };
 
+/* Reads FILE[,OPTION]... as --disk has it. 0 or -EINVAL with err set. */
+typedef int vm_parse_disk(const char *text, struct vm_disk *disk, struct error *err);
+
 #define VM_SHARES_MAX 8
 #define VM_SHARE_TAG_MAX 36
 
@@ -73,9 +76,12 @@ struct vm_config {
     unsigned nconsoles;
     u16 debug_exit_port; /* 0: none */
     bool no_reboot;
-    const char *stats;    /* path, or NULL */
-    const char *perf_map; /* path of a System.map, "" for none; NULL: no map is written */
-    const char *vnc;      /* as vnc_open takes them, or NULL */
+    const char *control;       /* as chardev_open takes it, or NULL */
+    unsigned slots;            /* for cards that it adds; MACHINE_SLOTS_MAX at most */
+    vm_parse_disk *parse_disk; /* what control has for reading a disk's description */
+    const char *stats;         /* path, or NULL */
+    const char *perf_map;      /* path of a System.map, "" for none; NULL: no map is written */
+    const char *vnc;           /* as vnc_open takes them, or NULL */
     const char *vnc_password;
     char vnc_where[VM_PATH_MAX], vnc_password_file[VM_PATH_MAX]; /* what these may point to */
     const char *screenshots[VM_SCREENSHOTS_MAX];                 /* paths, for screenshot_write */
