@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MAX_CPUS 255
 #define NAME_MAX_LENGTH 63
 
 int parse_number(const char *text, u64 min, u64 max, u64 *out, struct error *err)
@@ -103,4 +104,51 @@ int parse_next_option(const char **options, char *key, size_t key_size, char *va
     value[len - key_len - 1] = '\0';
     *options = text[len] ? text + len + 1 : NULL;
     return 1;
+}
+
+/* One of a topology's numbers by its name, or NULL. */
+static unsigned *topology_number(struct cpu_topology *t, const char *name)
+{
+    if (!strcmp(name, "sockets"))
+        return &t->sockets;
+    if (!strcmp(name, "cores"))
+        return &t->cores;
+    return strcmp(name, "threads") ? NULL : &t->threads;
+}
+
+int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, struct error *err)
+{
+    struct cpu_topology t = {0};
+    char word[16], value[16];
+    const char *options;
+    u64 count, n;
+    int ret;
+
+    ret = parse_file_options(text, word, sizeof(word), &options, err);
+    if (ret || parse_number(word, 1, MAX_CPUS, &count, err))
+        return -EINVAL;
+    while ((ret = parse_next_option(&options, word, sizeof(word), value, sizeof(value), err)) > 0) {
+        unsigned *number = topology_number(&t, word);
+
+        if (!number)
+            return error_input(err, "unknown option '%s': give sockets, cores or threads", word);
+        if (parse_number(value, 1, MAX_CPUS, &n, err))
+            return -EINVAL;
+        *number = (unsigned)n;
+    }
+    if (ret)
+        return ret;
+    t.threads = t.threads ? t.threads : 1;
+    if (!t.cores)
+        t.cores = (unsigned)MAX(count / ((u64)MAX(t.sockets, 1u) * t.threads), 1);
+    if (!t.sockets)
+        t.sockets = (unsigned)MAX(count / ((u64)t.cores * t.threads), 1);
+    if ((u64)t.sockets * t.cores * t.threads != count)
+        return error_input(
+            err, "%u sockets of %u cores of %u threads are %llu processors, not %llu", t.sockets,
+            t.cores, t.threads, (unsigned long long)t.sockets * t.cores * t.threads,
+            (unsigned long long)count);
+    *cpus = (unsigned)count;
+    *topology = t;
+    return 0;
 }

@@ -6,6 +6,7 @@
 
 #include "host/error.h"
 #include "host/types.h"
+#include "x86/cpuid.h"
 
 /* A number, decimal or with 0x, from min to max. 0 or -EINVAL. */
 int parse_number(const char *text, u64 min, u64 max, u64 *out, struct error *err);
@@ -22,6 +23,12 @@ int parse_file_options(const char *text, char *file, size_t file_size, const cha
 /* The next KEY=VALUE of such a list, moving *options on. 1, 0 at the end, -EINVAL. */
 int parse_next_option(const char **options, char *key, size_t key_size, char *value,
                       size_t value_size, struct error *err);
+
+/*
+ * N[,sockets=S][,cores=C][,threads=T]: processors, and cores a socket and threads a core. One that is left out is
+ * what the others leave it to be: cores before sockets, threads 1. 0, or -EINVAL when they don't multiply to N.
+ */
+int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, struct error *err);
 
 /* A name: 1 to 63 letters, digits, '-', '_' and '.', the first a letter or digit. 0 or -EINVAL. */
 int parse_name(const char *text, struct error *err);

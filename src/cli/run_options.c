@@ -76,12 +76,7 @@ static int set_memory(struct vm_config *config, const char *value, struct error 
 
 static int set_cpus(struct vm_config *config, const char *value, struct error *err)
 {
-    u64 n;
-    int ret = parse_number(value, 1, 255, &n, err);
-
-    if (!ret)
-        config->cpus = (unsigned)n;
-    return ret;
+    return parse_cpus(value, &config->cpus, &config->topology, err);
 }
 
 static int set_path(const char **path, const char *value, struct error *err)
@@ -406,7 +401,8 @@ static const struct option options[] = {
     {"--engine", "ENGINE", "auto, kvm, bt[,verify] or interp (default: auto)", set_engine},
     {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
     {"--memory", "SIZE[,...]", "memory, such as 512M or 2G (default: 512M); see below", set_memory},
-    {"--cpus", "N", "processors (default: 1)", set_cpus},
+    {"--cpus", "N[,...]",
+     "processors (default: 1); sockets=S,cores=C,threads=T: C a socket, T a core", set_cpus},
     {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=FILE] (its ovmf), or an image FILE",
      set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},

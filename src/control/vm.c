@@ -272,6 +272,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .memory = c->memory,
         .memory_options = c->memory_options,
         .cpus = c->cpus,
+        .topology = c->topology,
         .kernel = c->kernel,
         .initrd = c->initrd,
         .cmdline = c->append,

@@ -8,6 +8,7 @@
 #include "host/types.h"
 #include "machine/cards.h"
 #include "machine/firmware.h"
+#include "x86/cpuid.h"
 
 /* Exit statuses (docs/architecture.md). With --debug-exit the guest chooses others. */
 enum vm_status {
@@ -59,7 +60,8 @@ struct vm_config {
     u64 memory;         /* bytes */
     struct memory_options memory_options;
     unsigned cpus;
-    const char *kernel; /* path */
+    struct cpu_topology topology; /* as in struct machine_config */
+    const char *kernel;           /* path */
     const char *initrd; /* path, or NULL */
     const char *append;
     struct firmware_config firmware;

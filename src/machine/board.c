@@ -595,6 +595,12 @@ static void pci_window64(struct board *b, struct acpi_config *config)
     config->mmio64_size = LAYOUT_MMIO64_ALIGN;
 }
 
+/* The number of possible APIC IDs: firmware counts by them. */
+static u16 apic_id_limit(const struct board *b)
+{
+    return (u16)(cpuid_model_apic_id(b->config.cpuid, b->config.cpus - 1) + 1);
+}
+
 static int create_fw_cfg(struct board *b, struct error *err)
 {
     struct fw_cfg_config config = {.port = PORT_FW_CFG};
@@ -606,7 +612,7 @@ static int create_fw_cfg(struct board *b, struct error *err)
     add(b, fw_cfg_device(fw));
     ret = fw_cfg_add_u16(fw, FW_CFG_NB_CPUS, (u16)b->config.cpus, err);
     if (!ret)
-        ret = fw_cfg_add_u16(fw, FW_CFG_MAX_CPUS, (u16)b->config.cpus, err);
+        ret = fw_cfg_add_u16(fw, FW_CFG_MAX_CPUS, apic_id_limit(b), err);
     b->fw_cfg = fw;
     return ret;
 }
@@ -940,22 +946,37 @@ static int create_ide(struct board *b, struct error *err)
     return ide ? add(b, ide_device(ide)) : -EIO;
 }
 
+struct apic_ids {
+    u32 id[UINT8_MAX];
+};
+
+/* What the tables say of the processors. They are to be gone through while `ids` lasts. */
+static void describe_processors(const struct board *b, struct apic_ids *ids,
+                                struct acpi_config *config)
+{
+    for (unsigned n = 0; n < b->config.cpus; n++)
+        ids->id[n] = cpuid_model_apic_id(b->config.cpuid, n);
+    config->ncpus = b->config.cpus;
+    config->apic_ids = ids->id;
+}
+
 /* When all devices are there. */
 static int add_firmware_files(struct board *b, struct error *err)
 {
     struct acpi_config config = {
-        .ncpus = b->config.cpus,
         .ioapic_id = IOAPIC_ID,
         .mmio32_end = LAYOUT_MMIO32_FIRMWARE_END,
         .vga = true,
     };
     const struct machine_disks *disks = b->config.disks;
     struct firmware_boot_device devices[MACHINE_DISKS_MAX];
+    struct apic_ids ids;
     unsigned n = 0;
     int ret;
 
     if (!b->config.firmware)
         return 0;
+    describe_processors(b, &ids, &config);
     for (; disks && n < disks->count; n++)
         devices[n] = (struct firmware_boot_device){b->boot_paths[n], disks->disk[n].cdrom};
 
@@ -1153,9 +1174,10 @@ int board_prepare_boot(struct board *b, gpa_t *rsdp, struct error *err)
         .io_base = PORT_PCI_IO_BASE,
         .io_end = PORT_PCI_IO_END,
     };
-    struct acpi_config config = {
-        .ncpus = b->config.cpus, .ioapic_id = IOAPIC_ID, .mmio32_end = LAYOUT_MMIO32_END};
+    struct acpi_config config = {.ioapic_id = IOAPIC_ID, .mmio32_end = LAYOUT_MMIO32_END};
+    struct apic_ids ids;
 
+    describe_processors(b, &ids, &config);
     io_bus_write(b->config.env.ports, PORT_FAST_A20, FAST_A20_ON, 1);
     set_elcr(b);
     pci_host_assign(b->pci, &windows, LAYOUT_ECAM_BASE, pirq_isa_irq);

@@ -28,6 +28,7 @@ struct board_config {
     struct engine *engine;
     struct power_sink power;
     unsigned cpus;
+    const struct cpuid_model *cpuid;         /* for their APIC IDs */
     unsigned phys_bits;                      /* of the processors' addresses */
     const struct e820_map *e820;             /* for the CMOS's memory sizes and fw_cfg */
     struct chardev *serial;                  /* for COM1, or NULL */

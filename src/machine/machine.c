@@ -183,6 +183,8 @@ static int create_processor_model(struct machine *m, struct error *err)
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
     if (m->cpuid) {
+        if (m->config.topology.sockets)
+            cpuid_model_set_topology(m->cpuid, &m->config.topology);
         if (m->config.firmware.what)
             cpuid_model_limit_phys_bits(m->cpuid, FIRMWARE_PHYS_BITS);
         return 0;
@@ -295,6 +297,7 @@ static int create_board(struct machine *m, struct error *err)
         .engine = m->engine,
         .power = {power_request, m},
         .cpus = m->config.cpus,
+        .cpuid = m->cpuid,
         .phys_bits = cpuid_model_phys_bits(m->cpuid),
         .e820 = &m->e820,
         .serial = m->config.serial,

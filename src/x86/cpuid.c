@@ -146,15 +146,15 @@ struct cpuid_model {
     char brand[49];
     u32 signature; /* family, model, stepping as in leaf 1 EAX */
     u32 max_basic, max_extended;
-    unsigned ncpus;
-    unsigned id_shift; /* bits of an APIC ID that tell CPUs apart */
+    struct cpu_topology topology;
+    unsigned thread_bits, core_bits; /* of an APIC ID */
     unsigned phys_bits;
     u64 tsc_hz;
     u64 xcr0;
     struct xsave_component xsave[XSAVE_COMPONENTS];
 };
 
-/* A level of cache; the same in every model, and shared by all CPUs or by none. */
+/* A level of cache; the same in every model, and shared by a socket or a core. */
 static const struct cache {
     u8 level, type; /* type: 1 data, 2 instruction, 3 unified */
     u8 ways;
@@ -372,9 +372,7 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
     }
 
     drop_unusable(m);
-    m->ncpus = ncpus;
-    while ((1u << m->id_shift) < ncpus)
-        m->id_shift++;
+    cpuid_model_set_topology(m, &(struct cpu_topology){1, ncpus, 1});
     m->tsc_hz = tsc_hz;
     m->max_basic = m->amd ? 0xd : 0x16;
     m->max_extended = m->amd ? 0x80000021 : 0x80000008;
@@ -400,6 +398,42 @@ u64 cpuid_model_xcr0(const struct cpuid_model *m)
 void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits)
 {
     m->phys_bits = MIN(m->phys_bits, MAX(bits, 36u));
+}
+
+/* Bits that tell n things apart. */
+static unsigned bits_for(unsigned n)
+{
+    unsigned bits = 0;
+
+    while ((1u << bits) < n)
+        bits++;
+    return bits;
+}
+
+void cpuid_model_set_topology(struct cpuid_model *m, const struct cpu_topology *t)
+{
+    m->topology = *t;
+    m->thread_bits = bits_for(t->threads);
+    m->core_bits = bits_for(t->cores);
+}
+
+u32 cpuid_model_apic_id(const struct cpuid_model *m, unsigned index)
+{
+    const struct cpu_topology *t = &m->topology;
+    unsigned thread = index % t->threads, core = index / t->threads % t->cores;
+    unsigned socket = index / t->threads / t->cores;
+
+    return (socket << m->core_bits | core) << m->thread_bits | thread;
+}
+
+/* CPUs of a socket, and the bits of their APIC IDs in which they differ. */
+static unsigned socket_cpus(const struct cpuid_model *m)
+{
+    return m->topology.cores * m->topology.threads;
+}
+static unsigned socket_bits(const struct cpuid_model *m)
+{
+    return m->core_bits + m->thread_bits;
 }
 
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m)
@@ -430,26 +464,30 @@ static void leaf_features(const struct cpuid_model *m, const struct cpuid_dynami
                           struct cpuid_regs *out)
 {
     out->eax = m->signature;
-    out->ebx = d->index << 24 | m->ncpus << 16 | (CACHE_LINE / 8) << 8;
+    out->ebx =
+        cpuid_model_apic_id(m, d->index) << 24 | socket_cpus(m) << 16 | (CACHE_LINE / 8) << 8;
     feature_bits(m, 1, 0, out);
     if (d->cr4 & CR4_OSXSAVE)
         out->ecx |= BIT(27);
     if (!d->apic_enabled)
         out->edx &= ~(u32)BIT(9);
-    if (m->ncpus > 1)
+    if (socket_cpus(m) > 1)
         out->edx |= BIT(28); /* HTT: the count in EBX means something */
 }
 
-/* Intel's leaf 4 and AMD's 0x8000001d share their layout, but for the number of cores. */
+/* Intel's leaf 4 and AMD's 0x8000001d share their layout, but for the number of cores; and Intel counts IDs. */
 static void leaf_cache(const struct cpuid_model *m, u32 subleaf, bool cores, struct cpuid_regs *out)
 {
-    u32 sharing, core_ids = (1u << m->id_shift) - 1;
+    u32 sharing, core_ids = (1u << m->core_bits) - 1;
     const struct cache *c;
 
     if (subleaf >= ARRAY_SIZE(caches))
         return;
     c = &caches[subleaf];
-    sharing = c->shared ? (cores ? core_ids : m->ncpus - 1) : 0;
+    if (cores)
+        sharing = (1u << (c->shared ? socket_bits(m) : m->thread_bits)) - 1;
+    else
+        sharing = (c->shared ? socket_cpus(m) : m->topology.threads) - 1;
     out->eax = c->type | (u32)c->level << 5 | BIT(8) | sharing << 14;
     if (cores)
         out->eax |= MIN(core_ids, 63u) << 26;
@@ -463,13 +501,14 @@ static void leaf_topology(const struct cpuid_model *m, const struct cpuid_dynami
                           struct cpuid_regs *out)
 {
     out->ecx = subleaf & 0xff;
-    out->edx = d->index;
+    out->edx = cpuid_model_apic_id(m, d->index);
     if (subleaf == 0) { /* threads of a core */
-        out->ebx = 1;
+        out->eax = m->thread_bits;
+        out->ebx = m->topology.threads;
         out->ecx |= 1 << 8;
     } else if (subleaf == 1) { /* cores of the package */
-        out->eax = m->id_shift;
-        out->ebx = m->ncpus;
+        out->eax = socket_bits(m);
+        out->ebx = socket_cpus(m);
         out->ecx |= 2 << 8;
     }
 }
@@ -650,7 +689,7 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
             out->eax = m->signature;
             leaf_features(m, d, &basic);
             out->edx |= basic.edx & 0x0183f3ff; /* FPU to APIC, MTRR to PSE36, MMX, FXSR */
-            if (m->ncpus > 1)
+            if (socket_cpus(m) > 1)
                 out->ecx |= BIT(1); /* CmpLegacy: cores, not threads */
         }
         break;
@@ -670,7 +709,7 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
         feature_bits(m, leaf, 0, out);
         out->eax = m->phys_bits | (cpuid_model_has(m, FEATURE_LA57) ? 57 : 48) << 8;
         if (m->amd)
-            out->ecx = (m->ncpus - 1) | m->id_shift << 12;
+            out->ecx = (socket_cpus(m) - 1) | socket_bits(m) << 12;
         break;
     case 0x8000001d:
         if (cpuid_model_has(m, FEATURE_TOPOEXT))
@@ -678,8 +717,10 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
         break;
     case 0x8000001e:
         if (cpuid_model_has(m, FEATURE_TOPOEXT)) {
-            out->eax = d->index;
-            out->ebx = d->index; /* the core's number; one thread in it */
+            out->eax = cpuid_model_apic_id(m, d->index);
+            out->ebx =
+                d->index / m->topology.threads % m->topology.cores | (m->topology.threads - 1) << 8;
+            out->ecx = d->index / socket_cpus(m); /* the node: a socket is one */
         }
         break;
     default:

@@ -24,6 +24,11 @@ struct cpuid_regs {
 
 struct cpuid_model;
 
+/* How a machine's processors are arranged: cores a socket, threads a core. */
+struct cpu_topology {
+    unsigned sockets, cores, threads;
+};
+
 /* Which features an engine can offer at all: one bit a feature, indexed by enum cpuid_feature. */
 struct cpuid_support {
     u64 bits[(FEATURE_COUNT + 63) / 64];
@@ -46,13 +51,19 @@ u64 cpuid_model_xcr0(const struct cpuid_model *m);
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
 /* Before the model is used: no more than these, at least 36. */
 void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits);
+/* Before the model is used: the product of the three is its number of CPUs. Without it they are the cores
+ * of one socket. */
+void cpuid_model_set_topology(struct cpuid_model *m, const struct cpu_topology *t);
+/* The APIC ID of a CPU: its thread, core and socket, each in bits of its own (SDM vol. 3, 9.9.1). Less than 256
+ * for up to 64 CPUs. */
+u32 cpuid_model_apic_id(const struct cpuid_model *m, unsigned index);
 u64 cpuid_model_tsc_hz(const struct cpuid_model *m);
 /* Whether the vendor is AMD or Hygon, where SYSCALL, SYSENTER and some MSRs differ from Intel's. */
 bool cpuid_model_is_amd(const struct cpuid_model *m);
 
 /* What depends on the asking processor's state. */
 struct cpuid_dynamic {
-    unsigned index; /* its number: APIC ID */
+    unsigned index; /* its number */
     u64 cr4, xcr0, xss;
     bool apic_enabled;
 };

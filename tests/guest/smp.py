@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Boots Debian's kernel with several processors and runs smp.sh in it.
 
-    smp.py ENGINE CPUS
+    smp.py ENGINE CPUS [SOCKETS CORES_A_SOCKET]
 """
 
 import os
@@ -14,11 +14,15 @@ import guest
 def main():
     """One boot, many cases."""
     engine, cpus = sys.argv[1:3]
+    option, sockets, cores = cpus, 1, int(cpus)
+    if len(sys.argv) > 3:
+        sockets, cores = map(int, sys.argv[3:])
+        option = f"{cpus},sockets={sockets},cores={cores},threads={int(cpus) // (sockets * cores)}"
     cases = guest.Cases()
     with open(os.path.join(os.path.dirname(__file__), "smp.sh"), encoding="ascii") as file:
-        script = f"CPUS={cpus}\n" + file.read()
+        script = f"CPUS={cpus}\nSOCKETS={sockets}\nCORES={sockets * cores}\n" + file.read()
     with guest.temporary() as directory:
-        vm = guest.Guest("--engine", engine, "--cpus", cpus, "--kernel", guest.kernel(),
+        vm = guest.Guest("--engine", engine, "--cpus", option, "--kernel", guest.kernel(),
                          "--initrd", guest.initramfs(directory, script),
                          "--append", "console=ttyS0 quiet", "--memory", "512M")
         status = vm.finish()

@@ -1,5 +1,6 @@
 # What a guest checks of several processors. Runs in the guest as /script; each case prints "check: NAME ok"
-# or "check: NAME FAILED", and the host reads that (tests/guest/smp.py, which puts CPUS= before it).
+# or "check: NAME FAILED", and the host reads that (tests/guest/smp.py, which puts CPUS=, SOCKETS= and
+# CORES= before it, the latter of all sockets together).
 
 check() {
     if [ "$2" = "$3" ]; then
@@ -13,6 +14,11 @@ last=$((CPUS - 1))
 
 check processors "$(nproc)" "$CPUS"
 check online "$(cat $cpu/online)" "0-$last"
+check sockets "$(cat $cpu/cpu*/topology/physical_package_id | sort -u | wc -l)" "$SOCKETS"
+check cores "$(for c in $cpu/cpu[0-9]*/topology; do
+        echo "$(cat "$c/physical_package_id") $(cat "$c/core_id")"
+    done | sort -u | wc -l)" "$CORES"
+check threads "$(cat $cpu/cpu*/topology/thread_siblings_list | sort -u | wc -l)" "$CORES"
 
 # The same work on all at once, each pinned to a processor of its own.
 work() {

@@ -62,6 +62,54 @@ static void test_sizes(void **state)
     }
 }
 
+static void test_processors(void **state)
+{
+    static const struct {
+        const char *text;
+        unsigned cpus, sockets, cores, threads;
+    } good[] = {
+        {"1", 1, 1, 1, 1},           {"6", 6, 1, 6, 1},
+        {"6,sockets=2", 6, 2, 3, 1}, {"8,threads=2", 8, 1, 4, 2},
+        {"8,cores=2", 8, 4, 2, 1},   {"12,sockets=2,cores=3,threads=2", 12, 2, 3, 2},
+        {"255", 255, 1, 255, 1},
+    };
+    static const char *const bad[] = {
+        "",
+        "0",
+        "256",
+        "two",
+        "2,",
+        "2,dies=2",
+        "2,cores=",
+        "2,cores=0",
+        "5,cores=2",
+        "2,sockets=3",
+        "2,threads",
+        "2;cores=2",
+        "4,threads=256",
+        "6,sockets=2,cores=2",
+    };
+    struct cpu_topology t;
+    unsigned cpus;
+
+    for (size_t i = 0; i < ARRAY_SIZE(good); i++) {
+        struct error err = {0};
+
+        assert_int_equal(parse_cpus(good[i].text, &cpus, &t, &err), 0);
+        assert_int_equal(cpus, good[i].cpus);
+        assert_int_equal(t.sockets, good[i].sockets);
+        assert_int_equal(t.cores, good[i].cores);
+        assert_int_equal(t.threads, good[i].threads);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+        struct error err = {0};
+
+        if (!parse_cpus(bad[i], &cpus, &t, &err))
+            fail_msg("'%s' was taken", bad[i]);
+        assert_int_equal(err.class, ERROR_INPUT);
+    }
+}
+
 static void test_numbers(void **state)
 {
     static const char *const bad[] = {"",    "-1",  "+1",  " 1", "1 ",   "0x",
@@ -173,9 +221,13 @@ static void test_disks(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sizes),          cmocka_unit_test(test_numbers),
-        cmocka_unit_test(test_defaults),       cmocka_unit_test(test_both_forms_of_an_option),
-        cmocka_unit_test(test_memory_options), cmocka_unit_test(test_errors_name_the_option),
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_processors),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_both_forms_of_an_option),
+        cmocka_unit_test(test_memory_options),
+        cmocka_unit_test(test_errors_name_the_option),
         cmocka_unit_test(test_disks),
     };
 

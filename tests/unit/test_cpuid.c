@@ -210,6 +210,38 @@ static void topology_counts_every_cpu(void **unused)
     }
 }
 
+static void topology_has_bits_of_its_own_for_each_level(void **unused)
+{
+    static const u32 ids[] = {0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13};
+    const struct cpu_topology topology = {.sockets = 2, .cores = 3, .threads = 2};
+    struct cpuid_model *m = make("v3", soft_cpuid_support(), 12);
+    struct cpuid_regs r;
+
+    cpuid_model_set_topology(m, &topology);
+    for (unsigned n = 0; n < ARRAY_SIZE(ids); n++) {
+        struct cpuid_dynamic d = {.index = n};
+
+        assert_int_equal(cpuid_model_apic_id(m, n), ids[n]);
+        cpuid_model_query(m, &d, 1, 0, &r);
+        assert_int_equal(r.ebx >> 24, ids[n]);
+        assert_int_equal(r.ebx >> 16 & 0xff, 6);
+        cpuid_model_query(m, &d, 0xb, 1, &r);
+        assert_int_equal(r.edx, ids[n]);
+    }
+    r = ask(m, 0xb, 0);
+    assert_int_equal(r.eax, 1);
+    assert_int_equal(r.ebx, 2);
+    r = ask(m, 0xb, 1);
+    assert_int_equal(r.eax, 3);
+    assert_int_equal(r.ebx, 6);
+    r = ask(m, 4, 0); /* L1: the two threads of a core; cores by their IDs */
+    assert_int_equal(r.eax >> 14 & 0xfff, 1);
+    assert_int_equal(r.eax >> 26, 3);
+    r = ask(m, 4, 3); /* L3: the socket's IDs */
+    assert_int_equal(r.eax >> 14 & 0xfff, 7);
+    cpuid_model_destroy(m);
+}
+
 static void tsc_leaf_states_the_frequency(void **unused)
 {
     static const u64 hz[] = {1000000000, 1896000000, 2994375000, 3700001000, 5800000000};
@@ -266,6 +298,7 @@ int main(void)
         cmocka_unit_test(dynamic_bits_follow_the_processor),
         cmocka_unit_test(xsave_areas_fit),
         cmocka_unit_test(topology_counts_every_cpu),
+        cmocka_unit_test(topology_has_bits_of_its_own_for_each_level),
         cmocka_unit_test(tsc_leaf_states_the_frequency),
         cmocka_unit_test(leaves_beyond_the_last_answer_as_the_vendor_does),
         cmocka_unit_test(host_tsc_is_plausible_and_steady),

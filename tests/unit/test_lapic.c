@@ -62,6 +62,7 @@ static int rig_up(void **state)
     for (unsigned i = 0; i < CPUS; i++) {
         struct lapic_config config = {
             .index = i,
+            .id = (u8)i,
             .phys_bits = 40,
             .tsc_hz = 2000000000,
             .x2apic = true,

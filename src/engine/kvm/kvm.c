@@ -249,7 +249,7 @@ static int reset_state(struct kvm_vcpu *v, struct error *err)
     cpu_reset(&cpu, v->index);
     cpuid_model_query(v->engine->config.cpuid, &d, 1, 0, &r);
     cpu.gpr[RDX] = r.eax; /* the signature (SDM vol. 3, table 9-1) */
-    kvm_lapic_reset(v->index, &apic);
+    kvm_lapic_reset(cpuid_model_apic_id(v->engine->config.cpuid, v->index), &apic);
     return kvm_state_set(v, &cpu, &apic, err);
 }
 
@@ -268,7 +268,8 @@ static int open_vcpu(struct kvm_vcpu *v, struct error *err)
     void *run;
     int ret;
 
-    v->fd = ioctl(e->vm, KVM_CREATE_VCPU, (unsigned long)v->index);
+    v->fd = ioctl(e->vm, KVM_CREATE_VCPU,
+                  (unsigned long)cpuid_model_apic_id(e->config.cpuid, v->index));
     if (v->fd < 0)
         return error_host(err, errno, "KVM cannot create vCPU %u", v->index);
     run = mmap(NULL, e->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
@@ -334,7 +335,7 @@ static void engine_get_state(struct vcpu *vcpu, struct cpu *cpu, struct lapic_st
     if (kvm_state_get(v, cpu, apic, &err)) {
         log_error("%s", err.text);
         cpu_reset(cpu, v->index);
-        kvm_lapic_reset(v->index, apic);
+        kvm_lapic_reset(cpuid_model_apic_id(v->engine->config.cpuid, v->index), apic);
     }
 }
 

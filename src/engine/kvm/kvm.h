@@ -171,8 +171,8 @@ void kvm_msr_exit(struct kvm_vcpu *v);
 void kvm_lapic_to_state(const struct kvm_lapic_state *in, u64 base, u64 deadline, u64 now,
                         struct lapic_state *out);
 void kvm_lapic_from_state(const struct lapic_state *in, u64 now, struct kvm_lapic_state *out);
-/* The state after RESET. */
-void kvm_lapic_reset(unsigned index, struct lapic_state *out);
+/* The state after RESET; the processor with APIC ID 0 is the first. */
+void kvm_lapic_reset(u32 id, struct lapic_state *out);
 /* A register by its MMIO offset. */
 u32 kvm_lapic_reg(const struct kvm_lapic_state *s, unsigned offset);
 void kvm_lapic_set_reg(struct kvm_lapic_state *s, unsigned offset, u32 value);

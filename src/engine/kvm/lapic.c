@@ -136,11 +136,11 @@ void kvm_lapic_from_state(const struct lapic_state *in, u64 now, struct kvm_lapi
                       (u32)MIN((left + divisor - 1) / divisor, (u64)in->timer_initial));
 }
 
-void kvm_lapic_reset(unsigned index, struct lapic_state *out)
+void kvm_lapic_reset(u32 id, struct lapic_state *out)
 {
     *out = (struct lapic_state){
-        .base_msr = LAPIC_DEFAULT_BASE | APIC_BASE_ENABLE | (index ? 0 : APIC_BASE_BSP),
-        .id = index << 24,
+        .base_msr = LAPIC_DEFAULT_BASE | APIC_BASE_ENABLE | (id ? 0 : APIC_BASE_BSP),
+        .id = id << 24,
         .dfr = 0xffffffff,
         .svr = 0xff,
         .timer_deadline_ns = UINT64_MAX,

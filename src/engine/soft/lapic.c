@@ -16,7 +16,7 @@
  * Time: the timer's clock is LAPIC_TIMER_HZ, 1 GHz: a tick is a nanosecond of the VM clock. A
  * countdown is its start and its deadline; the current count is computed when it is read.
  *
- * An APIC's ID is its vCPU's number and doesn't change. Deliberate limits: the register at 0x20 is
+ * An APIC's ID doesn't change. Deliberate limits: the register at 0x20 is
  * read-only, as on recent processors; an IPI's focus processor is ignored (as the manual allows);
  * SMI and ExtINT messages are dropped.
  *
@@ -123,6 +123,7 @@ struct lapic {
 
 struct lapic_bus {
     struct lapic *members[LAPIC_BUS_MAX]; /* by index */
+    struct lapic *by_id[UINT8_MAX + 1];
 };
 
 /* What is to be told once the lock is released. */
@@ -372,8 +373,9 @@ static u64 find_targets(struct lapic_bus *bus, const struct message *m)
     u64 targets = 0;
 
     if (!m->logical && !is_broadcast(m))
-        return m->destination < LAPIC_BUS_MAX && bus->members[m->destination] ? BIT(m->destination)
-                                                                              : 0;
+        return m->destination <= UINT8_MAX && bus->by_id[m->destination]
+                   ? BIT(bus->by_id[m->destination]->config.index)
+                   : 0;
     for (unsigned i = 0; i < LAPIC_BUS_MAX; i++) {
         struct lapic *l = bus->members[i];
         bool match = is_broadcast(m);
@@ -983,8 +985,8 @@ static void reset_registers(struct lapic *l, struct events *ev)
 
     memset(s, 0, sizeof(*s));
     s->base_msr = base;
-    s->id = is_x2apic(l) ? l->config.index : l->config.index << 24;
-    s->ldr = is_x2apic(l) ? x2apic_ldr(l->config.index) : 0;
+    s->id = is_x2apic(l) ? l->config.id : (u32)l->config.id << 24;
+    s->ldr = is_x2apic(l) ? x2apic_ldr(l->config.id) : 0;
     s->dfr = 0xffffffff;
     s->svr = 0xff;
     for (unsigned i = 0; i < LVT_COUNT; i++)
@@ -1020,8 +1022,8 @@ bool lapic_set_base(struct lapic *l, u64 value)
     if (from != to && to == 0) {
         reset_registers(l, &ev);
     } else if (from != to && to == mode_bits) {
-        l->s.id = l->config.index;
-        l->s.ldr = x2apic_ldr(l->config.index);
+        l->s.id = l->config.id;
+        l->s.ldr = x2apic_ldr(l->config.id);
         l->s.icr = (u32)l->s.icr;
     }
 out:
@@ -1064,12 +1066,12 @@ void lapic_save(struct lapic *l, struct lapic_state *out)
 static int check_state(const struct lapic *l, const struct lapic_state *in, struct error *err)
 {
     bool x2apic = in->base_msr & APIC_BASE_X2APIC;
-    u32 index = l->config.index;
+    u32 index = l->config.index, id = l->config.id;
 
     if ((in->base_msr & base_reserved(l)) || (x2apic && !(in->base_msr & APIC_BASE_ENABLE)))
         return error_input(err, "local APIC %u: IA32_APIC_BASE %#llx is impossible", index,
                            (unsigned long long)in->base_msr);
-    if (in->id != (x2apic ? index : index << 24) || (x2apic && in->ldr != x2apic_ldr(index)))
+    if (in->id != (x2apic ? id : id << 24) || (x2apic && in->ldr != x2apic_ldr(id)))
         return error_input(err, "local APIC %u: its state is that of APIC ID register %#x", index,
                            in->id);
     if ((in->isr[0] | in->tmr[0] | in->irr[0]) & 0xffff)
@@ -1168,6 +1170,7 @@ struct lapic *lapic_create(struct lapic_bus *bus, const struct lapic_config *con
     power_on(l, &untold);
     update(l, &untold);
     bus->members[config->index] = l;
+    bus->by_id[config->id] = l;
     return l;
 }
 
@@ -1176,6 +1179,7 @@ void lapic_destroy(struct lapic *l)
     if (!l)
         return;
     l->bus->members[l->config.index] = NULL;
+    l->bus->by_id[l->config.id] = NULL;
     pthread_mutex_destroy(&l->lock);
     free(l);
 }

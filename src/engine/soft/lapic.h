@@ -39,7 +39,8 @@ struct lapic_ops {
 };
 
 struct lapic_config {
-    unsigned index; /* the vCPU's number: its APIC ID */
+    unsigned index; /* the vCPU's number */
+    u8 id;          /* its APIC ID: no other's on this bus */
     unsigned phys_bits;
     u64 tsc_hz;
     bool x2apic, tsc_deadline; /* offered by the CPUID model */

@@ -207,6 +207,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     struct soft_vcpu *v = map_zeroed(sizeof(*v));
     struct lapic_config lapic = {
         .index = index,
+        .id = (u8)cpuid_model_apic_id(e->config.cpuid, index),
         .phys_bits = cpuid_model_phys_bits(e->config.cpuid),
         .tsc_hz = e->tsc_hz,
         .x2apic = cpuid_model_has(e->config.cpuid, FEATURE_X2APIC),
