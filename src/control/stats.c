@@ -93,6 +93,7 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"tlb_misses", json_integer((json_int_t)e->tlb_misses)},
         {"tlb_flushes", json_integer((json_int_t)e->tlb_flushes)},
         {"smc_invalidations", json_integer((json_int_t)e->smc_invalidations)},
+        {"spins", json_integer((json_int_t)e->spins)},
         {"resets", json_integer((json_int_t)stats->machine.resets)},
     };
     json_t *json = json_object();

@@ -62,7 +62,7 @@ struct vm_config {
     unsigned cpus;
     struct cpu_topology topology; /* as in struct machine_config */
     const char *kernel;           /* path */
-    const char *initrd; /* path, or NULL */
+    const char *initrd;           /* path, or NULL */
     const char *append;
     struct firmware_config firmware;
     char firmware_what[VM_PATH_MAX], firmware_vars[VM_PATH_MAX]; /* what its strings may point to */

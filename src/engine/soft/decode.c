@@ -159,7 +159,9 @@ static void fill_operands(const struct decode_context *ctx, struct insn *out)
     out->seg = implied_segment(ctx);
     out->asize = zi->address_width / 8;
     out->osize = (u8)(zi->operand_width / 8);
-    out->flags = repeat_flags(zi) | (zi->attributes & ZYDIS_ATTRIB_HAS_LOCK ? INSN_LOCK : 0);
+    out->flags = repeat_flags(zi);
+    if ((zi->attributes & ZYDIS_ATTRIB_HAS_LOCK) || zi->mnemonic == ZYDIS_MNEMONIC_XCHG)
+        out->flags |= INSN_LOCK;
     out->address = (ctx->mode & MODE_CODE_MASK) == MODE_CODE64 && out->asize == 8 ? ADDRESS_FLAT
                                                                                   : ADDRESS_CHECKED;
     for (unsigned n = 0; n < zi->operand_count_visible; n++) {

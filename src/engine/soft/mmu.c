@@ -26,6 +26,7 @@
 #include "engine/soft/debug.h"
 #include "engine/soft/exception.h"
 #include "engine/soft/lapic.h"
+#include "engine/soft/posts.h"
 
 /* A translation: where the byte at a linear address is. */
 struct place {
@@ -538,6 +539,7 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
     if (p->host) {
         if (p->rom)
             return;
+        soft_announce_store(v, p->track);
         if (v->journaling)
             bt_journal_write(v, p->host, n);
         else if (holds_code(p))
@@ -661,6 +663,7 @@ void soft_rmw_slow(struct soft_vcpu *v, const struct insn *i, gva_t lin, unsigne
 {
     struct place first, second;
     size_t head = size;
+    bool exclusive;
     u64 value = 0;
 
     v->cur = i;
@@ -671,7 +674,10 @@ void soft_rmw_slow(struct soft_vcpu *v, const struct insn *i, gva_t lin, unsigne
         head = GUEST_PAGE_SIZE - (lin & (GUEST_PAGE_SIZE - 1));
         second = translate(v, next_page(v, lin), ACCESS_WRITE);
     }
-    pthread_mutex_lock(&v->engine->split_lock);
+    /* In MMIO no device has locked accesses. */
+    exclusive = (i->flags & INSN_LOCK) && first.host;
+    if (exclusive)
+        soft_exclusive_begin(v);
     place_read(v, &first, &value, head);
     if (head < size)
         place_read(v, &second, (u8 *)&value + head, size - head);
@@ -679,7 +685,8 @@ void soft_rmw_slow(struct soft_vcpu *v, const struct insn *i, gva_t lin, unsigne
     place_write(v, &first, &value, head);
     if (head < size)
         place_write(v, &second, (u8 *)&value + head, size - head);
-    pthread_mutex_unlock(&v->engine->split_lock);
+    if (exclusive)
+        soft_exclusive_end(v);
 }
 
 const u8 *soft_fetch(struct soft_vcpu *v, gva_t lin, gpa_t *gpa)

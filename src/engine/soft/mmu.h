@@ -40,8 +40,8 @@ void *soft_pointer(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access);
 
 /*
  * A read-modify-write that soft_pointer can't give a pointer for (across pages, MMIO, watched): reads
- * `size` bytes at lin, calls compute(v, i, old, arg), writes what it returns. Atomic against other slow
- * read-modify-writes. All checks come first; compute must not fault.
+ * `size` bytes at lin, calls compute(v, i, old, arg), writes what it returns; a locked instruction has all
+ * other vCPUs stand still meanwhile. All checks come first; compute must not fault.
  */
 typedef u64 soft_rmw_fn(struct soft_vcpu *v, const struct insn *i, u64 old, u64 arg);
 void soft_rmw_slow(struct soft_vcpu *v, const struct insn *i, gva_t lin, unsigned size,

@@ -5,6 +5,8 @@
 #include "engine/soft/exception.h"
 #include "engine/soft/integer.h"
 #include "engine/soft/operand.h"
+#include "engine/soft/posts.h"
+#include "engine/soft/wait.h"
 
 #define SIZES(prefix)                                                                              \
     {                                                                                              \
@@ -300,9 +302,11 @@ static void cmpxchg16b_slow(struct soft_vcpu *v, gva_t lin, unsigned stack)
     bool equal;
 
     soft_probe(v, lin, 16, ACCESS_WRITE | stack);
+    soft_exclusive_begin(v);
     soft_load_bytes(v, lin, old, 16, ACCESS_READ);
     equal = old[0] == v->cpu.gpr[RAX] && old[1] == v->cpu.gpr[RDX];
     soft_store_bytes(v, lin, equal ? new : old, 16, ACCESS_WRITE);
+    soft_exclusive_end(v);
     if (equal) {
         v->aflags |= AFLAG_ZF;
         return;
@@ -565,7 +569,7 @@ void op_nop(struct soft_vcpu *v, const struct insn *i)
 }
 void op_pause(struct soft_vcpu *v, const struct insn *i)
 {
-    __builtin_ia32_pause();
+    soft_pause(v);
     NEXT(v, i);
 }
 void op_fence(struct soft_vcpu *v, const struct insn *i)

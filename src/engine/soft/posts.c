@@ -1,6 +1,7 @@
 #include "engine/soft/posts.h"
 
 #include "engine/soft/block.h"
+#include "engine/soft/bt/bt.h"
 #include "engine/soft/mmu.h"
 
 #include <sched.h>
@@ -11,7 +12,7 @@
 #define YIELDS 100
 #define NAP_NS 50000
 
-enum { POST_WRITTEN, POST_PROTECT, POST_PROTECT_ALL };
+enum { POST_WRITTEN, POST_PROTECT, POST_PROTECT_ALL, POST_HOLD };
 
 /* Returns the ticket: the post is answered when to->posts_answered has come to it. */
 static u64 post(struct soft_vcpu *to, struct soft_post p)
@@ -34,6 +35,19 @@ void soft_post_written(struct soft_vcpu *to, gpa_t gpa, u64 len)
     post(to, (struct soft_post){POST_WRITTEN, gpa, len});
 }
 
+/* Between looks at what another thread has to do: the n-th time. */
+static void relax(unsigned n)
+{
+    const struct timespec nap = {.tv_nsec = NAP_NS};
+
+    if (n < SPINS)
+        __builtin_ia32_pause();
+    else if (n < SPINS + YIELDS)
+        sched_yield();
+    else
+        nanosleep(&nap, NULL);
+}
+
 /* --- Answering --- */
 
 static void take(struct soft_vcpu *v, const struct soft_post *p)
@@ -48,10 +62,13 @@ static void take(struct soft_vcpu *v, const struct soft_post *p)
     case POST_PROTECT_ALL:
         soft_tlb_protect_all(v);
         break;
+    case POST_HOLD: /* soft_take_posts does */
+        break;
     }
 }
 
-void soft_take_posts(struct soft_vcpu *v)
+/* Those that are there now. */
+static void take_all(struct soft_vcpu *v)
 {
     struct soft_post posts[SOFT_POSTS];
     unsigned nposts;
@@ -79,6 +96,21 @@ void soft_take_posts(struct soft_vcpu *v)
     atomic_store(&v->posts_answered, ticket);
 }
 
+/* Waits while another vCPU runs alone, which may ask for more meanwhile. */
+void soft_take_posts(struct soft_vcpu *v)
+{
+    const struct soft_engine *e = v->engine;
+
+    for (unsigned n = 0;; n++) {
+        unsigned alone = atomic_load(&e->exclusive);
+
+        take_all(v);
+        if (likely(!alone || alone == v->index + 1))
+            break;
+        relax(n);
+    }
+}
+
 /* Who asks sets attention and then looks at asleep; the vCPU clears asleep and then looks at attention. */
 void soft_posts_begin_sleep(struct soft_vcpu *v)
 {
@@ -91,18 +123,6 @@ void soft_posts_end_sleep(struct soft_vcpu *v)
 }
 
 /* --- Asking --- */
-
-static void relax(unsigned n)
-{
-    const struct timespec nap = {.tv_nsec = NAP_NS};
-
-    if (n < SPINS)
-        __builtin_ia32_pause();
-    else if (n < SPINS + YIELDS)
-        sched_yield();
-    else
-        nanosleep(&nap, NULL);
-}
 
 /* v: who asks, and may be asked meanwhile; NULL: no vCPU. */
 static void ask(struct soft_engine *e, struct soft_vcpu *v, u64 others, struct soft_post p)
@@ -137,12 +157,37 @@ void soft_ask_protect(struct soft_vcpu *v, u64 others, gpa_t page)
     ask(v->engine, v, others, (struct soft_post){.kind = POST_PROTECT, .gpa = page});
 }
 
-void soft_protect_everywhere(struct soft_engine *e)
+static u64 all_vcpus(const struct soft_engine *e)
 {
     u64 all = 0;
 
     for (unsigned n = 0; n < e->nvcpus; n++)
         if (e->vcpus[n])
             all |= BIT(n);
-    ask(e, NULL, all, (struct soft_post){.kind = POST_PROTECT_ALL});
+    return all;
+}
+
+void soft_exclusive_begin(struct soft_vcpu *v)
+{
+    struct soft_engine *e = v->engine;
+    unsigned nobody = 0;
+
+    if (e->nvcpus == 1)
+        return;
+    soft_vectors_sync(v);
+    while (!atomic_compare_exchange_weak(&e->exclusive, &nobody, v->index + 1)) {
+        soft_take_posts(v);
+        nobody = 0;
+    }
+    ask(e, v, all_vcpus(e) & ~BIT(v->index), (struct soft_post){.kind = POST_HOLD});
+}
+
+void soft_exclusive_end(struct soft_vcpu *v)
+{
+    atomic_store(&v->engine->exclusive, 0);
+}
+
+void soft_protect_everywhere(struct soft_engine *e)
+{
+    ask(e, NULL, all_vcpus(e), (struct soft_post){.kind = POST_PROTECT_ALL});
 }

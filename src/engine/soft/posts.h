@@ -20,6 +20,14 @@ void soft_ask_written(struct soft_vcpu *v, u64 others, gpa_t gpa, u64 len);
 /* Their write tags for the page go. */
 void soft_ask_protect(struct soft_vcpu *v, u64 others, gpa_t page);
 
+/*
+ * Between these no other vCPU executes an instruction: for a locked access that the host can't do in one piece. On
+ * v's thread; what is done in between must not raise a guest's fault. As with the other requests, v may have to
+ * answer some first, and what it announced is to be announced anew.
+ */
+void soft_exclusive_begin(struct soft_vcpu *v);
+void soft_exclusive_end(struct soft_vcpu *v);
+
 /* All write tags of all vCPUs go, before this returns. On a thread that is no vCPU's. */
 void soft_protect_everywhere(struct soft_engine *e);
 

@@ -25,8 +25,7 @@
 #include "engine/soft/mmu.h"
 #include "engine/soft/posts.h"
 #include "engine/soft/system.h"
-
-#include <time.h>
+#include "engine/soft/wait.h"
 
 #define POLL_BLOCKS 256
 
@@ -41,39 +40,7 @@ static void leave(struct soft_vcpu *v, enum vcpu_exit_reason reason)
     v->leave = true;
 }
 
-/* --- Sleeping --- */
-
-static bool may_wake(const struct soft_vcpu *v)
-{
-    return atomic_load(&v->attention) & ~(ATTN_SHADOW | ATTN_LEFT);
-}
-
-/* HLT: sleeps until attention is called for, or the APIC timer is due. */
-static void wait_for_attention(struct soft_vcpu *v)
-{
-    struct vm_clock *clock = v->engine->config.clock;
-
-    soft_posts_begin_sleep(v);
-    pthread_mutex_lock(&v->wait_lock);
-    v->waiting = true;
-    while (!may_wake(v)) {
-        u64 deadline = v->timer_deadline;
-
-        if (deadline == UINT64_MAX) {
-            pthread_cond_wait(&v->wait_cond, &v->wait_lock);
-        } else if (deadline <= now(v)) {
-            break;
-        } else {
-            u64 host = vm_clock_to_host(clock, deadline);
-            struct timespec ts = {(time_t)(host / NS_PER_SEC), (long)(host % NS_PER_SEC)};
-
-            pthread_cond_timedwait(&v->wait_cond, &v->wait_lock, &ts);
-        }
-    }
-    v->waiting = false;
-    pthread_mutex_unlock(&v->wait_lock);
-    soft_posts_end_sleep(v);
-}
+/* --- Attention --- */
 
 void soft_attend(struct soft_vcpu *v, u32 bits)
 {
@@ -353,7 +320,7 @@ static void sleep_or_stop(struct soft_vcpu *v)
     v->stats.exits_halt++;
     if (v->bt)
         atomic_store(&v->bt->running, false);
-    wait_for_attention(v);
+    soft_wait_for_attention(v);
     v->poll = 0;
     poll(v);
 }

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 static struct soft_engine *engine_of(struct engine *e)
 {
@@ -80,7 +81,6 @@ static void soft_destroy(struct engine *engine)
         lapic_bus_destroy(e->lapic_bus);
     for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
         pthread_mutex_destroy(&e->code_locks[n].lock);
-    pthread_mutex_destroy(&e->split_lock);
     free(e);
 }
 
@@ -93,9 +93,9 @@ static struct engine *soft_create(const struct engine_config *config, struct err
         return NULL;
     }
     e->config = *config;
+    e->host_cpus = (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1);
     e->tsc_hz = cpuid_model_tsc_hz(config->cpuid);
     atomic_init(&e->a20, true);
-    pthread_mutex_init(&e->split_lock, NULL);
     for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
         pthread_mutex_init(&e->code_locks[n].lock, NULL);
     e->lapic_bus = lapic_bus_create();
@@ -443,6 +443,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
         out->blocks_translated += v->stats.blocks_translated;
         out->tlb_misses += v->stats.tlb_misses;
         out->tlb_flushes += v->stats.tlb_flushes;
+        out->spins += v->stats.spins;
         out->smc_invalidations += v->stats.smc_invalidations;
     }
 }

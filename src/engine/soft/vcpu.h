@@ -201,6 +201,9 @@ struct soft_vcpu {
     pthread_mutex_t wait_lock;
     pthread_cond_t wait_cond;
     bool waiting;
+    u32 poll_ns; /* for how long to look for attention before that: wait.c */
+    u32 spin_yields;
+    u64 spin_start, spin_last; /* of PAUSEs, in host TSC ticks */
 
     /* What others ask of this vCPU: posts.h. The counts are of posts since the beginning. */
     pthread_mutex_t posts_lock; /* guards these three, and changes of posts_sent */
@@ -240,10 +243,11 @@ struct soft_engine {
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     struct code_lock code_locks[SOFT_CODE_LOCKS];
     _Atomic bool dirty_logging;
-    bool bt; /* vCPUs translate */
+    bool bt;            /* vCPUs translate */
+    unsigned host_cpus; /* that the vCPUs may run on */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */
-    pthread_mutex_t split_lock; /* LOCKed accesses that the host can't do in one piece */
+    _Atomic unsigned exclusive; /* number, from 1, of the vCPU that alone may run: posts.h */
     u64 tsc_hz;
 };
 

@@ -633,7 +633,9 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
         i->x87 = i->faults = true;
         return BT_PLAIN;
     case ZYDIS_MNEMONIC_PAUSE: /* with REX.B it is XCHG R8, RAX */
-        return i->rex & 1 ? BT_INTERP : BT_PLAIN;
+        if (i->rex & 1)
+            return BT_INTERP;
+        return v->engine->config.ncpus > 1 ? BT_FAST : BT_PLAIN; /* FAST: soft_pause sees it */
     case ZYDIS_MNEMONIC_CALL:
     case ZYDIS_MNEMONIC_JMP:
     case ZYDIS_MNEMONIC_RET:

@@ -1,0 +1,134 @@
+/*
+ * Waiting.
+ *
+ * Sleeping and being woken costs two system calls and the scheduler's decisions, many times what an interrupt
+ * between processors takes. So HLT looks for a while first, where there are processors enough to do so: for as
+ * long as the last waits make it likely that it pays (v->poll_ns).
+ *
+ * A guest spins for a lock in the belief that its owner is running. Where there are more vCPUs than processors
+ * for them, the owner may be waiting for the very processor. The guest's loops say by PAUSE that they are
+ * such: one that goes on for longer than a lock is held gives the processor away.
+ */
+#include "engine/soft/wait.h"
+
+#include "engine/soft/posts.h"
+
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+/* Of polling in HLT. */
+#define POLL_MIN_NS 4000
+#define POLL_MAX_NS 64000
+/* PAUSEs this far apart, in TSC ticks, belong to one loop; how long it may go on; what gives way costs then. */
+#define SPIN_GAP 20000
+#define SPIN_TICKS 50000
+#define SPIN_YIELDS 64
+#define SPIN_NAP_NS 50000
+
+static u64 now(const struct soft_vcpu *v)
+{
+    return vm_clock_now(v->engine->config.clock);
+}
+
+static bool may_wake(const struct soft_vcpu *v)
+{
+    return atomic_load(&v->attention) & ~(ATTN_SHADOW | ATTN_LEFT);
+}
+
+/* --- HLT --- */
+
+/* Whether a vCPU may look for work without taking the processor from another. */
+static bool may_poll(const struct soft_vcpu *v)
+{
+    return v->engine->config.ncpus > 1 && v->engine->config.ncpus <= v->engine->host_cpus;
+}
+
+/* True: woken. */
+static bool poll_for_attention(struct soft_vcpu *v, u64 start)
+{
+    u64 end = MIN(start + v->poll_ns, v->timer_deadline);
+
+    while (!may_wake(v)) {
+        for (unsigned n = 0; n < 8; n++)
+            __builtin_ia32_pause();
+        if (now(v) >= end)
+            return false;
+    }
+    return true;
+}
+
+/* Grows while waits end soon, and is given up by and by when they don't. */
+static void adapt_polling(struct soft_vcpu *v, u64 waited)
+{
+    if (waited <= v->poll_ns)
+        return;
+    if (waited <= POLL_MAX_NS)
+        v->poll_ns = (u32)MIN(MAX(v->poll_ns * 2, POLL_MIN_NS), POLL_MAX_NS);
+    else
+        v->poll_ns = v->poll_ns > POLL_MIN_NS ? v->poll_ns / 2 : 0;
+}
+
+static void sleep_until_attention(struct soft_vcpu *v)
+{
+    struct vm_clock *clock = v->engine->config.clock;
+
+    pthread_mutex_lock(&v->wait_lock);
+    v->waiting = true;
+    while (!may_wake(v)) {
+        u64 deadline = v->timer_deadline;
+
+        if (deadline == UINT64_MAX) {
+            pthread_cond_wait(&v->wait_cond, &v->wait_lock);
+        } else if (deadline <= now(v)) {
+            break;
+        } else {
+            u64 host = vm_clock_to_host(clock, deadline);
+            struct timespec ts = {(time_t)(host / NS_PER_SEC), (long)(host % NS_PER_SEC)};
+
+            pthread_cond_timedwait(&v->wait_cond, &v->wait_lock, &ts);
+        }
+    }
+    v->waiting = false;
+    pthread_mutex_unlock(&v->wait_lock);
+}
+
+void soft_wait_for_attention(struct soft_vcpu *v)
+{
+    soft_posts_begin_sleep(v);
+    if (may_poll(v)) {
+        u64 start = now(v);
+
+        if (!poll_for_attention(v, start))
+            sleep_until_attention(v);
+        adapt_polling(v, now(v) - start);
+    } else {
+        sleep_until_attention(v);
+    }
+    soft_posts_end_sleep(v);
+}
+
+/* --- PAUSE --- */
+
+void soft_pause(struct soft_vcpu *v)
+{
+    const struct timespec nap = {.tv_nsec = SPIN_NAP_NS};
+    u64 time = __rdtsc();
+
+    if (time - v->spin_last > SPIN_GAP) {
+        v->spin_start = time;
+        v->spin_yields = 0;
+    }
+    v->spin_last = time;
+    if (time - v->spin_start < SPIN_TICKS || v->engine->config.ncpus == 1) {
+        __builtin_ia32_pause();
+        return;
+    }
+    v->stats.spins++;
+    if (v->spin_yields++ < SPIN_YIELDS)
+        sched_yield();
+    else
+        nanosleep(&nap, NULL);
+    v->spin_last = __rdtsc();
+}
