@@ -250,6 +250,11 @@ bool block_is_read_only(const struct block_backend *b)
     return b->disk->read_only;
 }
 
+int block_fd(const struct block_backend *b)
+{
+    return b->disk->file.fd;
+}
+
 const char *block_path(const struct block_backend *b)
 {
     return b->disk->file.path;

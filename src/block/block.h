@@ -51,6 +51,8 @@ void block_destroy(struct block_backend *b);
 u64 block_size(const struct block_backend *b);
 bool block_is_read_only(const struct block_backend *b);
 const char *block_path(const struct block_backend *b);
+/* The file; of a raw disk its bytes are the disk's. The backend's to close. */
+int block_fd(const struct block_backend *b);
 
 void block_submit(struct block_backend *b, struct block_request *r);
 /* Waits until all of it is done, or kept. */

@@ -116,12 +116,11 @@ static int apply_options(const struct memory_options *options, u8 *host, u64 siz
     return 0;
 }
 
-int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err)
+/* Where among the slots one for [gpa, gpa + size) belongs, or -EINVAL with err set. */
+static int place_for(const struct guest_memory *m, gpa_t gpa, u64 size, struct error *err)
 {
     const u64 offset_mask = GUEST_PAGE_SIZE - 1;
-    struct memory_slot slot = {.gpa = gpa, .size = size, .flags = flags};
     unsigned at = 0;
-    int ret;
 
     if (!size || (gpa & offset_mask) || (size & offset_mask) || gpa + size - 1 < gpa)
         return error_input(err, "guest memory can't be 0x%llx bytes at 0x%llx",
@@ -133,7 +132,24 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
     if ((at > 0 && slot_contains(&m->slots[at - 1], gpa)) ||
         (at < m->nslots && m->slots[at].gpa - gpa < size))
         return error_input(err, "guest memory at 0x%llx is there already", (unsigned long long)gpa);
+    return (int)at;
+}
 
+static void insert_slot(struct guest_memory *m, unsigned at, const struct memory_slot *slot)
+{
+    memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
+    m->slots[at] = *slot;
+    m->nslots++;
+}
+
+int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err)
+{
+    struct memory_slot slot = {
+        .gpa = gpa, .size = size, .flags = flags, .fd = m->in_file ? m->fd : -1};
+    int at = place_for(m, gpa, size, err), ret;
+
+    if (at < 0)
+        return at;
     slot.backing = slot.host = add_backing(m, gpa, size, &slot.fd_offset, err);
     if (!slot.host)
         return -ENOMEM;
@@ -143,10 +159,33 @@ int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, stru
         remove_backing(&slot);
         return ret;
     }
+    insert_slot(m, (unsigned)at, &slot);
+    return 0;
+}
 
-    memmove(&m->slots[at + 1], &m->slots[at], (m->nslots - at) * sizeof(m->slots[0]));
-    m->slots[at] = slot;
-    m->nslots++;
+int memory_add_file(struct guest_memory *m, gpa_t gpa, u64 size, int fd, u32 flags,
+                    struct error *err)
+{
+    struct memory_slot slot = {.gpa = gpa, .size = size, .flags = flags | MEMORY_FILE, .fd = fd};
+    /* Of a file that must not change, what a loader may write to a ROM is this mapping's own. */
+    int sharing = flags & MEMORY_ROM ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED;
+    int at = place_for(m, gpa, size, err);
+
+    if (at < 0)
+        return at;
+    slot.host = memory_reserve(gpa, size);
+    if (!slot.host)
+        return error_host(err, errno, "no address space for %llu MiB of a file",
+                          (unsigned long long)(size >> 20));
+    slot.backing = slot.host;
+    if (mmap(slot.host, size, PROT_READ | PROT_WRITE, sharing | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        int ret = error_host(err, errno, "can't map %llu MiB of a file",
+                             (unsigned long long)(size >> 20));
+
+        munmap(slot.host, size);
+        return ret;
+    }
+    insert_slot(m, (unsigned)at, &slot);
     return 0;
 }
 

@@ -15,7 +15,10 @@
 #define GUEST_PAGE_SIZE (1ULL << GUEST_PAGE_SHIFT)
 #define MEMORY_MAX_SLOTS 32
 
-enum { MEMORY_ROM = 1 }; /* guest writes are dropped */
+enum {
+    MEMORY_ROM = 1,  /* guest writes are dropped */
+    MEMORY_FILE = 2, /* the bytes of a file of the user's, and no RAM: memory_add_file */
+};
 
 struct memory_slot {
     gpa_t gpa;
@@ -24,7 +27,8 @@ struct memory_slot {
     u32 flags;
     bool huge;     /* made of the host's reserved huge pages */
     u8 *backing;   /* the slot's own bytes, seen or not: memory_show */
-    u64 fd_offset; /* of these in the memory's file, when it has one */
+    int fd;        /* the file that these are in, which others may map too; -1: none */
+    u64 fd_offset; /* where in it */
 };
 
 struct memory_listener {
@@ -54,6 +58,13 @@ struct guest_memory {
 int memory_use_file(struct guest_memory *m, struct error *err);
 /* Allocates zeroed host memory for a slot. Pages cost nothing until touched, unless the options want it so. */
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err);
+/*
+ * A slot of a file's bytes, from its start on, with MEMORY_FILE among its flags: what the guest writes is in the file,
+ * in time. With MEMORY_ROM the file may be open for reading only. The descriptor stays the caller's, and must be
+ * open for as long as the slot is there.
+ */
+int memory_add_file(struct guest_memory *m, gpa_t gpa, u64 size, int fd, u32 flags,
+                    struct error *err);
 void memory_destroy(struct guest_memory *m);
 /*
  * Has the slot at gpa show other bytes than its own (NULL: its own), which stay the caller's, and gives it these

@@ -263,6 +263,14 @@ static int set_boot(struct vm_config *config, const char *value, struct error *e
     return parse_choice("--boot", value, "cdrom", "disk", &config->firmware.cdrom_first, err);
 }
 
+/* The one option that some have, and without a value. */
+static int check_readonly(const char *options, struct error *err)
+{
+    return strcmp(options, "readonly") == 0
+               ? 0
+               : error_input(err, "unknown option '%s': give readonly or none", options);
+}
+
 static int set_console(struct vm_config *config, const char *value, struct error *err)
 {
     struct vm_console *c = &config->consoles[config->nconsoles];
@@ -286,6 +294,22 @@ static int set_console(struct vm_config *config, const char *value, struct error
     }
     config->nconsoles += ret == 0;
     return ret;
+}
+
+static int set_pmem(struct vm_config *config, const char *value, struct error *err)
+{
+    struct vm_pmem *p = &config->pmems[config->npmems];
+    const char *options;
+    int ret;
+
+    if (config->npmems == VM_PMEMS_MAX)
+        return error_input(err, "a machine has %d files as memory at most", VM_PMEMS_MAX);
+    ret = parse_file_options(value, p->path, sizeof(p->path), &options, err);
+    if (ret)
+        return ret;
+    p->read_only = options != NULL;
+    config->npmems++;
+    return options ? check_readonly(options, err) : 0;
 }
 
 static int set_net(struct vm_config *config, const char *value, struct error *err)
@@ -322,11 +346,9 @@ static int set_share(struct vm_config *config, const char *value, struct error *
                            VM_SHARE_TAG_MAX);
     strcpy(s->tag, colon + 1);
     *colon = '\0';
-    if (options && strcmp(options, "readonly") != 0)
-        return error_input(err, "unknown option '%s': give readonly or none", options);
     s->read_only = options != NULL;
     config->nshares++;
-    return 0;
+    return options ? check_readonly(options, err) : 0;
 }
 
 static int set_serial(struct vm_config *config, const char *value, struct error *err)
@@ -406,6 +428,8 @@ static const struct option options[] = {
     {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=FILE] (its ovmf), or an image FILE",
      set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
+    {"--pmem", "FILE[,readonly]", "a file as memory of the guest's (/dev/pmem0), by virtio-pmem",
+     set_pmem},
     {"--cdrom", "FILE", "an ISO image, in an IDE CD-ROM drive", set_cdrom},
     {"--boot", "WHICH", "what firmware boots first, disk or cdrom (default: disk)", set_boot},
     {"--uuid", "UUID", "the machine's, in SMBIOS", set_uuid},
@@ -434,7 +458,7 @@ static const struct option options[] = {
 static bool may_be_repeated(const struct option *o)
 {
     return o->set == set_disk || o->set == set_cdrom || o->set == set_screenshot ||
-           o->set == set_console || o->set == set_net || o->set == set_share;
+           o->set == set_console || o->set == set_net || o->set == set_share || o->set == set_pmem;
 }
 
 static const struct option *find_option(const char *arg, size_t len)
@@ -561,6 +585,11 @@ void cli_run_help(FILE *out)
         "connects.\n"
         "All take mac=ADDRESS, mtu=BYTES and pcap=FILE, a capture for tcpdump. More than once for\n"
         "more cards.\n"
+        "--pmem FILE[,readonly]: a raw image of a multiple of 2 MiB as memory, which Linux has as\n"
+        "/dev/pmem0 (and mounts with -o dax); what it syncs is on the host's medium. readonly: "
+        "what "
+        "it\n"
+        "writes there is lost.\n"
         "--vsock cid=N,path=SOCKET: the guest has CID N. Who connects to SOCKET and sends "
         "\"CONNECT P\"\n"
         "reaches its port P; port P of the host (CID 2) is the socket SOCKET_P.\n"

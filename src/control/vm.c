@@ -33,6 +33,7 @@ struct vm {
     struct chardev *serial;
     struct machine_disks disks;
     struct machine_nets nets;
+    struct machine_pmems pmems;
     struct machine_shares shares;
     struct machine_consoles consoles;
     struct control *control; /* NULL: none */
@@ -182,6 +183,22 @@ static int open_disks(struct vm *vm, struct error *err)
     return 0;
 }
 
+static int open_pmems(struct vm *vm, struct error *err)
+{
+    while (vm->pmems.count < vm->config->npmems) {
+        struct block_backend *backend =
+            cards_open_pmem(&vm->config->pmems[vm->pmems.count], vm->loop, err);
+
+        if (!backend) {
+            if (err->class == ERROR_INPUT)
+                error_prefix(err, "--pmem");
+            return -EIO;
+        }
+        vm->pmems.backend[vm->pmems.count++] = backend;
+    }
+    return 0;
+}
+
 static int open_nets(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -280,6 +297,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .serial = vm->serial,
         .disks = &vm->disks,
         .nets = &vm->nets,
+        .pmems = &vm->pmems,
         .shares = &vm->shares,
         .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
@@ -357,6 +375,8 @@ static void close_all(struct vm *vm)
     perf_map_destroy(vm->perf_map);
     while (vm->disks.count)
         block_destroy(vm->disks.disk[--vm->disks.count].backend);
+    while (vm->pmems.count)
+        block_destroy(vm->pmems.backend[--vm->pmems.count]);
     while (vm->shares.count)
         share_close(vm->shares.dir[--vm->shares.count].share);
     vsock_close(vm->nets.vsock);
@@ -378,9 +398,9 @@ static void close_all(struct vm *vm)
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,    open_signals,   open_stats,  open_perf_map,
-        open_disks,    open_nets,    open_vsock,     open_shares, open_serial,
-        open_consoles, open_control, create_machine, open_vnc,
+        choose_engine, open_loop,  open_signals, open_stats,     open_perf_map,
+        open_disks,    open_nets,  open_vsock,   open_shares,    open_serial,
+        open_consoles, open_pmems, open_control, create_machine, open_vnc,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

@@ -33,6 +33,13 @@ struct vm_disk {
     bool cdrom;
 };
 
+#define VM_PMEMS_MAX 4
+
+struct vm_pmem {
+    char path[VM_PATH_MAX];
+    bool read_only;
+};
+
 /* Reads FILE[,OPTION]... as --disk has it. 0 or -EINVAL with err set. */
 typedef int vm_parse_disk(const char *text, struct vm_disk *disk, struct error *err);
 
@@ -71,6 +78,8 @@ struct vm_config {
     unsigned ndisks;
     const char *nets[VM_NETS_MAX]; /* as net_open takes them */
     unsigned nnets;
+    struct vm_pmem pmems[VM_PMEMS_MAX];
+    unsigned npmems;
     const char *vsock; /* as vsock_open takes it, or NULL */
     struct vm_share shares[VM_SHARES_MAX];
     unsigned nshares;

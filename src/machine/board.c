@@ -39,6 +39,7 @@
 #include "device/virtio/console.h"
 #include "device/virtio/fs.h"
 #include "device/virtio/net.h"
+#include "device/virtio/pmem.h"
 #include "device/virtio/rng.h"
 #include "device/virtio/vsock.h"
 #include "host/log.h"
@@ -47,6 +48,7 @@
 #include "machine/firmware.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
+#include "machine/memory_map.h"
 #include "machine/slots.h"
 #include "state/stream.h"
 
@@ -97,6 +99,7 @@ struct board {
     struct lpc *lpc; /* with firmware */
     struct acpi_pm *pm;
     struct fw_cfg *fw_cfg;
+    u64 memory_end;                                        /* as firmware is told it */
     struct vga *vga;                                       /* with firmware */
     char boot_paths[MACHINE_DISKS_MAX][FIRMWARE_PATH_MAX]; /* of each disk, as firmware names it */
     u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
@@ -578,16 +581,11 @@ static int create_pvpanic(struct board *b, struct error *err)
     return panic ? add(b, pvpanic_device(panic)) : -EIO;
 }
 
-/* PCI's window above 4 GiB lies behind the RAM, if it ends on the bus. */
+/* PCI's window above 4 GiB lies behind all memory, if it ends on the bus. */
 static void pci_window64(struct board *b, struct acpi_config *config)
 {
-    u64 end = LAYOUT_HIGH_RAM_BASE;
+    u64 end = memory_map_end(b->config.env.memory);
 
-    for (unsigned i = 0; i < b->config.env.memory->nslots; i++) {
-        const struct memory_slot *slot = &b->config.env.memory->slots[i];
-
-        end = MAX(end, slot->gpa + slot->size);
-    }
     end = (end + LAYOUT_MMIO64_ALIGN - 1) & ~(LAYOUT_MMIO64_ALIGN - 1);
     if (end + LAYOUT_MMIO64_ALIGN > BIT(b->config.phys_bits))
         return;
@@ -858,6 +856,26 @@ static int create_shares(struct board *b, struct error *err)
     return 0;
 }
 
+static int create_pmems(struct board *b, struct error *err)
+{
+    const struct machine_pmems *pmems = b->config.pmems;
+
+    for (unsigned i = 0; pmems && i < pmems->count; i++) {
+        const struct memory_slot *slot = memory_map_pmem(b->config.env.memory, i);
+        struct virtio_pmem_config config = {pmems->backend[i], slot->gpa, slot->size};
+        int devfn = card_devfn(b, err);
+        struct virtio *v;
+
+        if (devfn < 0)
+            return devfn;
+        v = virtio_pmem_create(&b->config.env, &config, b->pci, (u16)devfn, err);
+        if (!v)
+            return -EIO;
+        add(b, virtio_device(v));
+    }
+    return 0;
+}
+
 static int create_slots(struct board *b, struct error *err)
 {
     b->slots.card_gone = b->config.card_gone;
@@ -982,6 +1000,11 @@ static int add_firmware_files(struct board *b, struct error *err)
 
     pci_window64(b, &config);
     ret = firmware_add_files(b->config.firmware, b->fw_cfg, b->config.e820, &config, err);
+    /* Firmware would place PCI behind the RAM, where files are. */
+    b->memory_end = memory_map_end(b->config.env.memory);
+    if (!ret && b->config.pmems && b->config.pmems->count)
+        ret = fw_cfg_add_file(b->fw_cfg, "etc/reserved-memory-end", &b->memory_end,
+                              sizeof(b->memory_end), FW_CFG_BORROW, err);
     return ret ? ret : firmware_add_boot_order(b->config.firmware, b->fw_cfg, devices, n, err);
 }
 
@@ -992,17 +1015,17 @@ struct board *board_create(const struct board_config *config, struct error *err)
      * last: the user chooses one of them, and whose place it would take is there by then.
      */
     static int (*const steps[])(struct board * b, struct error * err) = {
-        create_pic,     create_ioapic,      create_pci,      create_pit,     create_hpet,
-        create_rtc,     create_com1,        create_i8042,    create_acpi_pm, create_lpc,
-        create_vga,     create_pvpanic,     create_debugcon, create_pflash,  create_fw_cfg,
-        create_sysport, create_disks,       create_nvme,     create_ide,     create_console,
-        create_rng,     create_balloon,     create_nets,     create_vsock,   create_shares,
-        create_slots,   add_firmware_files,
+        create_pic,     create_ioapic,  create_pci,         create_pit,     create_hpet,
+        create_rtc,     create_com1,    create_i8042,       create_acpi_pm, create_lpc,
+        create_vga,     create_pvpanic, create_debugcon,    create_pflash,  create_fw_cfg,
+        create_sysport, create_disks,   create_nvme,        create_ide,     create_console,
+        create_rng,     create_balloon, create_nets,        create_vsock,   create_shares,
+        create_pmems,   create_slots,   add_firmware_files,
     };
     struct board *b = calloc(1, sizeof(*b));
 
     _Static_assert(ARRAY_SIZE(steps) + MACHINE_DISKS_MAX + MACHINE_NETS_MAX + MACHINE_SHARES_MAX +
-                           MACHINE_SLOTS_MAX <=
+                           MACHINE_PMEMS_MAX + MACHINE_SLOTS_MAX <=
                        BOARD_MAX_DEVICES,
                    "devices[] holds them all");
     if (!b) {

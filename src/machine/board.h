@@ -13,6 +13,7 @@ struct machine_consoles;
 struct machine_disk;
 struct machine_disks;
 struct machine_nets;
+struct machine_pmems;
 struct machine_shares;
 struct net_backend;
 struct e820_map;
@@ -35,10 +36,11 @@ struct board_config {
     const struct machine_disks *disks;       /* NULL: none */
     const struct machine_consoles *consoles; /* NULL: none */
     const struct machine_nets *nets;         /* NULL: none */
-    const struct machine_shares *shares;     /* NULL: none */
-    u16 debug_exit_port;                     /* 0: none */
-    struct firmware *firmware;               /* NULL: a direct boot */
-    unsigned slots;                          /* for cards that come and go */
+    const struct machine_pmems *pmems;   /* NULL: none; their slots of memory are there already */
+    const struct machine_shares *shares; /* NULL: none */
+    u16 debug_exit_port;                 /* 0: none */
+    struct firmware *firmware;           /* NULL: a direct boot */
+    unsigned slots;                      /* for cards that come and go */
     /*
      * board_update is to be called, with no vCPU running. On a vCPU's thread, with device locks held. NULL: never.
      */

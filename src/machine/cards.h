@@ -29,6 +29,14 @@ struct machine_disks {
     unsigned count;
 };
 
+#define MACHINE_PMEMS_MAX 4
+
+/* Files that the guest has as memory: raw images. */
+struct machine_pmems {
+    struct block_backend *backend[MACHINE_PMEMS_MAX];
+    unsigned count;
+};
+
 #define MACHINE_SLOTS_MAX 8 /* for cards that come and go */
 
 #define MACHINE_CONSOLES_MAX 16

@@ -250,6 +250,13 @@ static int create_buses(struct machine *m, struct error *err)
         memory_map_e820_firmware(m->config.memory, &m->e820);
     else
         memory_map_e820(&m->memory, &m->e820);
+    ret = memory_map_add_pmems(&m->memory, m->config.pmems, BIT(cpuid_model_phys_bits(m->cpuid)),
+                               err);
+    if (ret) {
+        if (err->class == ERROR_INPUT)
+            error_prefix(err, "--pmem");
+        return ret;
+    }
     m->ports = io_bus_create("port", PORT_COUNT, err);
     if (!m->ports)
         return -ENOMEM;
@@ -303,6 +310,7 @@ static int create_board(struct machine *m, struct error *err)
         .serial = m->config.serial,
         .disks = m->config.disks,
         .nets = m->config.nets,
+        .pmems = m->config.pmems,
         .shares = m->config.shares,
         .consoles = m->config.consoles,
         .debug_exit_port = m->config.debug_exit_port,

@@ -37,6 +37,7 @@ struct machine_config {
     const struct machine_disks *disks;       /* NULL: none */
     const struct machine_consoles *consoles; /* NULL: none */
     const struct machine_nets *nets;         /* NULL: none */
+    const struct machine_pmems *pmems;       /* NULL: none */
     const struct machine_shares *shares;     /* NULL: none */
     u16 debug_exit_port;                     /* 0: none */
     bool no_reboot;                          /* a reset ends the machine */

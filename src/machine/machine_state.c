@@ -2,7 +2,8 @@
  * The machine's state, in the order in which it can be restored:
  *
  *     machine       what must be the same in the machine that takes it, and the time
- *     memory        a section a slot: where it is, and its pages that aren't all zero
+ *     memory        a section a slot: where it is, and its pages that aren't all zero; not of files of the user's,
+ *                   which like disks are where they are
  *     isa, devices  (board.c) their timers are armed by the clock, which is set by then
  *     cpu, lapic    a pair a processor; after the devices, for INTR is an input of the local APICs
  *
@@ -244,8 +245,10 @@ int machine_save(struct machine *m, struct state_writer *w, struct error *err)
         return ret;
     describe(m, &state);
     state_write_section(w, &machine_desc, 0, &state);
-    for (unsigned i = 0; i < m->memory.nslots; i++)
-        save_slot(&m->memory.slots[i], i, w);
+    for (unsigned i = 0; i < m->memory.nslots; i++) {
+        if (!(m->memory.slots[i].flags & MEMORY_FILE))
+            save_slot(&m->memory.slots[i], i, w);
+    }
     board_save(m->board, w);
     for (unsigned i = 0; i < m->ncpus; i++)
         save_cpu(m, i, w);
@@ -256,8 +259,10 @@ static int load_rest(struct machine *m, struct state_reader *r, struct error *er
 {
     int ret = 0;
 
-    for (unsigned i = 0; i < m->memory.nslots && ret == 0; i++)
-        ret = load_slot(&m->memory, i, r, err);
+    for (unsigned i = 0; i < m->memory.nslots && ret == 0; i++) {
+        if (!(m->memory.slots[i].flags & MEMORY_FILE))
+            ret = load_slot(&m->memory, i, r, err);
+    }
     if (ret == 0)
         ret = board_load(m->board, r, err);
     if (ret == 0)

@@ -1,7 +1,9 @@
 #include "machine/memory_map.h"
 
+#include "block/block.h"
 #include "machine/layout.h"
 
+#include <errno.h>
 #include <sys/sysinfo.h>
 
 /* RAM and swap of the host in bytes; 0 when it won't say. */
@@ -70,6 +72,48 @@ int memory_map_build_firmware(struct guest_memory *memory, u64 size, u64 rom_siz
     if (!ret)
         ret = memory_add_slot(memory, LAYOUT_ROM_END - rom_size, rom_size, MEMORY_ROM, err);
     return ret;
+}
+
+gpa_t memory_map_end(const struct guest_memory *memory)
+{
+    const struct memory_slot *last = &memory->slots[memory->nslots - 1];
+
+    return MAX(LAYOUT_HIGH_RAM_BASE, last->gpa + last->size);
+}
+
+static int add_pmem(struct guest_memory *memory, const struct block_backend *backend, u64 limit,
+                    struct error *err)
+{
+    gpa_t at = (memory_map_end(memory) + LAYOUT_PMEM_ALIGN - 1) & ~(LAYOUT_PMEM_ALIGN - 1);
+    u64 size = block_size(backend);
+
+    if (!size || size % LAYOUT_PMEM_UNIT)
+        return error_input(err, "%s: memory is of a multiple of 2 MiB, not %llu bytes",
+                           block_path(backend), (unsigned long long)size);
+    if (at > limit || size > limit - at)
+        return error_input(err, "%s: %llu MiB are more than the processor can address",
+                           block_path(backend), (unsigned long long)(size >> 20));
+    return memory_add_file(memory, at, size, block_fd(backend),
+                           block_is_read_only(backend) ? MEMORY_ROM : 0, err);
+}
+
+int memory_map_add_pmems(struct guest_memory *memory, const struct machine_pmems *pmems, u64 limit,
+                         struct error *err)
+{
+    int ret = 0;
+
+    for (unsigned i = 0; pmems && i < pmems->count && !ret; i++)
+        ret = add_pmem(memory, pmems->backend[i], limit, err);
+    return ret;
+}
+
+const struct memory_slot *memory_map_pmem(const struct guest_memory *memory, unsigned n)
+{
+    for (unsigned i = 0; i < memory->nslots; i++) {
+        if ((memory->slots[i].flags & MEMORY_FILE) && n-- == 0)
+            return &memory->slots[i];
+    }
+    return NULL;
 }
 
 static void add(struct e820_map *map, u64 base, u64 end, u32 type)

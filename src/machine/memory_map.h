@@ -6,6 +6,7 @@
 
 #include "bus/memory.h"
 #include "host/error.h"
+#include "machine/cards.h"
 #include "machine/loader.h"
 
 #define MEMORY_SIZE_MIN MIB(1)
@@ -17,6 +18,16 @@
  * MEMORY_SIZE_MIN or more than the host has.
  */
 int memory_map_build(struct guest_memory *memory, u64 size, struct error *err);
+
+/*
+ * Slots for files as memory, behind all else, below `limit`; not in the E820 map, which is made without them. Their
+ * devices tell the guest. memory_map_pmem has the nth. 0, or -errno with err set.
+ */
+int memory_map_add_pmems(struct guest_memory *memory, const struct machine_pmems *pmems, u64 limit,
+                         struct error *err);
+const struct memory_slot *memory_map_pmem(const struct guest_memory *memory, unsigned n);
+/* Where the last slot ends, 4 GiB at least. */
+gpa_t memory_map_end(const struct guest_memory *memory);
 
 /* The same as E820h entries, with the EBDA, the firmware area and the ECAM window reserved. */
 void memory_map_e820(const struct guest_memory *memory, struct e820_map *map);

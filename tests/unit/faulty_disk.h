@@ -13,8 +13,9 @@
 struct faulty {
     struct disk d;
     struct disk *real;
-    int error; /* of writes */
-    int held;  /* while it is 1, nothing is done */
+    int error;       /* of writes */
+    int flush_error; /* of flushes */
+    int held;        /* while it is 1, nothing is done */
     unsigned flushes;
 };
 
@@ -54,9 +55,12 @@ static int faulty_discard(struct disk *d, u64 offset, u64 len)
 }
 static int faulty_flush(struct disk *d)
 {
+    int error;
+
     faulty_wait(d);
     __atomic_add_fetch(&faulty_of(d)->flushes, 1, __ATOMIC_SEQ_CST);
-    return faulty_of(d)->real->ops->flush(faulty_of(d)->real);
+    error = __atomic_load_n(&faulty_of(d)->flush_error, __ATOMIC_SEQ_CST);
+    return error ? error : faulty_of(d)->real->ops->flush(faulty_of(d)->real);
 }
 static bool faulty_map(struct disk *d, u64 offset, u64 len, bool write, u64 *at)
 {

@@ -33,6 +33,7 @@ enum virtio_type { /* chapter 5 */
                    VIRTIO_TYPE_ENTROPY = 4,
                    VIRTIO_TYPE_BALLOON = 5,
                    VIRTIO_TYPE_VSOCK = 19,
+                   VIRTIO_TYPE_PMEM = 27,
                    VIRTIO_TYPE_FS = 26,
 };
 
