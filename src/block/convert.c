@@ -60,26 +60,66 @@ static int piece_status(struct disk *from, u64 at, u64 *end, enum disk_status *s
     return 0;
 }
 
-int disk_copy(struct disk *from, struct disk *to, bool has_backing, disk_progress *progress,
-              void *opaque, struct error *err)
+/* One cluster of the new image, as a whole. */
+static int pack_cluster(struct disk *from, struct disk *to, u64 at, bool keep_zeroes, u8 *buf,
+                        struct error *err)
 {
-    u64 total = from->size, at = 0;
-    u8 *buf = malloc(CHUNK + DISK_SECTOR);
-    int ret = buf ? 0 : error_host(err, ENOMEM, "convert");
+    u64 len = MIN(to->cluster_size, from->size - at);
+    int ret = disk_read(from, at, buf, len);
 
+    if (ret)
+        return error_host(err, -ret, "%s: cannot read at %llu", from->file.path,
+                          (unsigned long long)at);
+    memset(buf + len, 0, to->cluster_size - len);
+    if (is_zero(buf, len))
+        return keep_zeroes ? copy_zeroes(to, at, MIN(to->cluster_size, to->size - at), err) : 0;
+    ret = to->ops->write_packed(to, at, buf);
+    return ret ? error_host(err, -ret, "%s: cannot write at %llu", to->file.path,
+                            (unsigned long long)at)
+               : 0;
+}
+
+struct copy {
+    struct disk *from, *to;
+    bool has_backing, pack;
+    u8 *buf;
+};
+
+/* Copies [at, *end) or less, which *end then says. */
+static int copy_piece(const struct copy *c, u64 at, u64 *end, struct error *err)
+{
+    u64 cluster = c->pack ? c->to->cluster_size : 0;
+    enum disk_status status;
+    int ret = piece_status(c->from, at, end, &status, err);
+
+    if (ret)
+        return ret;
+    /* Whole clusters can be skipped; of what is only in part zero, all is read. */
+    if (c->pack && *end < c->from->size)
+        *end = *end / cluster * cluster;
+    if (c->pack && (status != DISK_ZERO || *end <= at)) {
+        *end = MIN(at + cluster, c->from->size);
+        return pack_cluster(c->from, c->to, at, c->has_backing, c->buf, err);
+    }
+    if (status == DISK_ZERO)
+        return c->has_backing ? copy_zeroes(c->to, at, *end - at, err) : 0;
+    *end = MIN(*end, at + CHUNK);
+    return copy_data(c->from, c->to, at, *end - at, c->has_backing, c->buf, err);
+}
+
+int disk_copy(struct disk *from, struct disk *to, bool has_backing, bool pack,
+              disk_progress *progress, void *opaque, struct error *err)
+{
+    struct copy c = {.from = from, .to = to, .has_backing = has_backing, .pack = pack};
+    u64 total = from->size, at = 0;
+    int ret;
+
+    c.buf = malloc(MAX(CHUNK, to->cluster_size) + DISK_SECTOR);
+    ret = c.buf ? 0 : error_host(err, ENOMEM, "convert");
     while (at < total && !ret) {
-        enum disk_status status;
         u64 end = MIN(at + MIB(256), total);
 
-        ret = piece_status(from, at, &end, &status, err);
-        if (ret)
-            break;
-        if (status != DISK_ZERO)
-            end = MIN(end, at + CHUNK);
-        if (status == DISK_ZERO && has_backing)
-            ret = copy_zeroes(to, at, end - at, err);
-        else if (status != DISK_ZERO)
-            ret = copy_data(from, to, at, end - at, has_backing, buf, err);
+        ret = copy_piece(&c, at, &end, err);
         at = end;
         progress(opaque, at, total);
     }
@@ -89,7 +129,7 @@ int disk_copy(struct disk *from, struct disk *to, bool has_backing, disk_progres
             error_host(err, -ret, "%s", to->file.path);
     }
     progress(opaque, total, total);
-    free(buf);
+    free(c.buf);
     return ret;
 }
 

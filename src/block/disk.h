@@ -33,6 +33,11 @@ struct disk_ops {
     const char *format;
     int (*read)(struct disk *im, u64 offset, const struct iovec *iov, unsigned n, u64 len);
     int (*write)(struct disk *im, u64 offset, const struct iovec *iov, unsigned n, u64 len);
+    /*
+     * Optional: im->cluster_size bytes at a multiple of that, compressed if that makes them smaller; behind the
+     * disk's end they are zeroes.
+     */
+    int (*write_packed)(struct disk *im, u64 offset, const u8 *data);
     /* unmap: the space may be given back. */
     int (*zero)(struct disk *im, u64 offset, u64 len, bool unmap);
     /* What was there may be lost; nothing else may. */
@@ -62,6 +67,7 @@ struct disk {
     struct block_file file;
     u64 size;
     bool read_only;
+    u32 cluster_size;     /* for write_packed */
     struct disk *backing; /* NULL: none */
 };
 
@@ -96,6 +102,7 @@ struct disk_create {
     const char *backing_format; /* NULL: probed, and written down */
     u32 cluster_size;           /* 0: 64 KiB */
     unsigned version;           /* of qcow2: 2 or 3; 0: 3 */
+    bool zstd;                  /* what is compressed is so by zstd, not zlib: version 3 */
     bool replace;               /* an existing file */
 };
 

@@ -60,7 +60,7 @@ static void parse_header(const u8 *b, struct header *h)
     h->refcount_order = get_be32(b + 96);
     h->length = get_be32(b + 100);
     if (h->length > QCOW2_V3_HEADER_LENGTH)
-        h->compression = b[104];
+        h->compression = b[QCOW2_HEADER_COMPRESSION];
 }
 
 static int check_features(const struct header *h, const char *path,
@@ -344,6 +344,7 @@ static const struct disk_ops qcow2_ops = {
     .format = "qcow2",
     .read = qcow2_read,
     .write = qcow2_write,
+    .write_packed = qcow2_write_packed,
     .zero = qcow2_zero,
     .discard = qcow2_discard,
     .flush = qcow2_flush,
@@ -391,6 +392,7 @@ static void init_geometry(struct qcow2 *q, const struct header *h, u64 file_byte
     q->end = qcow2_round_up(q, file_bytes) >> q->cluster_bits;
     q->corrupt = h->incompatible & QCOW2_INCOMPAT_CORRUPT;
     q->im.size = h->size;
+    q->im.cluster_size = (u32)q->cluster_size;
 }
 
 struct disk *qcow2_open(struct block_file *file, const struct disk_options *options,
@@ -551,8 +553,12 @@ static void fill_header(u8 *b, const struct disk_create *o, unsigned cluster_bit
     put_be32(b + 56, 1);
     if (version >= 3) {
         put_be32(b + 96, 4); /* refcounts of 16 bits */
-        put_be32(b + 100, QCOW2_V3_HEADER_LENGTH);
-        at = QCOW2_V3_HEADER_LENGTH;
+        at = o->zstd ? QCOW2_V3_HEADER_LENGTH + 8 : QCOW2_V3_HEADER_LENGTH;
+        put_be32(b + 100, (u32)at);
+    }
+    if (o->zstd) {
+        put_be64(b + QCOW2_HEADER_INCOMPATIBLE, QCOW2_INCOMPAT_COMPRESSION);
+        b[QCOW2_HEADER_COMPRESSION] = QCOW2_ZSTD;
     }
     if (!o->backing)
         return;

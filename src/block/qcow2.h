@@ -42,6 +42,7 @@
 #define QCOW2_HEADER_REFTABLE 48 /* 64 bits, then the number of its clusters */
 #define QCOW2_HEADER_INCOMPATIBLE 72
 #define QCOW2_HEADER_AUTOCLEAR 88
+#define QCOW2_HEADER_COMPRESSION 104 /* a byte, if the header is longer */
 #define QCOW2_V2_HEADER_LENGTH 72
 #define QCOW2_V3_HEADER_LENGTH 104
 
@@ -114,6 +115,7 @@ struct qcow2 {
     const u32 *in_use; /* during a repair: references to each of in_use_size clusters */
     u64 in_use_size;
     u8 *cluster_buffer, *packed_buffer; /* locked */
+    u64 packed_end;                     /* where the next compressed cluster may go; 0: nowhere */
 };
 
 static inline struct qcow2 *qcow2_of(struct disk *im)
@@ -123,6 +125,18 @@ static inline struct qcow2 *qcow2_of(struct disk *im)
 static inline u64 qcow2_round_up(const struct qcow2 *q, u64 bytes)
 {
     return (bytes + q->cluster_size - 1) & ~(q->cluster_size - 1);
+}
+static inline u64 qcow2_in_cluster(const struct qcow2 *q, u64 offset)
+{
+    return offset & (q->cluster_size - 1);
+}
+static inline u32 qcow2_l1_index(const struct qcow2 *q, u64 offset)
+{
+    return (u32)(offset >> q->cluster_bits >> (q->cluster_bits - 3));
+}
+static inline u32 qcow2_l2_index(const struct qcow2 *q, u64 offset)
+{
+    return (u32)(offset >> q->cluster_bits & (q->l2_entries - 1));
 }
 static inline u64 get_be64(const void *p)
 {
@@ -205,10 +219,18 @@ int qcow2_grow_map(struct qcow2 *q, u64 clusters);
 /* Notes that the image makes no sense; returns -EIO. */
 int qcow2_corrupt(struct qcow2 *q, const char *what);
 
+/* ---- qcow2_pack.c: compressed clusters; locked ---- */
+
+/* The cluster of an L2 entry, into q->cluster_buffer. */
+int qcow2_unpack(struct qcow2 *q, u64 entry);
+/* Writes a whole cluster, compressed. *packed false: it doesn't get smaller, and was left alone. */
+int qcow2_pack(struct qcow2 *q, u64 offset, const u8 *data, bool *packed);
+
 /* ---- qcow2_io.c ---- */
 
 int qcow2_read(struct disk *im, u64 offset, const struct iovec *iov, unsigned n, u64 len);
 int qcow2_write(struct disk *im, u64 offset, const struct iovec *iov, unsigned n, u64 len);
+int qcow2_write_packed(struct disk *im, u64 offset, const u8 *data);
 int qcow2_zero(struct disk *im, u64 offset, u64 len, bool unmap);
 int qcow2_discard(struct disk *im, u64 offset, u64 len);
 int qcow2_flush(struct disk *im);

@@ -244,6 +244,7 @@ int qcow2_free_later(struct qcow2 *q, u64 offset, u64 len)
     }
     for (u64 c = first; c < end; c++)
         q->freed[q->nfreed++] = c;
+    q->packed_end = 0; /* it may lie in one of them */
     return 0;
 }
 

@@ -11,8 +11,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <zlib.h>
-#include <zstd.h>
 
 enum extent_kind { EXTENT_ABSENT, EXTENT_ZERO, EXTENT_DATA, EXTENT_COMPRESSED };
 
@@ -23,21 +21,6 @@ struct extent {
     u64 entry;   /* COMPRESSED */
     u64 len;     /* of the guest's bytes */
 };
-
-static u64 in_cluster(const struct qcow2 *q, u64 offset)
-{
-    return offset & (q->cluster_size - 1);
-}
-
-static u32 l1_index(const struct qcow2 *q, u64 offset)
-{
-    return (u32)(offset >> q->cluster_bits >> (q->cluster_bits - 3));
-}
-
-static u32 l2_index(const struct qcow2 *q, u64 offset)
-{
-    return (u32)(offset >> q->cluster_bits & (q->l2_entries - 1));
-}
 
 static enum extent_kind entry_kind(u64 entry)
 {
@@ -52,13 +35,13 @@ static enum extent_kind entry_kind(u64 entry)
 static void find_extent(const struct qcow2 *q, const struct qcow2_table *t, u64 offset, u64 len,
                         struct extent *e)
 {
-    u32 first = l2_index(q, offset), i = first;
+    u32 first = qcow2_l2_index(q, offset), i = first;
     u64 entry = t ? qcow2_l2_entry(t, i) : 0, room, next;
 
     *e = (struct extent){.kind = entry_kind(entry), .entry = entry};
     e->copied = entry & QCOW2_COPIED;
-    e->host = (entry & QCOW2_OFFSET_MASK) + in_cluster(q, offset);
-    room = q->cluster_size - in_cluster(q, offset);
+    e->host = (entry & QCOW2_OFFSET_MASK) + qcow2_in_cluster(q, offset);
+    room = q->cluster_size - qcow2_in_cluster(q, offset);
     while (room < len && e->kind != EXTENT_COMPRESSED && ++i < q->l2_entries) {
         next = t ? qcow2_l2_entry(t, i) : 0;
         if (entry_kind(next) != e->kind || !(next & QCOW2_COPIED) != !e->copied)
@@ -76,7 +59,7 @@ static void find_extent(const struct qcow2 *q, const struct qcow2_table *t, u64 
 static int get_extent(struct qcow2 *q, u64 offset, u64 len, struct extent *e)
 {
     struct qcow2_table *t;
-    int ret = qcow2_l2_get(q, l1_index(q, offset), &t);
+    int ret = qcow2_l2_get(q, qcow2_l1_index(q, offset), &t);
 
     if (!ret)
         find_extent(q, t, offset, len, e);
@@ -116,55 +99,6 @@ static void iov_fill(const struct iovec *iov, unsigned n, const u8 *from)
 }
 
 /* ---- reading ---- */
-
-static int unpack_zlib(u8 *out, u64 out_len, u8 *in, u64 in_len)
-{
-    z_stream z = {
-        .next_in = in, .avail_in = (uInt)in_len, .next_out = out, .avail_out = (uInt)out_len};
-    int ret;
-
-    if (inflateInit2(&z, -12) != Z_OK)
-        return -ENOMEM;
-    ret = inflate(&z, Z_FINISH);
-    inflateEnd(&z);
-    /* The length is that of sectors: there may be more behind the end of the stream. */
-    return (ret == Z_STREAM_END || ret == Z_BUF_ERROR) && z.avail_out == 0 ? 0 : -EIO;
-}
-
-static int unpack_zstd(u8 *out, u64 out_len, const u8 *in, u64 in_len)
-{
-    ZSTD_DCtx *ctx = ZSTD_createDCtx();
-    ZSTD_inBuffer from = {in, in_len, 0};
-    ZSTD_outBuffer to = {out, out_len, 0};
-    size_t left = 1;
-
-    if (!ctx)
-        return -ENOMEM;
-    while (left && to.pos < to.size && from.pos < from.size) {
-        left = ZSTD_decompressStream(ctx, &to, &from);
-        if (ZSTD_isError(left))
-            break;
-    }
-    ZSTD_freeDCtx(ctx);
-    return !ZSTD_isError(left) && to.pos == to.size ? 0 : -EIO;
-}
-
-/* A whole compressed cluster into q->cluster_buffer. Locked. */
-static int unpack(struct qcow2 *q, u64 entry)
-{
-    u64 offset, len;
-    int ret;
-
-    qcow2_compressed_range(q, entry, &offset, &len);
-    if (len > q->cluster_size + DISK_SECTOR)
-        len = q->cluster_size + DISK_SECTOR;
-    ret = file_read(&q->im.file, offset, q->packed_buffer, len);
-    if (ret)
-        return ret;
-    if (q->compression == QCOW2_ZSTD)
-        return unpack_zstd(q->cluster_buffer, q->cluster_size, q->packed_buffer, len);
-    return unpack_zlib(q->cluster_buffer, q->cluster_size, q->packed_buffer, len);
-}
 
 static int read_backing(struct qcow2 *q, u64 offset, struct iovec *iov, unsigned n, u64 len)
 {
@@ -209,10 +143,10 @@ static int read_extent(struct qcow2 *q, const struct extent *e, u64 offset, stru
 static int read_compressed(struct qcow2 *q, const struct extent *e, u64 offset,
                            const struct iovec *iov, unsigned n)
 {
-    int ret = unpack(q, e->entry);
+    int ret = qcow2_unpack(q, e->entry);
 
     if (!ret)
-        iov_fill(iov, n, q->cluster_buffer + in_cluster(q, offset));
+        iov_fill(iov, n, q->cluster_buffer + qcow2_in_cluster(q, offset));
     return ret;
 }
 
@@ -266,7 +200,7 @@ static u64 count_new(const struct qcow2 *q, const struct qcow2_table *t, u64 off
 {
     u64 n = 0;
 
-    for (u32 i = l2_index(q, offset); i < q->l2_entries && offset < end; i++, n++) {
+    for (u32 i = qcow2_l2_index(q, offset); i < q->l2_entries && offset < end; i++, n++) {
         u64 entry = qcow2_l2_entry(t, i);
 
         if (entry_kind(entry) == EXTENT_DATA && (entry & QCOW2_COPIED))
@@ -280,7 +214,7 @@ static u64 count_new(const struct qcow2 *q, const struct qcow2_table *t, u64 off
 static int write_new(struct qcow2 *q, u64 host, u64 n, u64 offset, u64 len, const struct iovec *iov,
                      unsigned niov)
 {
-    u64 head = in_cluster(q, offset), tail = (n << q->cluster_bits) - head - len;
+    u64 head = qcow2_in_cluster(q, offset), tail = (n << q->cluster_bits) - head - len;
     struct iovec *all = calloc(niov + 2, sizeof(*all));
     u8 *sides = malloc(head + tail + 1);
     int ret = all && sides ? 0 : -ENOMEM;
@@ -305,13 +239,13 @@ static int write_allocating(struct qcow2 *q, u64 offset, u64 *len, const struct 
                             unsigned n, struct iovec *part, u64 skip)
 {
     struct qcow2_table *t;
-    u64 host, count, first = l2_index(q, offset);
-    int ret = qcow2_l2_get_writable(q, l1_index(q, offset), &t);
+    u64 host, count, first = qcow2_l2_index(q, offset);
+    int ret = qcow2_l2_get_writable(q, qcow2_l1_index(q, offset), &t);
 
     if (ret)
         return ret;
     count = MIN(count_new(q, t, offset, offset + *len), qcow2_alloc_max(q));
-    *len = MIN(*len, (count << q->cluster_bits) - in_cluster(q, offset));
+    *len = MIN(*len, (count << q->cluster_bits) - qcow2_in_cluster(q, offset));
     ret = qcow2_alloc(q, count, &host);
     if (ret)
         return ret;
@@ -362,6 +296,23 @@ static int write_locked(struct qcow2 *q, u64 offset, const struct iovec *iov, un
     return ret;
 }
 
+int qcow2_write_packed(struct disk *im, u64 offset, const u8 *data)
+{
+    struct qcow2 *q = qcow2_of(im);
+    struct iovec iov = {(void *)data, MIN(q->cluster_size, im->size - offset)}, part;
+    bool packed = false;
+    int ret;
+
+    pthread_mutex_lock(&q->lock);
+    ret = q->corrupt ? -EIO : qcow2_pack(q, offset, data, &packed);
+    if (!ret && !packed)
+        ret = write_locked(q, offset, &iov, 1, iov.iov_len, &part);
+    if (!ret)
+        ret = bound_memory(q);
+    pthread_mutex_unlock(&q->lock);
+    return ret;
+}
+
 int qcow2_write(struct disk *im, u64 offset, const struct iovec *iov, unsigned n, u64 len)
 {
     struct qcow2 *q = qcow2_of(im);
@@ -385,7 +336,7 @@ static int write_zero_bytes(struct qcow2 *q, u64 offset, u64 len)
     int ret = 0;
 
     while (len && !ret) {
-        u64 here = MIN(len, q->cluster_size - in_cluster(q, offset));
+        u64 here = MIN(len, q->cluster_size - qcow2_in_cluster(q, offset));
         struct iovec iov, part;
 
         zeroes = calloc(1, here);
@@ -425,19 +376,19 @@ static bool zero_entry(const struct qcow2 *q, u64 old, bool unmap, u64 *new)
 static int replace_entry(struct qcow2 *q, u64 offset, u64 new)
 {
     struct qcow2_table *t;
-    int ret = qcow2_l2_get_writable(q, l1_index(q, offset), &t);
+    int ret = qcow2_l2_get_writable(q, qcow2_l1_index(q, offset), &t);
     u64 old;
 
     if (ret)
         return ret;
-    old = qcow2_l2_entry(t, l2_index(q, offset));
+    old = qcow2_l2_entry(t, qcow2_l2_index(q, offset));
     if (!((old ^ new) & QCOW2_OFFSET_MASK) && !(old & QCOW2_COMPRESSED)) {
-        qcow2_l2_set(t, l2_index(q, offset), new);
+        qcow2_l2_set(t, qcow2_l2_index(q, offset), new);
         return 0;
     }
     ret = qcow2_free_entry(q, old);
     if (!ret)
-        qcow2_l2_set(t, l2_index(q, offset), new);
+        qcow2_l2_set(t, qcow2_l2_index(q, offset), new);
     return ret;
 }
 
@@ -450,7 +401,7 @@ static int zero_piece(struct qcow2 *q, u64 offset, u64 len, bool unmap)
     if (ret || is_empty(q, &e, offset))
         return ret;
     /* The last cluster may reach beyond the disk's end. */
-    if (len < q->cluster_size && (in_cluster(q, offset) || offset + len < q->im.size))
+    if (len < q->cluster_size && (qcow2_in_cluster(q, offset) || offset + len < q->im.size))
         return write_zero_bytes(q, offset, len);
     if (!zero_entry(q, e.entry, unmap, &new))
         return write_zero_bytes(q, offset, len);
@@ -466,7 +417,7 @@ static int for_each_piece(struct qcow2 *q, u64 offset, u64 len, bool unmap,
     pthread_mutex_lock(&q->lock);
     ret = q->corrupt ? -EIO : 0;
     while (len && !ret) {
-        u64 here = MIN(len, q->cluster_size - in_cluster(q, offset));
+        u64 here = MIN(len, q->cluster_size - qcow2_in_cluster(q, offset));
 
         ret = fn(q, offset, here, unmap);
         if (!ret)
@@ -543,9 +494,9 @@ bool qcow2_map(struct disk *im, u64 offset, u64 len, bool write, u64 *file_offse
     struct extent e;
     bool found = false;
 
-    if (l1_index(q, offset) >= q->l1_size || pthread_mutex_trylock(&q->lock))
+    if (qcow2_l1_index(q, offset) >= q->l1_size || pthread_mutex_trylock(&q->lock))
         return false;
-    t = qcow2_l2_peek(q, l1_index(q, offset));
+    t = qcow2_l2_peek(q, qcow2_l1_index(q, offset));
     if (t && !(write && q->corrupt)) {
         find_extent(q, t, offset, len, &e);
         found = e.kind == EXTENT_DATA && e.len == len && (e.copied || !write);

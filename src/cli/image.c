@@ -18,7 +18,7 @@
 
 /* What may stand on the line, for all of the commands. */
 struct image_args {
-    const char *format, *output_format, *backing, *backing_format;
+    const char *format, *output_format, *backing, *backing_format, *compression;
     u64 cluster_size;
     unsigned version;
     bool repair, shrink, force, quiet;
@@ -54,6 +54,13 @@ static int set_backing(struct image_args *a, const char *value, struct error *er
 static int set_backing_format(struct image_args *a, const char *value, struct error *err)
 {
     a->backing_format = value;
+    return 0;
+}
+static int set_compression(struct image_args *a, const char *value, struct error *err)
+{
+    a->compression = value;
+    if (strcmp(value, "zlib") && strcmp(value, "zstd"))
+        return error_input(err, "unknown compression '%s': give zlib or zstd", value);
     return 0;
 }
 static int set_cluster_size(struct image_args *a, const char *value, struct error *err)
@@ -108,6 +115,8 @@ static const struct image_option {
     {'b', "--backing", "-b", "FILE", "image that shows where the new one has nothing", set_backing},
     {'F', "--backing-format", "-F", "FORMAT", "its format (default: as it looks)",
      set_backing_format},
+    {'z', "--compress", "-c", "KIND", "zlib or zstd: the new image's data are compressed by that",
+     set_compression},
     {'c', "--cluster-size", NULL, "SIZE", "512 to 2M, a power of two (default: 64K)",
      set_cluster_size},
     {'v', "--qcow2-version", NULL, "N", "2 or 3 (default: 3)", set_version},
@@ -329,6 +338,7 @@ static int run_convert(const struct image_args *a, struct error *err)
         .version = a->version,
         .replace = a->force,
         .size_given = true,
+        .zstd = a->compression && !strcmp(a->compression, "zstd"),
     };
     struct progress p = progress_begin("convert", a);
     struct disk *from, *to;
@@ -336,6 +346,10 @@ static int run_convert(const struct image_args *a, struct error *err)
 
     if (strcmp(c.format, "raw") && strcmp(c.format, "qcow2"))
         return error_input(err, "unknown image format '%s': give raw or qcow2", c.format);
+    if (a->compression && strcmp(c.format, "qcow2"))
+        return error_input(err, "--compress: only a qcow2 image can be compressed: give -O qcow2");
+    if (c.zstd && c.version == 2)
+        return error_input(err, "--compress: version 2 of qcow2 has no zstd: give zlib");
     from = open_disk(a->operands[0], a->format, true, err);
     if (!from)
         return -EINVAL;
@@ -346,7 +360,9 @@ static int run_convert(const struct image_args *a, struct error *err)
         return ret;
     }
     to = open_disk(a->operands[1], c.format, false, err);
-    ret = to ? disk_copy(from, to, a->backing != NULL, show_progress, &p, err) : -EINVAL;
+    ret =
+        to ? disk_copy(from, to, a->backing != NULL, a->compression != NULL, show_progress, &p, err)
+           : -EINVAL;
     if (to)
         ret = close_disk(to, a->operands[1], ret, err);
     disk_close(from);
@@ -396,7 +412,7 @@ static const struct image_command image_commands[] = {
     {"info", "info FILE", "tell about an image", "f", 1, 1, run_info},
     {"check", "check [--repair] FILE", "look for inconsistencies in a qcow2 image", "frq", 1, 1,
      run_check},
-    {"convert", "convert [-O FORMAT] FILE NEW", "copy an image into a new one", "fObFcvyq", 2, 2,
+    {"convert", "convert [-O FORMAT] FILE NEW", "copy an image into a new one", "fObFzcvyq", 2, 2,
      run_convert},
     {"resize", "resize [--shrink] FILE [+]SIZE", "change the size of the disk", "fsq", 2, 2,
      run_resize},
@@ -425,7 +441,8 @@ static void help(FILE *out)
           "examples:\n"
           "  doppel image create disk.qcow2 20G\n"
           "  doppel image create -b debian.qcow2 mine.qcow2\n"
-          "  doppel image convert -O raw mine.qcow2 disk.raw\n",
+          "  doppel image convert -O raw mine.qcow2 disk.raw\n"
+          "  doppel image convert --compress zstd disk.raw small.qcow2\n",
           out);
 }
 

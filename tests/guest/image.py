@@ -1,9 +1,12 @@
 #!/usr/bin/python3
-"""`doppel image`, with qemu-img as its judge: create, info, check, convert, resize, commit, and refusals."""
+"""`doppel image`, with qemu-img as its judge: create, info, check, convert, resize, commit, locks, and
+refusals."""
 
+import itertools
 import os
 import random
 import subprocess
+import sys
 
 import guest
 
@@ -20,6 +23,16 @@ def qemu_img(*args):
     result = subprocess.run(["qemu-img", *args], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, check=False)
     return result.returncode, result.stdout
+
+
+# Holds a lock as doppel does, until it is killed.
+HOLD = """
+import fcntl, struct, sys, time
+file = open(sys.argv[1], "r+b")
+fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", KIND, 0, 0, 0, 0))
+print("held", flush=True)
+time.sleep(1000)
+"""
 
 
 class Test:
@@ -93,6 +106,70 @@ def convert(test):
     test.done("image-convert-odd", "convert", "--force", test.path("odd.raw"), test.path("odd.qcow2"))
     status, output = qemu_img("compare", test.path("odd.raw"), test.path("odd.qcow2"))
     test.cases.check("image-convert-odd-compare", status == 0, output)
+
+
+def compress(test):
+    """Compressed images that we write are what qemu-img reads, and smaller."""
+    text = test.data("text.raw", 20 << 20, 3)
+    with open(text, "r+b") as file: # beside the noise, which nothing makes smaller
+        for at in range(0, 16 << 20, 1 << 20):
+            file.seek(at + at // 300)
+            file.write(b"".join(b"%d bottles\n" % n for n in range(at, at + 40000)))
+        file.truncate((20 << 20) - 512 * 3) # no whole cluster at the end
+    for kind, options in itertools.product(("zlib", "zstd"), (
+            [], ["--cluster-size", "512"], ["--cluster-size", "2M"], ["-b", text])):
+        name = "-".join(["image-compress", kind, *options[:2][:1]]).replace("--", "")
+        out = test.path("packed.qcow2")
+        test.done(name, "convert", "--force", "--compress", kind, *options, text, out)
+        test.sound(name + "-check", out)
+        test.same(name + "-compare", text, out)
+        test.cases.check(name + "-info", f"compression: {kind}" in test.done(name + "-says", "info", out))
+        if not options:
+            test.cases.check(name + "-smaller", os.stat(out).st_size * 2 < os.stat(text).st_blocks * 512,
+                             f"{os.stat(out).st_size} of {os.stat(text).st_blocks * 512}")
+        # A disk like any other: what is written there is found, and what was there is freed.
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 300k", out], check=True,
+                       stdout=subprocess.DEVNULL)
+        test.sound(name + "-written-check", out)
+    packed = test.path("packed.qcow2")
+    test.done("image-compress-again", "convert", "--force", "--compress", "zlib", packed,
+              test.path("again.qcow2"))
+    test.same("image-compress-again-compare", packed, test.path("again.qcow2"))
+    test.refused("image-compress-raw", "only a qcow2", "convert", "-O", "raw", "-c", "zlib", text,
+                 test.path("e"))
+    test.refused("image-compress-old", "version 2", "convert", "-c", "zstd", "--qcow2-version", "2",
+                 text, test.path("e"))
+    test.refused("image-compress-unknown", "zlib or zstd", "convert", "-c", "lzo", text, test.path("e"))
+
+
+def locks(test):
+    """One writer, or any number of readers: told in a line, and gone with the process."""
+    image = test.path("locked.qcow2")
+    test.done("image-lock-create", "create", image, "1M")
+    for mode, script, refused in (
+            ("writer", "fcntl.F_WRLCK", ("check", "resize")),
+            ("reader", "fcntl.F_RDLCK", ("resize",))):
+        holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("KIND", script), image],
+                                  stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        for command in ("check", "resize"):
+            args = [command, image] + (["2M"] if command == "resize" else [])
+            if command in refused:
+                test.refused(f"image-lock-{mode}-{command}", "in use by another process", *args)
+            else:
+                test.done(f"image-lock-{mode}-{command}", *args)
+        holder.kill()
+        holder.wait()
+    test.done("image-lock-gone", "resize", image, "2M")
+    # Whoever shows a backing image reads it, so nobody may change that.
+    top = test.path("top.qcow2")
+    test.done("image-lock-top", "create", "--force", "-b", image, top)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("KIND", "fcntl.F_WRLCK"), image],
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    test.refused("image-lock-backing", "in use by another process", "convert", top, test.path("e"))
+    holder.kill()
+    holder.wait()
 
 
 def commit(test):
@@ -174,6 +251,8 @@ def main():
     with guest.temporary() as directory:
         test = Test(directory)
         convert(test)
+        compress(test)
+        locks(test)
         commit(test)
         check_and_resize(test)
         refusals(test)
