@@ -5,13 +5,23 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Names come from users and from images: what they hold must not end the line, or steer the terminal. */
+static void set_text(struct error *err, const char *fmt, va_list args)
+{
+    vsnprintf(err->text, sizeof(err->text), fmt, args);
+    for (char *c = err->text; *c; c++) {
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
+            *c = '?';
+    }
+}
+
 int error_input(struct error *err, const char *fmt, ...)
 {
     va_list args;
 
     err->class = ERROR_INPUT;
     va_start(args, fmt);
-    vsnprintf(err->text, sizeof(err->text), fmt, args);
+    set_text(err, fmt, args);
     va_end(args);
     return -EINVAL;
 }
@@ -23,7 +33,7 @@ int error_host(struct error *err, int errnum, const char *fmt, ...)
 
     err->class = ERROR_HOST;
     va_start(args, fmt);
-    vsnprintf(err->text, sizeof(err->text), fmt, args);
+    set_text(err, fmt, args);
     va_end(args);
     used = strlen(err->text);
     snprintf(err->text + used, sizeof(err->text) - used, ": %s", strerror(errnum));
@@ -38,7 +48,7 @@ void error_prefix(struct error *err, const char *fmt, ...)
 
     memcpy(old, err->text, sizeof(old));
     va_start(args, fmt);
-    vsnprintf(err->text, sizeof(err->text), fmt, args);
+    set_text(err, fmt, args);
     va_end(args);
     used = strlen(err->text);
     snprintf(err->text + used, sizeof(err->text) - used, ": %s", old);

@@ -1,6 +1,6 @@
 /*
  * Errors that travel back to the user: a class that decides the exit status, and one line of text
- * that says what, where and how to mend it.
+ * that says what, where and how to mend it. Control characters in it become '?'.
  *
  * A function that can fail returns 0 or a negative errno and takes a `struct error *` last. Only the
  * place that knows the reason writes the text; callers pass the error on or put a prefix before it.

@@ -24,6 +24,16 @@ static void an_errors_class_and_text_say_whose_it_is(void **state)
     assert_string_equal(err.text, "disk 1: file 7: No such file or directory");
 }
 
+static void an_error_is_one_line_whatever_names_hold(void **state)
+{
+    struct error err = {0};
+
+    error_input(&err, "%s: is no disk", "a\nb\x1b[2J\x7f\xc3\xa4");
+    assert_string_equal(err.text, "a?b?[2J?\xc3\xa4: is no disk");
+    error_prefix(&err, "%s", "x\ty");
+    assert_string_equal(err.text, "x?y: a?b?[2J?\xc3\xa4: is no disk");
+}
+
 static void long_errors_are_cut(void **state)
 {
     struct error err;
@@ -102,6 +112,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_errors_class_and_text_say_whose_it_is),
+        cmocka_unit_test(an_error_is_one_line_whatever_names_hold),
         cmocka_unit_test(long_errors_are_cut),
         cmocka_unit_test(levels_decide_what_is_written),
         cmocka_unit_test(a_long_line_is_cut_and_still_a_line),
