@@ -178,7 +178,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct input in = {data, size};
     struct machine m;
 
-    log_set_level((enum log_level) - 1);
+    log_set_level(LOG_ERROR);
     build(&m);
     start_driver(&m);
     while (in.left)
