@@ -3,6 +3,7 @@
 #define DOPPEL_TESTS_DISK_RIG_H
 
 #include "block/block.h"
+#include "faulty_disk.h"
 #include "pci_rig.h"
 
 #include <stdio.h>
@@ -30,14 +31,11 @@ static inline void disk_rig_destroy(struct rig *r)
     rig_destroy(r);
 }
 
-static inline struct block_backend *rig_disk(struct rig *r, u64 size, bool read_only)
+/* A file with the pattern; `path` is a template for mkstemp, and becomes its name. */
+static inline void rig_pattern_file(char *path, u64 size)
 {
-    struct disk_options options = {.format = "raw", .read_only = read_only};
-    char path[] = "/tmp/doppel-test.XXXXXX";
     int fd = mkstemp(path);
     u8 *bytes = malloc(size);
-    struct block_backend *backend;
-    struct disk *disk;
 
     if (fd < 0 || !bytes)
         abort();
@@ -47,12 +45,39 @@ static inline struct block_backend *rig_disk(struct rig *r, u64 size, bool read_
         abort();
     free(bytes);
     close(fd);
-    disk = disk_open(path, &options, &r->err);
-    unlink(path);
-    backend = disk ? block_create(disk, r->env.loop, true, &r->err) : NULL;
+}
+
+static inline struct block_backend *rig_backend(struct rig *r, struct disk *disk)
+{
+    struct block_backend *backend = disk ? block_create(disk, r->env.loop, true, &r->err) : NULL;
+
     if (!backend)
         abort();
     return backend;
+}
+
+static inline struct block_backend *rig_disk(struct rig *r, u64 size, bool read_only)
+{
+    struct disk_options options = {.format = "raw", .read_only = read_only};
+    char path[] = "/tmp/doppel-test.XXXXXX";
+    struct disk *disk;
+
+    rig_pattern_file(path, size);
+    disk = disk_open(path, &options, &r->err);
+    unlink(path);
+    return rig_backend(r, disk);
+}
+
+/* The same, whose writes fail when a test says so. */
+static inline struct block_backend *rig_faulty_disk(struct rig *r, u64 size, struct faulty **faulty)
+{
+    struct disk_options options = {.format = "raw"};
+    char path[] = "/tmp/doppel-test.XXXXXX";
+
+    rig_pattern_file(path, size);
+    *faulty = faulty_open(path, &options, &r->err);
+    unlink(path);
+    return rig_backend(r, *faulty ? &(*faulty)->d : NULL);
 }
 
 #endif

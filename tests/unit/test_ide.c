@@ -3,6 +3,7 @@
  */
 #include "disk_rig.h"
 
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 
@@ -26,7 +27,9 @@ struct fixture {
     struct rig *rig;
     struct pci_host *host;
     struct block_backend *disk, *cd;
+    struct faulty *faulty; /* what the disk is made of */
     struct device *dev;
+    unsigned stops;
 };
 
 static void create(struct fixture *f)
@@ -36,7 +39,7 @@ static void create(struct fixture *f)
 
     f->rig = disk_rig_create();
     f->host = rig_pci_host(f->rig);
-    f->disk = rig_disk(f->rig, DISK_SIZE, false);
+    f->disk = rig_faulty_disk(f->rig, DISK_SIZE, &f->faulty);
     f->cd = rig_disk(f->rig, CD_SIZE, true);
     config.drives[0] = (struct ide_drive_config){.backend = f->disk, .serial = "SN1"};
     config.drives[2] = (struct ide_drive_config){.backend = f->cd, .cdrom = true};
@@ -379,6 +382,51 @@ static void state_moves_between_accesses(void **state)
     }
 }
 
+static void stopped(void *opaque, const char *disk, int error)
+{
+    struct fixture *f = opaque;
+
+    f->stops++;
+    assert_int_equal(error, ENOSPC);
+}
+
+static void a_failed_write_is_told_or_kept(void **state)
+{
+    struct fixture *f = *state;
+    u8 data[512];
+
+    memset(data, 0x5a, sizeof(data));
+    f->faulty->error = -ENOSPC;
+    command(f, PRIMARY, 0x30, 5, 1);
+    write_words(f, PRIMARY, data, sizeof(data));
+    assert_int_equal(settle(f, PRIMARY), ST_DRDY | ST_ERR);
+    /* werror=stop: the drive is busy until there is space. */
+    block_stop_on_error(f->disk, stopped, f);
+    command(f, PRIMARY, 0x30, 5, 1);
+    write_words(f, PRIMARY, data, sizeof(data));
+    assert_int_equal(settle(f, PRIMARY) & ST_BSY, ST_BSY);
+    assert_int_equal(f->stops, 1);
+    assert_true(f->dev->ops->busy(f->dev));
+    f->faulty->error = 0;
+    block_resume(f->disk);
+    assert_int_equal(settle(f, PRIMARY) & (ST_BSY | ST_ERR), 0);
+    assert_false(f->dev->ops->busy(f->dev));
+    command(f, PRIMARY, 0x20, 5, 1);
+    assert_int_equal(settle(f, PRIMARY) & ST_DRQ, ST_DRQ);
+    memset(data, 0, sizeof(data));
+    read_words(f, PRIMARY, data, sizeof(data));
+    for (unsigned i = 0; i < sizeof(data); i++)
+        assert_int_equal(data[i], 0x5a);
+    /* A reset with one kept gives it up. */
+    f->faulty->error = -ENOSPC;
+    command(f, PRIMARY, 0x30, 5, 1);
+    write_words(f, PRIMARY, data, sizeof(data));
+    assert_int_equal(settle(f, PRIMARY) & ST_BSY, ST_BSY);
+    f->dev->ops->stop(f->dev);
+    f->dev->ops->reset(f->dev);
+    assert_false(f->dev->ops->busy(f->dev));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -393,6 +441,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_reset_waits_for_the_disk, setup, teardown),
         cmocka_unit_test_setup_teardown(interrupts_can_be_held_back, setup, teardown),
         cmocka_unit_test_setup_teardown(state_moves_between_accesses, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_failed_write_is_told_or_kept, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

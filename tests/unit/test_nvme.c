@@ -3,7 +3,6 @@
  * come and go, a controller that is reset with commands under way, and a host that has no space left.
  */
 #include "disk_rig.h"
-#include "faulty_disk.h"
 #include "nvme_rig.h"
 
 #include <errno.h>
