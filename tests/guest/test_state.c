@@ -4,8 +4,8 @@
  *
  *     test_state ROOT [SEED]
  *
- * Debian's kernel runs a script that computes, sleeps, prints, and keeps what it works on in a file on a virtio
- * disk; at random moments, from the first
+ * Debian's kernel runs a script that computes, sleeps, prints, and keeps what it works on in files on a virtio
+ * and an NVMe disk; at random moments, from the first
  * instructions on, the machine's state moves to a fresh machine, and the first is destroyed. What the
  * guest prints must be what the same script prints here, and its clock must have stood meanwhile.
  * ROOT is doppel's source, for scripts/. The same seed gives the same moments, more or less: they are
@@ -32,19 +32,24 @@
 static const char script[] =
     "set -e\n"
     "d=$(mktemp -d)\n"
+    "e=$(mktemp -d)\n"
     "if [ -e /lib/virtio_blk.ko ]; then\n"
     "    for m in ring '' pci_modern_dev pci_legacy_dev pci blk; do\n"
     "        insmod /lib/virtio${m:+_$m}.ko\n"
     "    done\n"
     "    mke2fs -F /dev/vda >/dev/null 2>&1\n"
     "    mount -t ext4 /dev/vda $d\n"
+    "    mke2fs -F /dev/nvme0n1 >/dev/null 2>&1\n"
+    "    mount -t ext4 /dev/nvme0n1 $e\n"
     "fi\n"
     "i=1\n"
     "while [ $i -le 32 ]; do\n"
     "    seq $i 5000 >$d/file\n"
-    "    sync $d/file\n"
+    "    cp $d/file $e/file\n"
+    "    sync $d/file $e/file\n"
     "    [ ! -e /lib/virtio_blk.ko ] || echo 3 >/proc/sys/vm/drop_caches\n"
-    "    hash=$(sha256sum <$d/file | cut -c1-64)\n"
+    "    cmp $d/file $e/file\n"
+    "    hash=$(sha256sum <$e/file | cut -c1-64)\n"
     "    sum=$(awk -v n=$i 'BEGIN { for (k = 1; k < 3000; k++) s += k / (k + n / 7);"
     " printf \"%.12f\", s }')\n"
     "    echo \"state: $i $hash $sum\"\n"
@@ -52,12 +57,12 @@ static const char script[] =
     "    sleep 0.05\n"
     "    i=$((i + 1))\n"
     "done\n"
-    "[ -e /lib/virtio_blk.ko ] || rm -r $d\n";
+    "[ -e /lib/virtio_blk.ko ] || rm -r $d $e\n";
 
 static char directory[] = "/tmp/doppel-state.XXXXXX";
 static char kernel[512], initrd[64];
 static struct event_loop *loop;
-static struct machine_disks disks; /* one, which all the machines have in turn */
+static struct machine_disks disks; /* which all the machines have in turn */
 static u64 seed;
 static unsigned failures;
 
@@ -136,22 +141,23 @@ static void prepare(const char *root)
           root, initrd, path, root);
 }
 
-static void create_disk(void)
+static void create_disk(enum machine_disk_bus bus)
 {
+    struct machine_disk *out = &disks.disk[disks.count];
     struct disk_create c = {.format = "qcow2", .size = MIB(16), .size_given = true};
     struct disk_options options = {0};
     struct error err = {0};
     struct disk *disk;
     char path[64];
 
-    snprintf(path, sizeof(path), "%s/disk", directory);
+    snprintf(path, sizeof(path), "%s/disk.%u", directory, disks.count++);
     disk = disk_create(path, &c, &err) ? NULL : disk_open(path, &options, &err);
     if (!disk)
         die(err.text);
-    disks.disk[0].backend = block_create(disk, loop, false, &err);
-    if (!disks.disk[0].backend)
+    out->bus = bus;
+    out->backend = block_create(disk, loop, false, &err);
+    if (!out->backend)
         die(err.text);
-    disks.count = 1;
 }
 
 /* ---- a guest and the machines that it passes through ---- */
@@ -436,12 +442,14 @@ int main(int argc, char **argv)
     loop = event_loop_create(&err);
     if (!loop)
         die(err.text);
-    create_disk();
+    create_disk(MACHINE_DISK_VIRTIO);
+    create_disk(MACHINE_DISK_NVME);
     test_refusals();
     test_pauses(expected);
     test_moves("moves-while-booting", 10, 60, expected);
     test_moves("moves", 20, 300, expected);
-    block_destroy(disks.disk[0].backend);
+    while (disks.count)
+        block_destroy(disks.disk[--disks.count].backend);
     event_loop_destroy(loop);
     shell(none, sizeof(none), "rm -r %s", directory);
     return failures ? 1 : 0;

@@ -801,14 +801,18 @@ static void many_commands_at_once_come_back(void **state)
                 static const u8 opcodes[] = {NVME_WRITE,        NVME_WRITE,
                                              NVME_READ,         NVME_FLUSH,
                                              NVME_WRITE_ZEROES, NVME_DATASET_MANAGEMENT};
-                struct nvme_command cmd =
-                    transfer(opcodes[rig_random(&seed) % ARRAY_SIZE(opcodes)],
-                             rig_random(&seed) % (BLOCKS - 64), 16,
-                             NVME_DATA + 0x2000 * (rig_random(&seed) % 64), 0);
+                gpa_t at = NVME_DATA + 0x2000 * (q * NVME_RIG_ENTRIES + i);
+                u64 lba = rig_random(&seed) % (BLOCKS - 64);
+                struct nvme_command cmd = transfer(opcodes[rig_random(&seed) % ARRAY_SIZE(opcodes)],
+                                                   lba, 16, at, at + 0x1000);
 
-                cmd.prp2 = cmd.prp1 + 0x1000;
-                if (cmd.opcode == NVME_DATASET_MANAGEMENT)
+                if (cmd.opcode == NVME_DATASET_MANAGEMENT) {
+                    struct nvme_range range = {.lba = lba, .blocks = 48};
+
+                    memcpy(data_at(f, at, sizeof(range)), &range, sizeof(range));
                     cmd.cdw10 = 0;
+                    cmd.cdw11 = NVME_DSM_DEALLOCATE;
+                }
                 nvme_queue_command(f->t, q, &cmd);
             }
             nvme_ring(f->t, q);
@@ -818,8 +822,10 @@ static void many_commands_at_once_come_back(void **state)
 
             assert_true(i < 5000);
             for (unsigned q = 1; q <= 2; q++)
-                while (nvme_take(f->t, q, &e))
+                while (nvme_take(f->t, q, &e)) {
+                    assert_int_equal(nvme_status_of(&e), 0);
                     back++;
+                }
             rig_run_loop(f->r);
             poll(NULL, 0, 1);
         }
