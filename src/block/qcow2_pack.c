@@ -140,7 +140,7 @@ static int link_packed(struct qcow2 *q, u64 guest, u64 offset, u64 len)
 
 int qcow2_pack(struct qcow2 *q, u64 guest, const u8 *data, bool *packed)
 {
-    u64 len, offset, padding;
+    u64 len = 0, offset, padding;
     int ret;
 
     ret = (q->compression == QCOW2_ZSTD ? pack_zstd : pack_zlib)(
