@@ -425,7 +425,7 @@ static const struct option options[] = {
     {"--memory", "SIZE[,...]", "memory, such as 512M or 2G (default: 512M); see below", set_memory},
     {"--cpus", "N[,...]",
      "processors (default: 1); sockets=S,cores=C,threads=T: C a socket, T a core", set_cpus},
-    {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=FILE] (its ovmf), or an image FILE",
+    {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=...] (its ovmf), or an image FILE",
      set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
     {"--pmem", "FILE[,readonly]", "a file as memory of the guest's (/dev/pmem0), by virtio-pmem",
@@ -532,8 +532,6 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         if (ret)
             return ret;
     }
-    if (config->kernel && config->firmware.what)
-        return error_input(err, "--kernel and --firmware: give one of them");
     if (config->slots && !config->control)
         return error_input(err,
                            "--slots: give --control socket=PATH too, which puts cards into them");
@@ -543,12 +541,14 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         return error_input(err, "--vnc: a screen comes with --firmware only");
     if (!config->kernel && !config->firmware.what)
         return error_input(err, "nothing to boot: give --kernel FILE or --firmware bios");
+    if (!config->kernel && (config->initrd || *config->append))
+        return error_input(err, "%s goes with --kernel", config->initrd ? "--initrd" : "--append");
     return 0;
 }
 
 void cli_run_help(FILE *out)
 {
-    fputs("usage: doppel run --kernel FILE | --firmware WHAT [options]\n"
+    fputs("usage: doppel run [--kernel FILE] [--firmware WHAT] [options]\n"
           "\n"
           "Runs a virtual machine until its guest powers off.\n"
           "\n",
@@ -572,8 +572,11 @@ void cli_run_help(FILE *out)
         "NVMe disks with one serial are namespaces of one controller. With werror=stop a write\n"
         "that fails pauses the machine, and SIGCONT lets it try again. \",,\" in FILE is a comma.\n"
         "\n"
-        "--firmware uefi,vars=FILE keeps UEFI's variables in FILE, which is made when it isn't\n"
-        "there; without, they are forgotten at the end.\n"
+        "--firmware uefi keeps UEFI's variables, such as boot entries, in a file beside the first\n"
+        "disk image that isn't read-only, DISK.vars, which is made when it isn't there. vars=FILE\n"
+        "keeps them in FILE, vars=none forgets them at the end. With --kernel, uefi boots the "
+        "kernel\n"
+        "before it looks at disks.\n"
         "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...: a network of the guest's own, "
         "whose\n"
         "packets leave as this process's connections. The guest is 10.0.2.15 by DHCP, the host is\n"
@@ -612,6 +615,6 @@ void cli_run_help(FILE *out)
         "  doppel run --kernel guest.elf --serial none --debug-exit 0xf4\n"
         "  doppel run --firmware bios --disk debian.qcow2 --screenshot screen.png\n"
         "  doppel run --firmware bios --cdrom installer.iso --disk disk.qcow2 --vnc :5900\n"
-        "  doppel run --firmware uefi,vars=vars.fd --cdrom installer.iso --disk disk.qcow2\n",
+        "  doppel run --firmware uefi --cdrom installer.iso --disk disk.qcow2\n",
         out);
 }

@@ -21,6 +21,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct vm {
@@ -40,7 +41,8 @@ struct vm {
     FILE *stats;
     int signal_fd;
     struct fd_watch signal_watch;
-    struct machine *machine; /* NULL until it is created */
+    char vars[VM_PATH_MAX + 8]; /* see choose_vars */
+    struct machine *machine;    /* NULL until it is created */
     struct vnc *vnc;
 };
 
@@ -278,6 +280,30 @@ static int open_control(struct vm *vm, struct error *err)
     return -EIO;
 }
 
+/*
+ * The file of UEFI's variables: what the user says, else one beside the first disk that the guest may write, as they tell
+ * where on it the system's loader is. NULL: they are forgotten.
+ */
+static const char *choose_vars(struct vm *vm)
+{
+    const struct vm_config *c = vm->config;
+    struct stat st;
+
+    if (!c->firmware.what || strcmp(c->firmware.what, "uefi"))
+        return c->firmware.vars;
+    if (c->firmware.vars)
+        return strcmp(c->firmware.vars, "none") ? c->firmware.vars : NULL;
+    for (unsigned i = 0; i < c->ndisks; i++) {
+        const struct vm_disk *d = &c->disks[i];
+
+        if (d->read_only || stat(d->path, &st) || !S_ISREG(st.st_mode))
+            continue;
+        snprintf(vm->vars, sizeof(vm->vars), "%s.vars", d->path);
+        return vm->vars;
+    }
+    return NULL;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -307,6 +333,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .opaque = vm->control,
     };
 
+    config.firmware.vars = choose_vars(vm);
     vm->machine = machine_create(&config, vm->loop, err);
     if (!vm->machine)
         return -EIO;

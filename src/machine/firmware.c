@@ -35,12 +35,8 @@ static int read_image(const char *path, u64 max, u64 unit, u8 **data, u64 *size,
                           (unsigned long long)(max >> 10));
         goto out;
     }
-    *data = malloc(img.size);
     *size = img.size;
-    if (*data)
-        ret = image_read(&img, 0, *data, img.size, err);
-    else
-        ret = error_host(err, ENOMEM, "firmware '%s'", path);
+    ret = image_read_all(&img, data, err);
 out:
     image_close(&img);
     return ret;
@@ -78,7 +74,8 @@ static int lock_vars(int fd, const char *path, struct error *err)
     if (fcntl(fd, F_OFD_SETLK, &lock) == 0)
         return 0;
     if (errno == EAGAIN || errno == EACCES)
-        return error_input(err, "'%s' is in use by another machine: give a file of its own", path);
+        return error_input(
+            err, "'%s' is in use by another machine: give uefi,vars=FILE, a file of its own", path);
     return error_host(err, errno, "'%s' can't be locked", path);
 }
 
@@ -109,7 +106,10 @@ static int open_vars_file(struct firmware *fw, const char *path, struct error *e
 
     fw->vars_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (fw->vars_fd < 0)
-        return error_input(err, "'%s': %s", path, strerror(errno));
+        return error_input(err,
+                           "'%s', for UEFI's variables: %s; give uefi,vars=FILE, or vars=none to "
+                           "forget them",
+                           path, strerror(errno));
     ret = lock_vars(fw->vars_fd, path, err);
     return ret ? ret : fill_vars(fw, path, err);
 }
@@ -128,24 +128,18 @@ static int open_uefi(struct firmware *fw, const struct firmware_config *config, 
     return ret;
 }
 
-int firmware_open(struct firmware *fw, const struct firmware_config *config, struct error *err)
+static int open_images(struct firmware *fw, const struct firmware_config *config, struct error *err)
 {
     const char *path = config->what;
     int ret = 0;
 
-    *fw = (struct firmware){
-        .cdrom_first = config->cdrom_first,
-        .vars_fd = -1,
-        .smbios_config = {.product = config->product,
-                          .serial = config->serial,
-                          .has_uuid = config->has_uuid},
-    };
-    memcpy(fw->smbios_config.uuid, config->uuid, sizeof(config->uuid));
     if (!strcmp(path, "uefi"))
         return open_uefi(fw, config, err);
     if (config->vars)
         return error_input(err, "vars= is for uefi only");
     if (!strcmp(path, "bios")) {
+        if (config->kernel)
+            return error_input(err, "bios boots no --kernel: give uefi, or leave --firmware out");
         path = BIOS_PATH;
         ret = check_package(path, "seabios", err);
     }
@@ -156,9 +150,31 @@ int firmware_open(struct firmware *fw, const struct firmware_config *config, str
     return ret;
 }
 
+int firmware_open(struct firmware *fw, const struct firmware_config *config, struct error *err)
+{
+    int ret;
+
+    *fw = (struct firmware){
+        .cdrom_first = config->cdrom_first,
+        .vars_fd = -1,
+        .smbios_config = {.product = config->product,
+                          .serial = config->serial,
+                          .has_uuid = config->has_uuid},
+    };
+    memcpy(fw->smbios_config.uuid, config->uuid, sizeof(config->uuid));
+    ret = open_images(fw, config, err);
+    if (ret && err->class == ERROR_INPUT)
+        error_prefix(err, "--firmware");
+    if (!ret && config->kernel)
+        ret =
+            firmware_kernel_open(&fw->kernel, config->kernel, config->initrd, config->cmdline, err);
+    return ret;
+}
+
 void firmware_close(struct firmware *fw)
 {
     acpi_free_blobs(&fw->acpi);
+    firmware_kernel_close(&fw->kernel);
     free(fw->rom);
     free(fw->vga_rom);
     free(fw->vars);
@@ -203,7 +219,7 @@ int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e82
     if (!ret)
         ret = fw_cfg_add_file(cfg, SMBIOS_ANCHOR_FILE, fw->smbios.anchor, SMBIOS_ANCHOR_SIZE,
                               FW_CFG_BORROW, err);
-    return ret;
+    return ret ? ret : firmware_kernel_add(&fw->kernel, cfg, err);
 }
 
 int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,

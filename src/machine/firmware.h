@@ -9,14 +9,17 @@
 
 #include "device/fw_cfg.h"
 #include "machine/acpi.h"
+#include "machine/firmware_kernel.h"
 #include "machine/loader.h"
 #include "machine/smbios.h"
 
 /* What the user asked for. Strings are borrowed. */
 struct firmware_config {
     const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
-    const char *
-        vars; /* the file of UEFI's variables, made when it isn't there; NULL: forgotten at the end */
+    /* The file of UEFI's variables, made when it isn't there; NULL: forgotten at the end. */
+    const char *vars;
+    /* What uefi boots, before any disk; kernel is NULL: nothing. cmdline is not, with a kernel. */
+    const char *kernel, *initrd, *cmdline;
     bool cdrom_first;             /* boot from CD-ROMs before disks */
     const char *product, *serial; /* for SMBIOS, as in struct smbios_config */
     u8 uuid[16];
@@ -37,6 +40,7 @@ struct firmware {
     int vars_fd; /* -1: no file */
     u8 *vga_rom; /* owned; NULL: none */
     u32 vga_rom_size;
+    struct firmware_kernel kernel;
     struct acpi_blobs acpi; /* lent to fw_cfg, as the map is */
     struct firmware_e820 {
         u64 base, size;

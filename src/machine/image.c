@@ -88,6 +88,21 @@ int image_read(const struct image *img, u64 offset, void *buf, u64 len, struct e
     return 0;
 }
 
+int image_read_all(const struct image *img, u8 **data, struct error *err)
+{
+    int ret;
+
+    *data = malloc(img->size);
+    if (!*data)
+        return error_host(err, ENOMEM, "cannot read '%s'", img->path);
+    ret = image_read(img, 0, *data, img->size, err);
+    if (ret) {
+        free(*data);
+        *data = NULL;
+    }
+    return ret;
+}
+
 static int write_guest(const struct image *img, struct guest_memory *memory, gpa_t gpa,
                        const void *data, u64 len, struct error *err)
 {

@@ -28,7 +28,10 @@ static inline struct image image_of_bytes(const char *path, const void *data, u6
 /* Copies [offset, offset + len); ERROR_INPUT when that reaches beyond the file's end. */
 int image_read(const struct image *img, u64 offset, void *buf, u64 len, struct error *err);
 
-/* The same into guest memory at gpa; ERROR_INPUT as well when there is no memory. */
+/* All of it: *data is to be freed. */
+int image_read_all(const struct image *img, u8 **data, struct error *err);
+
+/* As image_read, but into guest memory at gpa; ERROR_INPUT as well when there is no memory. */
 int image_load(const struct image *img, u64 offset, u64 len, struct guest_memory *memory, gpa_t gpa,
                struct error *err);
 

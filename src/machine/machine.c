@@ -196,15 +196,17 @@ static int create_processor_model(struct machine *m, struct error *err)
 
 static int open_firmware(struct machine *m, struct error *err)
 {
+    struct firmware_config config = m->config.firmware;
     int ret;
 
-    if (!m->config.firmware.what)
+    if (!config.what)
         return 0;
-    ret = firmware_open(&m->firmware, &m->config.firmware, err);
+    config.kernel = m->config.kernel;
+    config.initrd = m->config.initrd;
+    config.cmdline = m->config.cmdline;
+    ret = firmware_open(&m->firmware, &config, err);
     m->firmware.smbios_config.memory = m->config.memory;
     m->firmware.smbios_config.cpus = m->config.cpus;
-    if (ret && err->class == ERROR_INPUT)
-        error_prefix(err, "--firmware");
     return ret;
 }
 

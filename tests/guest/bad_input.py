@@ -95,6 +95,8 @@ def options(cases):
             ("disk-empty", *run, "--disk", ",format=raw"),
             ("disk-no-qcow2", *run, "--disk", os.devnull + ",format=qcow2"),
             ("kernel-and-firmware", *run, "--firmware", "bios"),
+            ("kernel-not-linux", "run", "--kernel", __file__, "--firmware", "uefi"),
+            ("initrd-without-kernel", "run", "--firmware", "uefi", "--initrd", __file__),
             ("firmware-missing", "run", "--firmware", "missing.bin"),
             ("firmware-odd-size", "run", "--firmware", __file__),
             ("firmware-option", "run", "--firmware", "uefi,speed=high"),

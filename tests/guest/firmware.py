@@ -146,7 +146,7 @@ def sector_cases(cases, directory):
         text, picture = (os.path.join(directory, "screen" + end) for end in (".txt", ".png"))
         run = guest.Guest("--firmware", "bios", "--engine", engine, "--disk",
                           f"{image},format=raw,bus={bus}", "--debug-exit", "0xf4", "--screenshot", text,
-                          "--screenshot", picture)
+                          "--screenshot", picture, wrap=("env", "DOPPEL_LOG=debug"))
         status = run.finish()
         cases.equal(f"SeaBIOS boots a sector ({name})", status, 21 << 1 | 1)
         if status != 43:
@@ -157,6 +157,9 @@ def sector_cases(cases, directory):
         cases.check(f"the text is on the screen ({name})", "read by INT 13h\n" in screen, screen)
         cases.check(f"the text is on the serial port ({name})",
                     "read by INT 13h" in [line for _, line in run.lines], run.lines)
+        cases.check(f"the firmware's messages are in the log ({name})",
+                    re.search(r"firmware: SeaBIOS \(version .*(?s:.*)firmware: Booting from", run.stderr()),
+                    run.stderr())
         with open(picture, "rb") as file:
             cases.equal(f"a picture of the screen is a PNG ({name})", file.read(8),
                         b"\x89PNG\r\n\x1a\n")
