@@ -21,10 +21,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define MSI_DATA_LEVEL BIT(15)
+#define MSI_ADDRESS 0xfee00000
+#define MSI_ADDRESS_DEST_SHIFT 12
+#define MSI_DATA_LEVEL 0x8000u
 
 /* Machine checks: IA32_MCG_CAP as x86/msr.def says it, four banks and IA32_MCG_CTL. */
 #define MCG_CAP 0x104
+
+#define FEATURE_CONTROL_VMX BIT(2) /* outside of SMX (SDM vol. 4, table 2-2) */
 
 /* --- Memory --- */
 
@@ -239,6 +243,15 @@ static void engine_vcpu_destroy(struct vcpu *vcpu)
     free(v);
 }
 
+/* Virtualisation isn't locked away where the model has it. */
+static void offer_nested(const struct cpuid_model *model, struct cpu_msrs *msr)
+{
+    if (cpuid_model_has(model, FEATURE_VMX))
+        msr->feature_control |= FEATURE_CONTROL_VMX;
+    if (cpuid_model_has(model, FEATURE_SVM))
+        msr->vm_cr = 0;
+}
+
 static int reset_state(struct kvm_vcpu *v, struct error *err)
 {
     const struct cpuid_dynamic d = {.index = v->index};
@@ -248,6 +261,7 @@ static int reset_state(struct kvm_vcpu *v, struct error *err)
 
     cpu_reset(&cpu, v->index);
     cpuid_model_query(v->engine->config.cpuid, &d, 1, 0, &r);
+    offer_nested(v->engine->config.cpuid, &cpu.msr);
     cpu.gpr[RDX] = r.eax; /* the signature (SDM vol. 3, table 9-1) */
     kvm_lapic_reset(cpuid_model_apic_id(v->engine->config.cpuid, v->index), &apic);
     return kvm_state_set(v, &cpu, &apic, err);
@@ -339,12 +353,6 @@ static void engine_get_state(struct vcpu *vcpu, struct cpu *cpu, struct lapic_st
     }
 }
 
-static int engine_set_state(struct vcpu *vcpu, const struct cpu *cpu,
-                            const struct lapic_state *apic, struct error *err)
-{
-    return kvm_state_set(kvm_vcpu_of(vcpu), cpu, apic, err);
-}
-
 /* --- Interrupts --- */
 
 /* The table of routes, as the kernel takes it. route_lock is held. */
@@ -397,6 +405,23 @@ static void note_level(struct kvm_engine *e, u64 address, u32 data)
     pthread_mutex_unlock(&e->route_lock);
 }
 
+/*
+ * Level-triggered interrupts that a state brings along were sent to another engine. Here it suffices to know
+ * their vectors.
+ */
+static void note_levels_in_service(struct kvm_vcpu *v, const struct lapic_state *apic)
+{
+    u32 id = cpuid_model_apic_id(v->engine->config.cpuid, v->index);
+    u64 address = MSI_ADDRESS | (u64)id << MSI_ADDRESS_DEST_SHIFT;
+
+    for (unsigned i = 0; i < 8; i++) {
+        u32 levels = (apic->irr[i] | apic->isr[i]) & apic->tmr[i];
+
+        for (; levels; levels &= levels - 1)
+            note_level(v->engine, address, MSI_DATA_LEVEL | (32 * i + (u32)__builtin_ctz(levels)));
+    }
+}
+
 static void engine_deliver_msi(struct engine *engine, u64 address, u32 data)
 {
     struct kvm_engine *e = kvm_engine_of(engine);
@@ -430,6 +455,17 @@ static void engine_inject_nmi(struct vcpu *vcpu)
 
     atomic_store(&v->nmi, true);
     kvm_attend(v);
+}
+
+static int engine_set_state(struct vcpu *vcpu, const struct cpu *cpu,
+                            const struct lapic_state *apic, struct error *err)
+{
+    struct kvm_vcpu *v = kvm_vcpu_of(vcpu);
+    int ret = kvm_state_set(v, cpu, apic, err);
+
+    if (!ret)
+        note_levels_in_service(v, apic);
+    return ret;
 }
 
 /* --- Dirty log, statistics --- */

@@ -60,6 +60,8 @@ static const struct kept_msr kept[] = {
 };
 _Static_assert(ARRAY_SIZE(kept) <= KVM_MAX_MSRS, "struct kvm_engine holds them all");
 
+#define WALL_CLOCK_SIZE 12 /* struct pvclock_wall_clock: version, seconds, nanoseconds */
+
 union msr_batch {
     struct kvm_msrs head;
     u8 room[sizeof(struct kvm_msrs) + KVM_MAX_MSRS * sizeof(struct kvm_msr_entry)];
@@ -148,7 +150,7 @@ int kvm_msr_get(struct kvm_vcpu *v, struct cpu_msrs *out, struct error *err)
     return 0;
 }
 
-int kvm_msr_set(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err)
+static int set_all(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err)
 {
     struct kvm_engine *e = v->engine;
     struct cpu_msrs copy = *in;
@@ -177,6 +179,23 @@ int kvm_msr_set(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err
         done++;
     }
     return 0;
+}
+
+/*
+ * Where the guest has asked for the wall clock, KVM writes it afresh whenever the register is set. That isn't the
+ * guest's doing here, and KVM knows no VM time yet to reckon from: memory stays as it was.
+ */
+int kvm_msr_set(struct kvm_vcpu *v, const struct cpu_msrs *in, struct error *err)
+{
+    struct guest_memory *memory = v->engine->config.memory;
+    gpa_t at = in->kvm_wall_clock & ~1ULL;
+    u8 clock[WALL_CLOCK_SIZE];
+    bool there = at && memory_read(memory, at, clock, sizeof(clock)) == 0;
+    int ret = set_all(v, in, err);
+
+    if (there)
+        (void)memory_write(memory, at, clock, sizeof(clock)); /* it was there just now */
+    return ret;
 }
 
 /* Registers that hold nothing: x86/msr.def's constants. */
