@@ -29,12 +29,6 @@ static int set_engine(struct vm_config *config, const char *value, struct error 
     return 0;
 }
 
-static int set_cpu(struct vm_config *config, const char *value, struct error *err)
-{
-    config->cpu = value;
-    return 0;
-}
-
 static int parse_choice(const char *key, const char *value, const char *yes, const char *no,
                         bool *out, struct error *err)
 {
@@ -42,6 +36,23 @@ static int parse_choice(const char *key, const char *value, const char *yes, con
     if (*out || !strcmp(value, no))
         return 0;
     return error_input(err, "%s=%s: give %s or %s", key, value, yes, no);
+}
+
+static int set_cpu(struct vm_config *config, const char *value, struct error *err)
+{
+    char key[16], option[8];
+    const char *options;
+    int ret = parse_file_options(value, config->cpu, sizeof(config->cpu), &options, err);
+
+    if (ret)
+        return error_input(err, "'%s' is no CPU model: give host, v2 or v3", value);
+    while (!ret &&
+           (ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
+        if (strcmp(key, "nested"))
+            return error_input(err, "unknown option '%s': give nested=on", key);
+        ret = parse_choice(key, option, "on", "off", &config->nested, err);
+    }
+    return ret;
 }
 
 static int set_memory_option(struct memory_options *o, const char *key, const char *value,
@@ -421,7 +432,8 @@ static const struct option options[] = {
     {"--append", "STRING", "kernel command line", set_append},
     {"--name", "NAME", "name of the machine (default: doppel)", set_name},
     {"--engine", "ENGINE", "auto, kvm, bt[,verify] or interp (default: auto)", set_engine},
-    {"--cpu", "MODEL", "processor that the guest sees: host, v2 or v3 (default: host)", set_cpu},
+    {"--cpu", "MODEL", "processor: host, v2 or v3 (default: host); host,nested=on has VMX or SVM",
+     set_cpu},
     {"--memory", "SIZE[,...]", "memory, such as 512M or 2G (default: 512M); see below", set_memory},
     {"--cpus", "N[,...]",
      "processors (default: 1); sockets=S,cores=C,threads=T: C a socket, T a core", set_cpus},

@@ -312,6 +312,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .checks = vm->checks,
         .perf_map = vm->perf_map,
         .cpu = c->cpu,
+        .nested = c->nested,
         .memory = c->memory,
         .memory_options = c->memory_options,
         .cpus = c->cpus,

@@ -63,7 +63,8 @@ struct vm_console {
 struct vm_config {
     const char *name;
     const char *engine; /* as in --engine */
-    const char *cpu;    /* CPUID model: host, v2, v3 */
+    char cpu[16];       /* CPUID model: host, v2, v3 */
+    bool nested;        /* it offers the host's virtualisation */
     u64 memory;         /* bytes */
     struct memory_options memory_options;
     unsigned cpus;

@@ -182,7 +182,7 @@ static int create_processor_model(struct machine *m, struct error *err)
                            m->ops->name, max, m->config.cpus);
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
-    if (m->cpuid) {
+    if (m->cpuid && (!m->config.nested || !cpuid_model_offer_nested(m->cpuid, &support, err))) {
         if (m->config.topology.sockets)
             cpuid_model_set_topology(m->cpuid, &m->config.topology);
         if (m->config.firmware.what)

@@ -27,6 +27,7 @@ struct machine_config {
     struct engine_checks checks;
     struct perf_map *perf_map; /* as in struct engine_config */
     const char *cpu;           /* name of the CPUID model */
+    bool nested;               /* it offers the host's virtualisation */
     u64 memory;                /* bytes */
     struct memory_options memory_options;
     unsigned cpus;

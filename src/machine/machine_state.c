@@ -243,6 +243,9 @@ int machine_save(struct machine *m, struct state_writer *w, struct error *err)
 
     if (ret < 0)
         return ret;
+    /* What the processor holds of the guest's own guests has no place in struct cpu. */
+    if (m->config.nested)
+        return error_input(err, "a machine with nested=on can't be saved");
     describe(m, &state);
     state_write_section(w, &machine_desc, 0, &state);
     for (unsigned i = 0; i < m->memory.nslots; i++) {

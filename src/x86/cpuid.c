@@ -111,6 +111,14 @@ static const u8 intel_only[] = {
     FEATURE_SPEC_CTRL, FEATURE_STIBP, FEATURE_ARCH_CAPABILITIES, FEATURE_SPEC_CTRL_SSBD,
 };
 
+/* Offered by cpuid_model_offer_nested only, as VMX is. */
+static const u8 svm_features[] = {
+    FEATURE_SVM, FEATURE_SVM_NPT, FEATURE_SVM_LBRV, FEATURE_SVM_NRIPS,
+    FEATURE_SVM_TSCRATE, FEATURE_SVM_VMCB_CLEAN, FEATURE_SVM_FLUSH_BY_ASID,
+    FEATURE_SVM_DECODE_ASSISTS, FEATURE_SVM_PAUSE_FILTER, FEATURE_SVM_PF_THRESHOLD,
+    FEATURE_SVM_VGIF,
+};
+
 /* psABI x86-64-v2 (and the baseline below it), and what Nehalem or a virtual machine adds. */
 static const u8 v2_features[] = {
     FEATURE_FPU, FEATURE_VME, FEATURE_DE, FEATURE_PSE, FEATURE_TSC, FEATURE_MSR, FEATURE_PAE,
@@ -131,6 +139,7 @@ static const u8 v3_features[] = {
 
 /* clang-format on */
 
+#define SVM_ASIDS 8           /* as KVM has for a guest's guests */
 #define XSAVE_COMPONENTS 10   /* up to PKRU */
 #define XSAVE_LEGACY_END 576u /* the legacy region and the header */
 
@@ -142,6 +151,7 @@ struct xsave_component {
 struct cpuid_model {
     u64 features[(FEATURE_COUNT + 63) / 64];
     bool amd;
+    bool of_host; /* the model `host` */
     char vendor[13];
     char brand[49];
     u32 signature; /* family, model, stepping as in leaf 1 EAX */
@@ -258,6 +268,9 @@ static void drop_unusable(struct cpuid_model *m)
 
     for (size_t i = 0; i < n; i++)
         bit_clear(m->features, other[i]);
+    bit_clear(m->features, FEATURE_VMX);
+    for (size_t i = 0; i < ARRAY_SIZE(svm_features); i++)
+        bit_clear(m->features, svm_features[i]);
     for (size_t i = 0; i < ARRAY_SIZE(dependencies); i++) {
         if (!bit_test(m->features, dependencies[i].needs))
             bit_clear(m->features, dependencies[i].feature);
@@ -344,6 +357,7 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
     }
     if (strcmp(name, "host") == 0 || strcmp(name, "max") == 0) {
         identity_of_host(m);
+        m->of_host = name[0] == 'h';
         for (unsigned f = 0; f < FEATURE_COUNT; f++) {
             if (bit_test(support->bits, f) && (name[0] == 'm' || cpuid_host_has(f)))
                 bit_set(m->features, f);
@@ -393,6 +407,25 @@ bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f)
 u64 cpuid_model_xcr0(const struct cpuid_model *m)
 {
     return m->xcr0;
+}
+
+int cpuid_model_offer_nested(struct cpuid_model *m, const struct cpuid_support *support,
+                             struct error *err)
+{
+    enum cpuid_feature virtualisation = m->amd ? FEATURE_SVM : FEATURE_VMX;
+
+    if (!m->of_host)
+        return error_input(err, "nested=on goes with --cpu host only");
+    if (!bit_test(support->bits, virtualisation))
+        return error_input(err,
+                           "nested=on: this engine on this host can't give %s (kvm can, where its "
+                           "module's parameter `nested` is on)",
+                           places[virtualisation].name);
+    if (m->amd)
+        offer(m, support, svm_features, ARRAY_SIZE(svm_features));
+    else
+        bit_set(m->features, FEATURE_VMX);
+    return 0;
 }
 
 void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits)
@@ -710,6 +743,13 @@ static void leaf_extended(const struct cpuid_model *m, const struct cpuid_dynami
         out->eax = m->phys_bits | (cpuid_model_has(m, FEATURE_LA57) ? 57 : 48) << 8;
         if (m->amd)
             out->ecx = (socket_cpus(m) - 1) | socket_bits(m) << 12;
+        break;
+    case 0x8000000a:
+        feature_bits(m, leaf, 0, out);
+        if (cpuid_model_has(m, FEATURE_SVM)) {
+            out->eax = 1; /* the revision */
+            out->ebx = SVM_ASIDS;
+        }
         break;
     case 0x8000001d:
         if (cpuid_model_has(m, FEATURE_TOPOEXT))

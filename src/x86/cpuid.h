@@ -49,6 +49,12 @@ bool cpuid_model_has(const struct cpuid_model *m, enum cpuid_feature f);
  * supervisor state in XSAVE: IA32_XSS stays 0. */
 u64 cpuid_model_xcr0(const struct cpuid_model *m);
 unsigned cpuid_model_phys_bits(const struct cpuid_model *m);
+/*
+ * Before the model is used: offers the virtualisation of the host's vendor (VMX or SVM). -EINVAL, err set,
+ * when the model isn't `host` or `support`, the engine's, has none.
+ */
+int cpuid_model_offer_nested(struct cpuid_model *m, const struct cpuid_support *support,
+                             struct error *err);
 /* Before the model is used: no more than these, at least 36. */
 void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits);
 /* Before the model is used: the product of the three is its number of CPUs. Without it they are the cores

@@ -62,6 +62,8 @@ def options(cases):
             ("memory-option", *run, "--memory", "1G,speed=high"),
             ("memory-hugepages-bt", *run, "--engine", "bt", "--memory", "1G,hugepages=on"),
             ("memory-mergeable-bt", *run, "--engine", "bt", "--memory", "1G,mergeable=on"),
+            ("cpu-nested-interp", *run, "--cpu", "host,nested=on"),
+            ("cpu-nested-v2", *run, "--cpu", "v2,nested=on"),
             ("cpus-0", *run, "--cpus", "0"),
             ("cpus-65", *run, "--engine", "interp", "--cpus", "65"),
             ("cpus-2-verify", *run, "--engine", "bt,verify", "--cpus", "2"),

@@ -159,6 +159,26 @@ static void test_both_forms_of_an_option(void **state)
     assert_string_equal(c.stats, "s");
 }
 
+static void test_nested(void **state)
+{
+    static const char *const bad[] = {"host,", "host,nested", "host,nested=yes", "host,svm=on",
+                                      "a-name-longer-than-any-model"};
+    struct vm_config c;
+    struct error err;
+
+    assert_int_equal(PARSE(&c, &err, "--kernel=k"), 0);
+    assert_string_equal(c.cpu, "host");
+    assert_false(c.nested);
+    assert_int_equal(PARSE(&c, &err, "--kernel=k", "--cpu=host,nested=on"), 0);
+    assert_string_equal(c.cpu, "host");
+    assert_true(c.nested);
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+        if (!PARSE(&c, &err, "--kernel=k", "--cpu", bad[i]))
+            fail_msg("'%s' was taken", bad[i]);
+        assert_non_null(strstr(err.text, "--cpu: "));
+    }
+}
+
 static void test_memory_options(void **state)
 {
     static const char *const bad[] = {"1G,",           "1G,hugepages", "1G,hugepages=yes",
@@ -226,6 +246,7 @@ int main(void)
         cmocka_unit_test(test_processors),
         cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_both_forms_of_an_option),
+        cmocka_unit_test(test_nested),
         cmocka_unit_test(test_memory_options),
         cmocka_unit_test(test_errors_name_the_option),
         cmocka_unit_test(test_disks),

@@ -7,6 +7,7 @@
 #include "x86/lapic.h"
 #include "x86/regs.h"
 
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -280,6 +281,40 @@ static void leaves_beyond_the_last_answer_as_the_vendor_does(void **unused)
     cpuid_model_destroy(m);
 }
 
+static bool has_virtualisation(const struct cpuid_model *m)
+{
+    return (ask(m, 1, 0).ecx & BIT(5)) || (ask(m, 0x80000001, 0).ecx & BIT(2));
+}
+
+static void virtualisation_is_offered_when_asked_for(void **unused)
+{
+    struct error err = {0};
+    struct cpuid_support all;
+    struct cpuid_model *m;
+    struct cpuid_regs svm;
+
+    support_all(&all);
+    m = make("host", &all, 1);
+    assert_false(has_virtualisation(m));
+    assert_int_equal(cpuid_model_offer_nested(m, &all, &err), 0);
+    assert_true(has_virtualisation(m));
+    svm = ask(m, 0x8000000a, 0);
+    if (cpuid_model_is_amd(m))
+        assert_true(svm.eax == 1 && svm.ebx && (svm.edx & BIT(0)));
+    assert_int_equal(ask(m, 1, 0).ecx >> 5 & 1, !cpuid_model_is_amd(m));
+    cpuid_model_destroy(m);
+
+    m = make("host", soft_cpuid_support(), 1);
+    assert_int_equal(cpuid_model_offer_nested(m, soft_cpuid_support(), &err), -EINVAL);
+    assert_non_null(strstr(err.text, cpuid_model_is_amd(m) ? "SVM" : "VMX"));
+    cpuid_model_destroy(m);
+    m = make("v2", &all, 1);
+    assert_false(has_virtualisation(m));
+    assert_int_equal(cpuid_model_offer_nested(m, &all, &err), -EINVAL);
+    assert_non_null(strstr(err.text, "--cpu host"));
+    cpuid_model_destroy(m);
+}
+
 static void host_tsc_is_plausible_and_steady(void **unused)
 {
     u64 hz = host_tsc_hz();
@@ -301,6 +336,7 @@ int main(void)
         cmocka_unit_test(topology_has_bits_of_its_own_for_each_level),
         cmocka_unit_test(tsc_leaf_states_the_frequency),
         cmocka_unit_test(leaves_beyond_the_last_answer_as_the_vendor_does),
+        cmocka_unit_test(virtualisation_is_offered_when_asked_for),
         cmocka_unit_test(host_tsc_is_plausible_and_steady),
     };
 
