@@ -259,6 +259,32 @@ bool memory_discard(const struct guest_memory *m, void *host, u64 len)
     return madvise(host, len, m->in_file ? MADV_REMOVE : MADV_DONTNEED) == 0;
 }
 
+/* As mincore tells, a piece at a time. */
+static u64 resident_in(u8 *host, u64 size)
+{
+    unsigned char pages[4096];
+    u64 count = 0;
+
+    for (u64 at = 0; at < size; at += sizeof(pages) * GUEST_PAGE_SIZE) {
+        u64 len = MIN(size - at, sizeof(pages) * GUEST_PAGE_SIZE);
+
+        if (mincore(host + at, len, pages))
+            continue;
+        for (u64 page = 0; page < len / GUEST_PAGE_SIZE; page++)
+            count += pages[page] & 1;
+    }
+    return count * GUEST_PAGE_SIZE;
+}
+
+u64 memory_resident(const struct guest_memory *m)
+{
+    u64 sum = 0;
+
+    for (unsigned i = 0; i < m->nslots; i++)
+        sum += resident_in(m->slots[i].backing, m->slots[i].size);
+    return sum;
+}
+
 /* Whether all of [gpa, gpa + len) is memory, in however many adjacent slots. */
 static bool range_is_memory(const struct guest_memory *m, gpa_t gpa, u64 len)
 {

@@ -88,6 +88,8 @@ void memory_tell_written(const struct guest_memory *m, gpa_t gpa, u64 len);
 /* Gives the host back what memory_dma found, whole pages: they read as zeroes then, which the caller tells. False:
  * they stay as they are. */
 bool memory_discard(const struct guest_memory *m, void *host, u64 len);
+/* How many bytes of it the host holds in RAM now. */
+u64 memory_resident(const struct guest_memory *m);
 /* 0, or -EFAULT when any byte is outside RAM (nothing is copied then). ROM may be written here. */
 int memory_read(const struct guest_memory *m, gpa_t gpa, void *buf, u64 len);
 int memory_write(struct guest_memory *m, gpa_t gpa, const void *buf, u64 len);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <jansson.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 static double seconds(u64 ns)
 {
@@ -71,6 +72,20 @@ static json_t *first_instruction(const struct vm_stats *stats)
     return first ? json_real(seconds(first - stats->begin_ns)) : json_null();
 }
 
+/* Bytes of this process in the host's RAM (proc(5), statm); 0 when the host won't say. */
+static u64 resident(void)
+{
+    FILE *file = fopen("/proc/self/statm", "re");
+    unsigned long long pages = 0;
+
+    if (!file)
+        return 0;
+    if (fscanf(file, "%*u %llu", &pages) != 1)
+        pages = 0;
+    fclose(file);
+    return pages * (u64)sysconf(_SC_PAGESIZE);
+}
+
 int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struct error *err)
 {
     const struct engine_stats *e = &stats->machine.engine;
@@ -84,6 +99,10 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"wall_seconds", json_real(seconds(stats->end_ns - stats->begin_ns))},
         {"cpu_seconds", json_real(cpu_seconds())},
         {"first_instruction_seconds", first_instruction(stats)},
+        {"first_instruction_cpu_seconds",
+         json_real(seconds(stats->machine.first_instruction_cpu_ns))},
+        {"resident_bytes", json_integer((json_int_t)resident())},
+        {"guest_resident_bytes", json_integer((json_int_t)stats->machine.guest_resident)},
         {"instructions", json_integer((json_int_t)e->instructions)},
         {"exits", exits(&stats->machine)},
         {"exit_seconds", exit_seconds(e)},

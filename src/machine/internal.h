@@ -32,6 +32,7 @@ struct machine {
     unsigned ncpus; /* created so far */
     bool running;
     u64 resets;
+    u64 started_cpu_ns; /* the process's CPU time at the first start; 0: there was none */
 
     /* What is asked of the machine: noted on any thread under the lock, done on the loop's. */
     pthread_mutex_t request_lock;

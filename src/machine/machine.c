@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PORT_COUNT 0x10000
@@ -492,6 +493,14 @@ static bool has_ended(struct machine *m)
     return ended;
 }
 
+static u64 process_cpu_ns(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
+    return (u64)ts.tv_sec * NS_PER_SEC + (u64)ts.tv_nsec;
+}
+
 void machine_start(struct machine *m)
 {
     if (m->running || has_ended(m))
@@ -499,6 +508,8 @@ void machine_start(struct machine *m)
     m->running = true;
     board_start(m->board);
     vm_clock_start(m->clock);
+    if (!m->started_cpu_ns)
+        m->started_cpu_ns = process_cpu_ns();
     for (unsigned i = 0; i < m->ncpus; i++)
         vcpu_thread_resume(&m->cpus[i]);
 }
@@ -589,7 +600,9 @@ void machine_run(struct machine *m, struct machine_end *end)
 
 void machine_stats(struct machine *m, struct machine_stats *out)
 {
-    *out = (struct machine_stats){.resets = m->resets};
+    *out = (struct machine_stats){.resets = m->resets,
+                                  .first_instruction_cpu_ns = m->started_cpu_ns,
+                                  .guest_resident = memory_resident(&m->memory)};
     for (unsigned i = 0; i < m->ncpus; i++) {
         u64 started = m->cpus[i].started_ns;
 

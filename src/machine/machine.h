@@ -65,7 +65,9 @@ struct machine_end {
 };
 
 struct machine_stats {
-    u64 first_instruction_ns; /* host clock; 0: none was run */
+    u64 first_instruction_ns;     /* host clock; 0: none was run */
+    u64 first_instruction_cpu_ns; /* the process's CPU time until then */
+    u64 guest_resident;           /* bytes of guest memory in the host's RAM */
     u64 resets;
     u64 exits[VCPU_EXIT_REASONS]; /* of all vCPUs; read when they are parked */
     struct engine_stats engine;
