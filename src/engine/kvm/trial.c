@@ -7,8 +7,8 @@
  * its IDT and returns from it, and computes. The same computation is run by this process, and the
  * guest must have its result, in about its time. A guest that hangs is ended by a timer.
  *
- * Time is the thread's CPU time, which counts the guest's: another process on the same processor
- * makes no KVM look slow.
+ * Time is the thread's CPU time, which counts the guest's: other processes on the same processor
+ * make no KVM look slow, or hang.
  */
 #define _GNU_SOURCE /* gettid */
 #include "engine/kvm/kvm.h"
@@ -239,7 +239,7 @@ static int run_guest(struct trial *t, struct error *err)
     timer_t timer;
 
     event.sigev_notify_thread_id = gettid();
-    if (timer_create(CLOCK_MONOTONIC, &event, &timer) < 0)
+    if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) < 0)
         return error_host(err, errno, "no timer for KVM's trial");
     timer_settime(timer, 0, &when, NULL);
     ret = ioctl(t->vcpu, KVM_RUN, 0);
