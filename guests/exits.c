@@ -1,11 +1,11 @@
 /*
  * What leaving the guest costs: cycles of the TSC for one CPUID, port write, MMIO write, wake from HLT,
- * and first touch of a page. bench/exits runs it under each engine.
+ * first touch of a page, and an IPI. bench/exits runs it under each engine.
  *
  * Each is done in several rounds, and the fastest counts: an interrupted round is not what it costs. A
  * page has only one first touch, so those rounds each have pages of their own.
  */
-#include "guest.h"
+#include "smp.h"
 
 #define ROUNDS 5
 #define CALLS 200
@@ -16,9 +16,6 @@
 #define PORT_UNUSED 0x80 /* POST codes: a port that takes a byte and does nothing with it */
 #define IOAPIC_SELECT 0xfec00000
 
-#define APIC 0xfee00000
-#define APIC_EOI 0xb0
-#define APIC_SVR 0xf0
 #define APIC_LVT_TIMER 0x320
 #define APIC_TIMER_INITIAL 0x380
 #define APIC_TIMER_DIVIDE 0x3e0
@@ -26,6 +23,9 @@
 #define APIC_ENABLE_SPURIOUS_FF 0x1ff
 #define VECTOR_TIMER 0x40
 #define TIMER_NS 100000
+#define VECTOR_IPI 0x41
+#define IPIS 50
+#define IPI_PAUSE 200000 /* cycles: the other is asleep again */
 
 static void write32(word at, u32 value)
 {
@@ -68,7 +68,7 @@ static void timer_fired(struct frame *frame)
 {
     (void)frame;
     woken_at = rdtsc();
-    write32(APIC + APIC_EOI, 0);
+    apic_write(APIC_EOI, 0);
 }
 
 /* From the moment that the timer was due, by the guest's own reckoning, to its handler. */
@@ -77,15 +77,15 @@ static void measure_halt(void)
     u64 asleep = ~0ULL, awake = ~0ULL;
 
     trap_handlers[VECTOR_TIMER] = timer_fired;
-    write32(APIC + APIC_SVR, APIC_ENABLE_SPURIOUS_FF);
-    write32(APIC + APIC_TIMER_DIVIDE, APIC_DIVIDE_BY_1);
-    write32(APIC + APIC_LVT_TIMER, VECTOR_TIMER);
+    apic_write(APIC_SVR, APIC_ENABLE_SPURIOUS_FF);
+    apic_write(APIC_TIMER_DIVIDE, APIC_DIVIDE_BY_1);
+    apic_write(APIC_LVT_TIMER, VECTOR_TIMER);
     for (unsigned i = 0; i < 2 * 20; i++) {
         bool halt = i & 1;
         u64 begin = rdtsc(), took;
 
         woken_at = 0;
-        write32(APIC + APIC_TIMER_INITIAL, TIMER_NS);
+        apic_write(APIC_TIMER_INITIAL, TIMER_NS);
         if (halt)
             __asm__ volatile("sti; hlt; cli" : : : "memory");
         else
@@ -122,6 +122,64 @@ static void measure(const char *name, void (*run)(unsigned round), u64 count)
     print("\n");
 }
 
+/* Set by the first processor: whether the second waits for IPIs in HLT, and that it need wait no more. */
+static volatile bool target_halts, target_done;
+static volatile u64 ipi_arrived;
+
+static void ipi_handler(struct frame *frame)
+{
+    (void)frame;
+    ipi_arrived = rdtsc();
+    apic_write(APIC_EOI, 0);
+}
+
+static void wait_for_ipis(void)
+{
+    while (!target_done) {
+        if (target_halts)
+            __asm__ volatile("sti; hlt; cli" : : : "memory");
+        else
+            __asm__ volatile("sti; pause; cli" : : : "memory");
+    }
+}
+
+/* From the command to the handler on the other processor; their TSCs are the same. */
+static void measure_ipi(const char *name, bool halted)
+{
+    u64 best = ~0ULL;
+
+    target_halts = halted;
+    for (unsigned i = 0; i < IPIS; i++) {
+        u64 begin = rdtsc();
+
+        while (rdtsc() - begin < IPI_PAUSE)
+            pause();
+        ipi_arrived = 0;
+        begin = rdtsc();
+        apic_send(1, VECTOR_IPI);
+        while (!ipi_arrived)
+            pause();
+        if (i && ipi_arrived - begin < best) /* the first may find it in the other loop */
+            best = ipi_arrived - begin;
+    }
+    print(name);
+    print(" ");
+    print_hex(best);
+    print("\n");
+}
+
+static void ipi_job(unsigned cpu)
+{
+    if (cpu) {
+        wait_for_ipis();
+        return;
+    }
+    measure_ipi("ipi", false);
+    measure_ipi("ipi-wake", true);
+    target_done = true;
+    apic_send(1, VECTOR_IPI);
+}
+
 void guest_main(void)
 {
     measure("cpuid", do_cpuid, CALLS);
@@ -129,5 +187,10 @@ void guest_main(void)
     measure("mmio-write", do_mmio, CALLS);
     measure("page-first-touch", do_touch, PAGES);
     measure_halt();
+    trap_handlers[VECTOR_IPI] = ipi_handler;
+    if ((cpuid(1, 0).b >> 16 & 0xff) > 1 && smp_start() > 1)
+        smp_run(2, ipi_job);
+    else
+        skip("ipi", "one processor");
     check("measured", true);
 }
