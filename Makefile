@@ -4,7 +4,7 @@
 #   make run        boots Debian's kernel to a shell on this terminal; in a pipe, runs the script on
 #                   stdin in the guest (make fails when it fails; scripts/run has its status)
 #   make test       unit, cpu and guest tests; the last line is "N passed, N failed"
-#   make test-kvm   the KVM engine one level down, under QEMU; no part of `make test`
+#   make test-kvm   all tests of the KVM engine, one level down, under QEMU; `make test` has a few
 #   make bench      each benchmark with its peer beside it
 #   make lint       clang-format, clang-tidy, cppcheck
 #   make install    to DESTDIR and PREFIX (/usr/local)

@@ -303,7 +303,7 @@ int main(int argc, char **argv)
     if (!loop)
         die(err.text);
     test_same(all ? 8 : 2);
-    test_between(all ? 5 : 2);
+    test_between(all ? 5 : 1);
     test_dirty_log();
     event_loop_destroy(loop);
     return failures ? 1 : 0;
