@@ -123,18 +123,30 @@ u8 *memory_reserve(gpa_t gpa, u64 size)
     return at + lead;
 }
 
+u8 *memory_file_map(int fd, u64 offset, u64 size, int prot)
+{
+    u8 *host = memory_reserve(offset, size);
+    int saved;
+
+    if (!host || mmap(host, size, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,
+                      (off_t)offset) != MAP_FAILED)
+        return host;
+    saved = errno;
+    munmap(host, size);
+    errno = saved;
+    return NULL;
+}
+
 u8 *memory_file_add(int fd, u64 *end, gpa_t gpa, u64 size, u64 *offset, struct error *err)
 {
     u64 at = *end + ((gpa - *end) & (HUGE_PAGE - 1));
-    u8 *host = memory_reserve(gpa, size);
+    u8 *host = NULL;
 
-    if (!host || ftruncate(fd, (off_t)(at + size)) ||
-        mmap(host, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,
-             (off_t)at) == MAP_FAILED) {
+    if (!ftruncate(fd, (off_t)(at + size)))
+        host = memory_file_map(fd, at, size, PROT_READ | PROT_WRITE);
+    if (!host) {
         error_host(err, errno, "no host memory for %llu MiB of guest memory",
                    (unsigned long long)(size >> 20));
-        if (host)
-            munmap(host, size);
         return NULL;
     }
     *offset = at;

@@ -1,6 +1,6 @@
 /*
  * The file behind guest memory that is mapped more than once: by the translator at the guest's own addresses,
- * by a backend in another process.
+ * by a backend in another process. Translated code has such a file, too.
  */
 #ifndef DOPPEL_BUS_MEMORY_FILE_H
 #define DOPPEL_BUS_MEMORY_FILE_H
@@ -21,6 +21,12 @@ int memory_file_open(struct error *err);
  * here and in the tables of KVM. NULL: there is none.
  */
 u8 *memory_reserve(gpa_t gpa, u64 size);
+
+/*
+ * Maps [offset, offset + size) of the file, shared, at a host address congruent to the offset modulo 2 MiB. Returns
+ * it, for munmap, or NULL and errno.
+ */
+u8 *memory_file_map(int fd, u64 offset, u64 size, int prot);
 
 /*
  * Appends `size` bytes to the file, which is *end bytes long, and maps them, file offset and host address

@@ -112,6 +112,8 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"tlb_misses", json_integer((json_int_t)e->tlb_misses)},
         {"tlb_flushes", json_integer((json_int_t)e->tlb_flushes)},
         {"smc_invalidations", json_integer((json_int_t)e->smc_invalidations)},
+        {"direct_mappings", json_integer((json_int_t)e->direct_mappings)},
+        {"direct_faults", json_integer((json_int_t)e->direct_faults)},
         {"spins", json_integer((json_int_t)e->spins)},
         {"resets", json_integer((json_int_t)stats->machine.resets)},
     };

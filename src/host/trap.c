@@ -18,8 +18,10 @@
 
 #define MAX_REGIONS 256
 
-/* #DE, #UD, #GP, #MF, #XM: what an instruction can raise by itself. A page fault is a bug of ours. */
+/* #DE, #UD, #GP, #MF, #XM: what an instruction can raise by itself. A page fault (14) is a bug of ours, if no
+ * handler knows better. */
 #define GUEST_VECTORS (BIT(0) | BIT(6) | BIT(13) | BIT(16) | BIT(19))
+#define HANDLED_VECTORS (GUEST_VECTORS | BIT(14))
 
 static struct region {
     _Atomic uintptr_t start;
@@ -60,7 +62,8 @@ static void on_exception(int sig, siginfo_t *info, void *context)
     greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
     const struct region *r = find((uintptr_t)regs[REG_RIP]);
 
-    if (!r || info->si_code <= 0 || !(GUEST_VECTORS & BIT(regs[REG_TRAPNO]))) {
+    if (!r || info->si_code <= 0 ||
+        !((r->handler ? HANDLED_VECTORS : GUEST_VECTORS) & BIT(regs[REG_TRAPNO]))) {
         pass_on(sig, info);
         return;
     }

@@ -768,18 +768,18 @@ static void loop_of_a_borrowed_register(void **state)
     }
 }
 
-/* MOVZX makes an index of the jump cache; not of an address. */
+/* What an index is made of is no host address. */
 static void index_of_a_host_address(void **state)
 {
     struct rig *r = *state;
 
     begin_borrowing(r);
     put_checked_into(r, U, false, 8);
-    put_movzx16(&r->p, S2, U);
+    put_mov_rr(&r->p, S2, U);
     assert_borrowing_refused(r, NO_FLAW, "a host address is read");
     begin_borrowing(r);
     put_check_of(r, TLB_KERNEL, false, 8);
-    put_movzx16(&r->p, S2, S1);
+    put_mov_rr(&r->p, S2, S1);
     assert_borrowing_refused(r, NO_FLAW, "a host address is read");
 }
 

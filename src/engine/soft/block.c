@@ -14,7 +14,7 @@
  * A link tells of a linear address and nothing of the block that holds it, so it may be copied at will; it
  * is checked like a lookup entry.
  *
- * Memory comes from one arena that is handed out in order; when it is full, everything is dropped.
+ * Memory comes from one arena that is handed out in order; when it is full, everything in it is dropped.
  */
 #include "engine/soft/block.h"
 
@@ -215,15 +215,17 @@ void block_cache_drop_all(struct soft_vcpu *v)
     for (size_t n = 0; n < ARRAY_SIZE(c->pages); n++)
         for (const struct code_page *p = c->pages[n]; p; p = p->hash_next)
             block_cache_drop(v, p->page, GUEST_PAGE_SIZE);
+    bt_drop_all(v);
 }
 
-void block_cache_flush(struct soft_vcpu *v)
+/* The arena is full: drops what is in it, and keeps translations. Between blocks. */
+static void recycle(struct soft_vcpu *v)
 {
     struct block_cache *c = v->blocks;
 
     for (size_t n = 0; n < ARRAY_SIZE(c->pages); n++) {
         for (struct code_page *p = c->pages[n]; p; p = p->hash_next)
-            soft_code_dropped(v, p->page, 0);
+            soft_code_dropped(v, p->page, bt_lines(v, p->page));
         c->pages[n] = NULL;
     }
     for (size_t n = 0; n < ARRAY_SIZE(c->lookup); n++)
@@ -231,7 +233,12 @@ void block_cache_flush(struct soft_vcpu *v)
     memset(c->hash, 0, sizeof(c->hash));
     c->used = 0;
     v->block = NULL;
+}
+
+void block_cache_flush(struct soft_vcpu *v)
+{
     bt_flush(v);
+    recycle(v);
 }
 
 /* --- Decoding --- */
@@ -398,7 +405,7 @@ static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gv
             break;
     if (!b) {
         if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
-            block_cache_flush(v);
+            recycle(v);
         b = decode_block(v, lin, gpa, host, code);
         /* Code in MMIO is never kept, nor what somebody writes just now. No link leads to it. */
         if (!host || !protect_block(v, b, code))

@@ -779,6 +779,7 @@ void soft_tlb_flush(struct soft_vcpu *v)
     drop_entry(tlb, n);
     drop_fetches(v, true);
     bt_mappings_dropped(v);
+    bt_direct_flush(v);
 }
 
 static void drop_nonglobal(struct soft_vcpu *v)
@@ -794,12 +795,14 @@ void soft_tlb_flush_nonglobal(struct soft_vcpu *v)
 {
     drop_nonglobal(v);
     bt_nonglobal_dropped(v);
+    bt_direct_flush(v);
 }
 
 void soft_tlb_switch(struct soft_vcpu *v, unsigned pcid, bool keep)
 {
     drop_nonglobal(v);
     bt_space_switched(v, pcid, keep);
+    bt_direct_switch(v, pcid, keep);
 }
 
 /* Large pages are held as entries of 4 KiB; all of the one that holds lin have to go. */
@@ -832,6 +835,7 @@ void soft_tlb_flush_page(struct soft_vcpu *v, gva_t lin)
     for (unsigned k = 0; k < TLB_KINDS; k++)
         drop_entry(&v->tlbs[k], (lin >> GUEST_PAGE_SHIFT) & (TLB_SIZE - 1));
     bt_page_dropped(v, lin);
+    bt_direct_flush_page(v, lin);
 }
 
 void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
@@ -844,6 +848,9 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     FOR_EACH_IN(used, v, tlb, n)
     if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
         tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    if (track->direct_write)
+        bt_direct_protect(v, page);
+    track->direct_write = false;
     atomic_fetch_and(&track->writers, ~soft_vcpu_bit(v));
 }
 
@@ -851,6 +858,7 @@ void soft_tlb_protect_all(struct soft_vcpu *v)
 {
     FOR_EACH_IN(used, v, tlb, n)
     tlb->entries[n].write_tag = TLB_NO_TAG(n);
+    bt_direct_drop(v);
 }
 
 bool soft_load_pdptes(struct soft_vcpu *v, u64 cr3)

@@ -381,6 +381,7 @@ static void soft_memory_changed(struct engine *engine)
         if (e->vcpus[c]) {
             block_cache_flush(e->vcpus[c]);
             soft_tlb_flush(e->vcpus[c]);
+            bt_direct_drop(e->vcpus[c]);
         }
 }
 
@@ -445,6 +446,8 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
         out->tlb_flushes += v->stats.tlb_flushes;
         out->spins += v->stats.spins;
         out->smc_invalidations += v->stats.smc_invalidations;
+        out->direct_mappings += v->stats.direct_mappings;
+        out->direct_faults += v->stats.direct_faults;
     }
 }
 

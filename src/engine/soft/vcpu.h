@@ -116,8 +116,10 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
  * What translated code reaches through GS (bt/essay in bt/translate.c). The jump cache maps a linear
  * address, mixed with jump_key, to the code of its block.
  */
-#define JUMP_BITS 16
+#define JUMP_BITS 18
 #define JUMP_SIZE (1u << JUMP_BITS)
+#define DIRECT_SHIFT 21
+#define DIRECT_CHUNKS (1u << (47 - DIRECT_SHIFT))
 struct bt_shared {
     u64 host_rsp;
     const u8 *entry; /* where bt_enter goes on */
@@ -215,6 +217,8 @@ struct soft_vcpu {
     _Atomic bool asleep; /* runs no guest code, and will look at its posts before it does */
 
     struct bt_shared bt_shared;
+    /* By 2 MiB of user addresses: 1 where translated code may use them as they are (bt/direct.c). */
+    u8 direct_map[DIRECT_CHUNKS];
 };
 
 #define SOFT_MAX_CPUS 64 /* sets of vCPUs are bits of a u64 */
@@ -224,6 +228,7 @@ struct page_track {
     _Atomic u64 code_lines; /* which of its 64-byte lines hold code that a vCPU keeps blocks of */
     _Atomic u64 code_users; /* which vCPUs do */
     _Atomic u64 writers;    /* which vCPUs may have a write tag for it, or a store under way */
+    bool direct_write;      /* the one vCPU with direct mappings may have one for writing it */
 };
 
 /* Of some pages each: guards the clearing of code_lines (code_pages.c). */

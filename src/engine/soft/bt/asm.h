@@ -186,15 +186,6 @@ static inline void put_rorx(u8 **p, unsigned reg, unsigned rm, unsigned imm)
     put_modrm(p, 3, reg, rm);
     put8(p, imm);
 }
-/* movzx reg32, rm16 */
-static inline void put_movzx16(u8 **p, unsigned reg, unsigned rm)
-{
-    put_rex(p, false, reg, 0, rm);
-    put8(p, 0x0f);
-    put8(p, 0xb7);
-    put_modrm(p, 3, reg, rm);
-}
-
 /* Jumps with a 32-bit displacement, which is patched later; they return where it is. */
 static inline u8 *put_jcc(u8 **p, unsigned cc)
 {

@@ -4,15 +4,16 @@
  *
  *  1. A memory operand is one of
  *      gs:[disp]           within a field of struct soft_vcpu that code may read, or write;
- *      gs:[S2 * 8 + disp]  an entry of the jump cache, S2 being a 16-bit number;
+ *      gs:[S2 * 8 + disp]  an entry of the jump cache, S2 being a masked slot;
  *      gs:[S2 + disp]      a tag or host address of the TLB that the block's mode uses, S2 being a
  *                          masked index;
  *      [S1 + n]            behind a check for n and the operand's size, for a write where it writes;
  *      [U + n]             likewise, U being a borrowed register (perm[2], perm[3]) that was copied from S1
  *                          behind such a check, and not written since;
  *      gs:[kept_address]   moved to from the borrowed register that it is for, and from there to it.
- *     Anything else, implied operands too, is refused: so there is no PUSH, CALL or string instruction. A
+ *     Anything else, implied operands too, is refused: so there is no CALL or string instruction, and PUSH in direct code only. A
  *     bit's number, which moves an operand, is S2 masked to be within it.
+ *      [address]           in direct code, as audit_direct.c has it, and gs:[S2 + direct_map] with it.
  *  2. A check is: XOR of S1 with a tag, CMP of S1 with 4096 less the size, JA, and ADD of the host address
  *     from the same entry; neither S1 nor S2 is changed between. That S1 was a linear address, and S2 its
  *     index, need not be known: if the XOR leaves an offset in a page, S1 was an address in the page
@@ -34,6 +35,7 @@
 #include "engine/soft/bt/audit.h"
 
 #include "engine/soft/bt/asm.h"
+#include "engine/soft/bt/audit_direct.h"
 #include "engine/soft/decode.h"
 
 #include <stdlib.h>
@@ -44,7 +46,7 @@
 
 /* S1_HOST with a size of 0: nobody knows what it is, so it may be a host address. */
 enum s1 { S1_ANY, S1_XORED, S1_COMPARED, S1_CHECKED, S1_HOST };
-enum s2 { S2_ANY, S2_NUMBER16, S2_INDEX };
+enum s2 { S2_ANY, S2_SLOT, S2_INDEX };
 
 /* What is known of a borrowed register, or of what is kept of it. */
 struct address {
@@ -62,9 +64,16 @@ struct known {
     u64 s2_below, temp_below; /* S2, and v->bt_shared.temp, are less than that; 0: nobody knows */
     struct address borrowed[BT_BORROWED], kept[BT_BORROWED];
     u32 site; /* what v->bt_shared.site is now, and 1; 0: nobody knows */
+    struct direct_known direct;
 };
 
-static const struct known nothing_known = {.s1 = S1_HOST};
+static struct known nothing_known(void)
+{
+    struct known known = {.s1 = S1_HOST};
+
+    direct_known_clear(&known.direct);
+    return known;
+}
 
 struct target {
     u32 from, end, to; /* end: behind the branch; 0: C leads there */
@@ -202,15 +211,16 @@ static bool same_known(const struct known *x, const struct known *y)
         if (!same_address(&x->borrowed[k], &y->borrowed[k]) ||
             !same_address(&x->kept[k], &y->kept[k]))
             return false;
-    return same_scratch(x, y) && x->temp_below == y->temp_below && x->site == y->site;
+    return same_scratch(x, y) && x->temp_below == y->temp_below && x->site == y->site &&
+           direct_known_same(&x->direct, &y->direct);
 }
 
 /* Leaves in *x what both know. */
 static void meet(struct known *x, const struct known *y)
 {
     if (!same_scratch(x, y)) {
-        x->s1 = nothing_known.s1;
-        x->s2 = nothing_known.s2;
+        x->s1 = S1_HOST;
+        x->s2 = S2_ANY;
         x->write = false;
         x->size = 0;
         x->s2_below = 0;
@@ -225,12 +235,13 @@ static void meet(struct known *x, const struct known *y)
     }
     if (x->site != y->site)
         x->site = 0;
+    direct_known_meet(&x->direct, &y->direct);
 }
 
 /* Where the guest's registers are all in their places. */
 static struct known guest_known(void)
 {
-    struct known known = nothing_known;
+    struct known known = nothing_known();
 
     for (unsigned k = 0; k < BT_BORROWED; k++)
         known.borrowed[k].guest = true;
@@ -297,11 +308,30 @@ static bool audit_exit(struct audit *a)
     return true;
 }
 
+/* As add_resume, of an exit that C may go on before, with all registers as they are. */
+static bool add_narrow_resume(struct audit *a)
+{
+    const struct bt_block *b = a->b;
+    struct known known = guest_known();
+    u32 exit = a->known.site - 1;
+
+    if (!a->known.site || exit < b->exits || exit >= b->exits + b->nexits)
+        return refuse(a, "a way out without its exit");
+    known.direct = a->known.direct;
+    return put_target(a, 0, a->bt->exits[exit].resume, &known);
+}
+
 static bool add_target(struct audit *a, u32 to)
 {
+    struct known known = a->known;
+
+    if (is_way_out(a, to) && !all_guest(a))
+        return false;
     if (is_way_out(a, to))
-        return all_guest(a) && (!comes_back(a, to) || add_resume(a));
-    return audit_exit(a) && put_target(a, a->next, to, &a->known);
+        return to == a->bt->glue[BT_NARROW] ? add_narrow_resume(a)
+                                            : !comes_back(a, to) || add_resume(a);
+    known.direct.step = DIRECT_NOTHING; /* what follows a look is known where it goes on */
+    return audit_exit(a) && put_target(a, a->next, to, &known);
 }
 
 /* What is known before the instruction at a->at, when `reached` says whether the one before goes on.
@@ -312,7 +342,7 @@ static bool join(struct audit *a, bool reached)
     const struct known guest = guest_known();
 
     if (a->at == b->memory_native || a->at == b->host_native || a->at == b->fault) {
-        a->known = nothing_known;
+        a->known = nothing_known();
         return true;
     }
     if (a->at == b->jump_entry || a->at == b->memory_entry || a->at == b->host_entry) {
@@ -361,6 +391,19 @@ static bool is_forbidden(const ZydisDecodedInstruction *zi)
     default:
         return zi->attributes & ZYDIS_ATTRIB_IS_PRIVILEGED;
     }
+}
+
+static bool is_direct_block(const struct audit *a)
+{
+    return (a->b->mode & (BT_MODE_DIRECT | BT_MODE_NARROW)) == BT_MODE_DIRECT;
+}
+
+/* Direct code has the stack's instructions as they are. */
+static bool is_direct_stack(const struct audit *a, const ZydisDecodedInstruction *zi)
+{
+    return is_direct_block(a) &&
+           (zi->mnemonic == ZYDIS_MNEMONIC_PUSH || zi->mnemonic == ZYDIS_MNEMONIC_POP ||
+            zi->mnemonic == ZYDIS_MNEMONIC_LEAVE);
 }
 
 static bool is_general(const ZydisDecodedOperand *op)
@@ -476,6 +519,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
     if (!is_bit_inside(a, zi, ops))
         return refuse(a, "a bit outside of its operand");
     if (m->segment == ZYDIS_REGISTER_GS) {
+        if (is_direct_block(a) && direct_is_look(&a->known.direct, zi, m))
+            return size == 1 && !writes(op) ? true : refuse(a, "no look into the map");
         if (m->base == ZYDIS_REGISTER_NONE && m->index == ZYDIS_REGISTER_NONE &&
             is_kept_address((u64)disp, size))
             return audit_kept(a, zi, ops, (u64)disp);
@@ -487,7 +532,7 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
             bool jump = zi->mnemonic == ZYDIS_MNEMONIC_JMP;
             u64 want = jump ? GS_OFFSET(bt_shared.jump_code) : GS_OFFSET(bt_shared.jump_tag);
 
-            if (a->known.s2 != S2_NUMBER16 || (u64)disp != want || size != 8 || writes(op) ||
+            if (a->known.s2 != S2_SLOT || (u64)disp != want || size != 8 || writes(op) ||
                 (!jump && zi->mnemonic != ZYDIS_MNEMONIC_CMP))
                 return refuse(a, "no look into the jump cache");
             return true;
@@ -508,6 +553,11 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
     }
     if (m->segment == ZYDIS_REGISTER_FS)
         return refuse(a, "an address off FS");
+    if (is_direct_block(a) && size <= 64 && direct_allows(&a->known.direct, m))
+        return true;
+    if (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE)
+        return direct_allows_leave(&a->known.direct) ? true
+                                                     : refuse(a, "an access without a check");
     if (m->index != ZYDIS_REGISTER_NONE)
         return refuse(a, "an address that isn't S1's");
     if (m->base == ZYDIS_REGISTER_R14) {
@@ -530,14 +580,6 @@ static void set_s2(struct known *k, enum s2 s2)
         k->s1 = S1_ANY;
 }
 
-static bool holds_host(const struct audit *a, const ZydisDecodedOperand *op)
-{
-    for (unsigned k = 0; k < BT_BORROWED; k++)
-        if (!a->known.borrowed[k].guest && is_register(op, borrowed_reg(a, k)))
-            return true;
-    return a->known.s1 == S1_HOST && is_register(op, S1);
-}
-
 /* The steps of a check, and what makes S2 an index. True: it is one, and a->known is as after it. */
 static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
                       const ZydisDecodedOperand *ops)
@@ -547,17 +589,13 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
     bool memory = zi->operand_count_visible > 1 && ops[1].type == ZYDIS_OPERAND_TYPE_MEMORY;
 
     switch (zi->mnemonic) {
-    case ZYDIS_MNEMONIC_MOVZX:
-        if (!is_register(&ops[0], S2) || ops[1].type != ZYDIS_OPERAND_TYPE_REGISTER ||
-            ops[1].size != 16 || holds_host(a, &ops[1]))
-            return false;
-        set_s2(k, S2_NUMBER16);
-        return true;
     case ZYDIS_MNEMONIC_AND:
         if (!is_register(&ops[0], S2) || ops[0].size != 32 ||
             ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || ops[1].imm.value.u > INT32_MAX)
             return false;
-        set_s2(k, ops[1].imm.value.u == (TLB_SIZE - 1) << 5 ? S2_INDEX : S2_ANY);
+        set_s2(k, ops[1].imm.value.u == (TLB_SIZE - 1) << 5 ? S2_INDEX
+                  : ops[1].imm.value.u == JUMP_SIZE - 1     ? S2_SLOT
+                                                            : S2_ANY);
         k->s2_below = ops[1].imm.value.u + 1;
         return true;
     case ZYDIS_MNEMONIC_XOR:
@@ -736,7 +774,7 @@ static bool audit_insn(struct audit *a, const ZydisDecodedInstruction *zi,
                        const ZydisDecodedOperand *ops, bool *goes_on)
 {
     *goes_on = true;
-    if (is_forbidden(zi))
+    if (is_forbidden(zi) && !is_direct_stack(a, zi))
         return refuse(a, "an instruction that code must not have");
     for (unsigned n = 0; n < zi->operand_count; n++) {
         if (ops[n].type == ZYDIS_OPERAND_TYPE_MEMORY && !audit_memory(a, zi, ops, &ops[n]))
@@ -745,9 +783,12 @@ static bool audit_insn(struct audit *a, const ZydisDecodedInstruction *zi,
             ZydisRegisterGetClass(ops[n].reg.value) == ZYDIS_REGCLASS_SEGMENT)
             return refuse(a, "a segment register");
     }
-    if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
-        return audit_branch(a, zi, ops, goes_on);
-    return take_step(a, zi, ops) || take_move(a, zi, ops) || forget(a, zi, ops);
+    if (zi->meta.branch_type != ZYDIS_BRANCH_TYPE_NONE
+            ? !audit_branch(a, zi, ops, goes_on)
+            : !take_step(a, zi, ops) && !take_move(a, zi, ops) && !forget(a, zi, ops))
+        return false;
+    direct_known_after(&a->known.direct, zi, ops);
+    return true;
 }
 
 static bool audit_half(struct audit *a, u32 from, u32 to, u8 *starts)

@@ -21,6 +21,8 @@
 /* Of 32-bit code: the segment reaches all addresses, from its base around, for reading and writing. */
 #define BT_MODE_FS 0x40u
 #define BT_MODE_GS 0x80u
+#define BT_MODE_DIRECT                                                                             \
+    0x100u /* user addresses are the host's, where direct_map says so: direct.c */
 
 /* 0, or an error that names what this host's processor lacks. */
 int bt_probe(struct error *err);
@@ -38,6 +40,16 @@ void bt_thread_end(struct soft_vcpu *v);
 
 /* Runs translated and interpreted blocks until something calls for attention. */
 void bt_run(struct soft_vcpu *v);
+
+/*
+ * Direct mappings, as of the TLB: all translations of the current address space were dropped; of one page, in
+ * any; CR3 was written. Writes to the page at gpa must not go by; there may be none at all (the dirty log).
+ */
+void bt_direct_flush(struct soft_vcpu *v);
+void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin);
+void bt_direct_switch(struct soft_vcpu *v, unsigned pcid, bool keep);
+void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa);
+void bt_direct_drop(struct soft_vcpu *v);
 
 /* Makes a vCPU that runs translated code leave it soon: attention was set. Any thread. */
 void bt_kick(struct soft_vcpu *v);
@@ -91,6 +103,19 @@ bool bt_string(struct soft_vcpu *v, const struct bt_string *s);
 void bt_x87_point(struct soft_vcpu *v, u32 number);
 /* flags.c: the arithmetic flags that a recipe makes of the registers as they are. */
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
+/*
+ * direct.c. The mode may have BT_MODE_DIRECT now; if so, what was dropped is looked at anew. Of user code in
+ * 64-bit mode.
+ */
+bool bt_direct_enter(struct soft_vcpu *v);
+/* User code runs, and C has a moment: is its address space one to be mapped? */
+void bt_direct_tick(struct soft_vcpu *v);
+/* Direct code wants a chunk that isn't mapped. True: now it is. */
+bool bt_direct_want(struct soft_vcpu *v, u64 number);
+/* An access of direct code to lin met the host's page fault. */
+void bt_direct_fault(struct soft_vcpu *v, gva_t lin);
+int bt_direct_create(struct soft_vcpu *v, struct error *err);
+void bt_direct_destroy(struct soft_vcpu *v);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */
 void bt_relink(struct soft_vcpu *v);
 /* cache.c: jump_key for the current mode and address space. */

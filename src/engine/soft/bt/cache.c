@@ -3,7 +3,7 @@
  *
  * Invariants
  *  1. A block is in the hash and in its page's list exactly while it isn't dropped; no exit leads to a
- *     dropped block, and no entry of the jump cache.
+ *     dropped block, and the jump entry of one leaves at once.
  *  2. Code memory of a dropped block isn't used again before the next flush, so that the code that is
  *     being left stays whole.
  *  3. An entry of the jump cache is used only while its key is current. Keys are never given twice
@@ -12,12 +12,15 @@
 #define _GNU_SOURCE
 #include "engine/soft/bt/cache.h"
 
+#include "bus/memory_file.h"
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
 #include "engine/soft/bt/translate.h"
+#include "engine/soft/code_pages.h"
 #include "engine/soft/mmu.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -43,6 +46,8 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
         .hot_runs = BT_HOT_RUNS,
         .max_insns = BT_MAX_INSNS,
         .group_span = BT_GROUP_SPAN,
+        .direct_ticks = BT_DIRECT_TICKS,
+        .direct_period = BT_DIRECT_PERIOD,
         .code_size = BT_COLD_START - BLOCK_ROOM,
     };
     u64 random = scramble(checks->seed);
@@ -53,6 +58,8 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
     c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
     c.group_span = spans[random >> 14 & 3];
     c.code_size = MIN(c.code_size, (u32)KIB(256) << (random >> 16) % 8);
+    c.direct_ticks = checks->seed & 1 ? 0 : UINT_MAX;
+    c.direct_period = 0;
     return c;
 }
 
@@ -63,7 +70,10 @@ static void *map_array(size_t n)
     void *p =
         mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED)
+        return NULL;
+    madvise(p, n, MADV_HUGEPAGE);
+    return p;
 }
 
 static void unmap(const void *p, size_t n)
@@ -86,15 +96,14 @@ void bt_cache_destroy(struct soft_vcpu *v)
     unmap(bt->points, BT_POINTS * sizeof(*bt->points));
     unmap(bt->x87s, BT_X87S * sizeof(*bt->x87s));
     unmap(bt->kept, BT_KEPT * sizeof(*bt->kept));
-    free(bt);
+    unmap(bt, sizeof(*bt));
     v->bt = NULL;
 }
 
 int bt_cache_create(struct soft_vcpu *v, struct error *err)
 {
-    struct bt *bt = calloc(1, sizeof(*bt));
+    struct bt *bt = map_array(sizeof(*bt));
     int fd = -1;
-    void *map;
 
     if (!bt)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
@@ -108,17 +117,13 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->kept = map_array(BT_KEPT * sizeof(*bt->kept));
     if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
-    fd = memfd_create("doppel-code", MFD_CLOEXEC);
+    fd = memory_file_open(err);
     if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
         goto fail;
-    map = mmap(NULL, BT_CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (map == MAP_FAILED)
+    bt->writable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_WRITE);
+    bt->executable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_EXEC);
+    if (!bt->writable || !bt->executable)
         goto fail;
-    bt->writable = map;
-    map = mmap(NULL, BT_CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (map == MAP_FAILED)
-        goto fail;
-    bt->executable = map;
     close(fd);
     bt->next_context = 1;
     bt->nx87s = 1;
@@ -248,11 +253,6 @@ static void exit_unlink(struct bt_exit *e)
 
 /* --- The jump cache --- */
 
-static unsigned jump_slot(gva_t lin)
-{
-    return lin & (JUMP_SIZE - 1);
-}
-
 static unsigned filter_bit(gva_t lin)
 {
     return (unsigned)(((lin >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_FILTER_BITS));
@@ -260,7 +260,7 @@ static unsigned filter_bit(gva_t lin)
 
 void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
 {
-    unsigned slot = jump_slot(lin), bit = filter_bit(lin);
+    unsigned slot = bt_jump_slot(lin), bit = filter_bit(lin);
 
     v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
     v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
@@ -271,11 +271,15 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
         v->bt->kernel_nonglobal = true;
 }
 
-/* What an empty slot holds: a tag of context 0, which no mode has, and code that only leaves. */
+/* What an empty slot holds: a tag that no address of this slot has in any context, canonical or not. */
 static void jump_empty(struct soft_vcpu *v, unsigned slot)
 {
     v->bt_shared.jump_tag[slot] = slot;
-    v->bt_shared.jump_code[slot] = bt_run_at(v->bt, v->bt->glue[BT_JUMP]);
+}
+
+void bt_jump_missed(struct soft_vcpu *v, gva_t lin)
+{
+    jump_empty(v, bt_jump_slot(lin));
 }
 
 void bt_jump_clear(struct soft_vcpu *v)
@@ -285,14 +289,12 @@ void bt_jump_clear(struct soft_vcpu *v)
     memset(v->bt->filter, 0, sizeof(v->bt->filter));
 }
 
-/* A block may be entered under several linear addresses, equal in the page offset. */
-static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
+/* The block's entries in the jump cache, which may be many, lead to its jump entry: from now on that leaves. */
+static void jump_forget(struct bt *bt, const struct bt_block *b)
 {
-    const u8 *code = bt_run_at(v->bt, b->jump_entry);
+    u8 *p = bt_write_at(bt, b->jump_entry);
 
-    for (unsigned slot = b->gpa & (GUEST_PAGE_SIZE - 1); slot < JUMP_SIZE; slot += GUEST_PAGE_SIZE)
-        if (v->bt_shared.jump_code[slot] == code)
-            jump_empty(v, slot);
+    patch_rel32(put_jmp(&p), bt_write_at(bt, bt->glue[BT_JUMP]));
 }
 
 static u16 *context_of(struct soft_vcpu *v)
@@ -318,7 +320,7 @@ void bt_update_key(struct soft_vcpu *v)
         return;
     context = context_of(v);
     if (!*context) {
-        if (bt->next_context > UINT16_MAX) {
+        if (bt->next_context == UINT16_MAX) {
             memset(bt->contexts, 0, sizeof(bt->contexts));
             forget_user(bt);
             bt_jump_clear(v);
@@ -326,7 +328,7 @@ void bt_update_key(struct soft_vcpu *v)
         }
         *context = (u16)bt->next_context++;
     }
-    v->bt_shared.jump_key = *context;
+    v->bt_shared.jump_key = JUMP_KEY(*context);
 }
 
 /* Whether a segment lets every address through, for reading and writing. */
@@ -364,6 +366,8 @@ void bt_mode_changed(struct soft_vcpu *v)
                  (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
                  (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
                  (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
+    if (code64 && cpl == 3 && bt_direct_enter(v))
+        v->bt_mode |= BT_MODE_DIRECT;
     if (!code64)
         v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
                       (is_unlimited(&v->cpu.seg[SEG_GS]) ? BT_MODE_GS : 0);
@@ -419,15 +423,18 @@ void bt_space_switched(struct soft_vcpu *v, unsigned pcid, bool keep)
 
 void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 {
-    unsigned bit = filter_bit(lin), first = jump_slot(lin & ~(GUEST_PAGE_SIZE - 1));
+    gva_t page = lin & ~(GUEST_PAGE_SIZE - 1);
+    unsigned bit = filter_bit(lin), first;
 
     if (!v->bt)
         return;
     /* An instruction that goes on in this page begins in the last bytes of the one before. */
     for (unsigned n = 1; n < 15; n++)
-        jump_empty(v, (first - n) & (JUMP_SIZE - 1));
+        jump_empty(v, bt_jump_slot(page - n));
     if (!(v->bt->filter[bit / 64] & BIT(bit % 64)))
         return;
+    /* The addresses in a page have the slots of one aligned group, in some order. */
+    first = bt_jump_slot(page) & ~(unsigned)(GUEST_PAGE_SIZE - 1);
     for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
         jump_empty(v, slot);
 }
@@ -455,7 +462,7 @@ static void block_drop(struct soft_vcpu *v, struct bt_block *b)
             bt_exit_detach(bt, &bt->exits[n]);
         }
     }
-    jump_forget(v, b);
+    jump_forget(bt, b);
     b->dropped = true;
 }
 
@@ -514,6 +521,40 @@ u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
     return left;
 }
 
+u64 bt_lines(const struct soft_vcpu *v, gpa_t page)
+{
+    u64 lines = 0;
+
+    if (!v->bt)
+        return 0;
+    for (const struct bt_block *b = *page_slot(v->bt, page); b; b = b->page_next)
+        if (!b->dropped && b->gpa - page < GUEST_PAGE_SIZE)
+            lines |= line_mask(b->gpa, first_bytes(b));
+    for (const struct bt_block *b = *crossing_slot(v->bt, page); b; b = b->page2_next)
+        if (!b->dropped && b->gpa2 == page)
+            lines |= line_mask(page, b->bytes - first_bytes(b));
+    return lines;
+}
+
+/* Nothing is left of any block in the pages of b. */
+static void leave_pages(struct soft_vcpu *v, const struct bt_block *b)
+{
+    soft_code_dropped(v, b->gpa & ~(GUEST_PAGE_SIZE - 1), 0);
+    if (b->gpa2)
+        soft_code_dropped(v, b->gpa2, 0);
+}
+
+void bt_drop_all(struct soft_vcpu *v)
+{
+    for (u32 n = 0; v->bt && n < v->bt->nblocks; n++) {
+        struct bt_block *b = &v->bt->blocks[n];
+
+        if (!b->dropped)
+            block_drop(v, b);
+        leave_pages(v, b);
+    }
+}
+
 u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r)
 {
     u64 key;
@@ -563,6 +604,8 @@ void bt_flush(struct soft_vcpu *v)
 
     if (!bt)
         return;
+    for (u32 n = 0; n < bt->nblocks; n++)
+        leave_pages(v, &bt->blocks[n]);
     bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
     bt->nx87s = 1;
     bt->nunlinked = 0;

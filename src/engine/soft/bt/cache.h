@@ -32,7 +32,9 @@ enum bt_reason {
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
     BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
     BT_STRING, /* at a string instruction: site, its resume where to go on behind it */
-    BT_FAULT,  /* the host raised an exception: site was a point; flags and RIP are exact */
+    BT_NARROW, /* linear, a chunk's number, isn't mapped: site is the number of an exit to code that does
+                * without; its resume is where the check begins anew */
+    BT_FAULT, /* the host raised an exception: site was a point; flags and RIP are exact */
 };
 
 enum site_flags { SITE_FLAGS_MEMORY, SITE_FLAGS_RECIPE, SITE_FLAGS_HOST };
@@ -90,6 +92,8 @@ struct bt_exit {
     u32 stub;   /* code offset of where all that leads when not linked */
     u16 target; /* offset in the page */
     u8 flags;   /* enum exit_flags */
+    u8 misses;  /* BT_NARROW: how often it was taken before it was linked */
+    u32 resume; /* BT_NARROW: code offset of the check */
     u8 perm[BT_PERM];
     u32 recipe_regs;     /* EXIT_RECIPE: registers that it is made from */
     struct bt_block *to; /* NULL: not linked */
@@ -119,29 +123,33 @@ struct bt_block {
     struct bt_exit *incoming;
 };
 
-#define BT_CODE_SIZE MIB(64)
-#define BT_COLD_START MIB(32)
-#define BT_BLOCKS (1u << 18)
-#define BT_EXITS (1u << 19)
-#define BT_SITES (1u << 20)
-#define BT_POINTS (1u << 19)
+#define BT_CODE_SIZE MIB(256)
+#define BT_COLD_START MIB(128)
+#define BT_BLOCKS (1u << 20)
+#define BT_EXITS (1u << 22)
+#define BT_SITES (1u << 22)
+#define BT_POINTS (1u << 23)
 #define BT_X87S (1u << 18)
-#define BT_HASH_BITS 16
-#define BT_PAGES_BITS 13
+#define BT_HASH_BITS 19
+#define BT_PAGES_BITS 16
 #define BT_FILTER_BITS 16
 #define BT_SPACES 16
-#define BT_MODES 256
+#define BT_MODES 512
 #define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
 
 /* What is chosen freely: it changes the speed, and nothing that the manual promises a guest. */
 struct bt_choices {
-    unsigned hot_runs;  /* of an interpreted block, before it is translated */
-    unsigned max_insns; /* of a block */
-    s32 group_span;     /* bytes that the check for a group of accesses covers at most */
-    u32 code_size;      /* bytes of hot code, and of cold, at which the cache is full */
+    unsigned hot_runs;     /* of an interpreted block, before it is translated */
+    unsigned max_insns;    /* of a block */
+    s32 group_span;        /* bytes that the check for a group of accesses covers at most */
+    unsigned direct_ticks; /* moments that user code was seen in, before it is mapped directly */
+    u64 direct_period;     /* TSC ticks between such moments */
+    u32 code_size;         /* bytes of hot code, and of cold, at which the cache is full */
 };
+
+struct direct;
 
 struct bt {
     struct bt_choices choices;
@@ -196,11 +204,13 @@ struct bt {
         int flags;
     } old_stack;
     void *signal_stack;
+    struct direct *direct;
     struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
     bool interp_next;      /* the next instruction is the interpreter's */
 };
 
-/* The best, or for a seed other than 0 random ones: many runs, each with a seed, try out what the best
+/* The best, or for a seed other than 0 random ones (direct code from the start, if it is odd; else never): many
+ * runs, each with a seed, try out what the best
  * choices don't come to. */
 struct bt_choices bt_choose(const struct engine_checks *checks);
 
@@ -229,14 +239,31 @@ void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to);
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e);
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e);
 
+/* What an address is mixed with to be a tag, by context: 1 to 0xfffe. And what makes none that is there. */
+#define JUMP_KEY(context) ((u64)(context) | (u64)(context) << 48)
+#define JUMP_KEY_NONE JUMP_KEY(UINT16_MAX)
+/*
+ * The slot of the jump cache for lin. Addresses that differ in the low bits alone have different slots, so that the
+ * tag, which has the context there too, tells all of them apart.
+ */
+static inline unsigned bt_jump_slot(u64 lin)
+{
+    return (lin ^ lin >> JUMP_BITS) & (JUMP_SIZE - 1);
+}
 void bt_jump_clear(struct soft_vcpu *v);
+/* Code was left by a jump to lin: what the slot holds for it is of no use, or was dropped. */
+void bt_jump_missed(struct soft_vcpu *v, gva_t lin);
 /* Enters a block into the jump cache for the linear address lin. */
 void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b);
 
 /* [gpa, gpa + n) within one page is written: drops its blocks. Returns the lines that blocks still
  * use in the page. */
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
-/* Drops everything. Not while translated code runs. */
+/* The lines that blocks use in the page at gpa. */
+u64 bt_lines(const struct soft_vcpu *v, gpa_t page);
+/* Drops every block. */
+void bt_drop_all(struct soft_vcpu *v);
+/* Drops everything, and uses its memory again. Not while translated code runs. */
 void bt_flush(struct soft_vcpu *v);
 /* The number of a recipe; 0: there are too many. */
 u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r);

@@ -18,7 +18,7 @@
 
 /* --- Registers --- */
 
-static bool in_memory(const struct translation *t, u8 reg)
+bool in_memory(const struct translation *t, u8 reg)
 {
     return reg != NO_REG && t->home[reg] == NO_REG;
 }
@@ -235,7 +235,7 @@ static bool recipe_uses(const struct bt_recipe *r, u32 regs)
 }
 
 /* The registers are about to change; the flags stay. */
-static void flags_before_write(struct translation *t, u32 regs)
+void flags_before_write(struct translation *t, u32 regs)
 {
     if (!recipe_uses(&t->flags.recipe, regs))
         return;
@@ -333,7 +333,7 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
     return t->bt->nsites++;
 }
 
-static void add_point(struct translation *t, const struct bt_insn *i)
+void add_point(struct translation *t, const struct bt_insn *i)
 {
     t->bt->points[t->bt->npoints++] =
         (struct bt_point){.at = code_offset(t, t->p),
@@ -347,13 +347,11 @@ static void add_point(struct translation *t, const struct bt_insn *i)
 
 /* --- Memory --- */
 
-/* lea reg, [base + index * scale + disp], of the address size */
-static void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 scale, s32 disp)
+/* ModRM, SIB and displacement of [base + index * scale + disp]; either may be absent. */
+static void put_address(u8 **p, unsigned reg, u8 base, u8 index, u8 scale, s32 disp)
 {
     unsigned mod, b = base == NO_REG ? 0 : base, x = index == NO_REG ? 0 : index;
 
-    put_rex(p, wide, reg, x, b);
-    put8(p, 0x8d);
     if (index == NO_REG && base != NO_REG) {
         put_base_disp(p, reg, base, disp);
         return;
@@ -373,8 +371,26 @@ static void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 
         put32(p, (u32)disp);
 }
 
+void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 scale, s32 disp)
+{
+    put_rex(p, wide, reg, index == NO_REG ? 0 : index, base == NO_REG ? 0 : base);
+    put8(p, 0x8d);
+    put_address(p, reg, base, index, scale, disp);
+}
+
+void put_operand(struct translation *t, unsigned reg, s32 disp)
+{
+    put_address(&t->p, reg, t->operand, t->operand_index, t->operand_scale, disp);
+}
+
+static void put_operand_rex(struct translation *t, bool wide, unsigned reg)
+{
+    put_rex(&t->p, wide, reg, t->operand_index == NO_REG ? 0 : t->operand_index,
+            t->operand == NO_REG ? 0 : t->operand);
+}
+
 /* A register for reading: the host's own, or `scratch` loaded from memory. */
-static u8 read_reg(struct translation *t, u8 reg, u8 scratch)
+u8 read_reg(struct translation *t, u8 reg, u8 scratch)
 {
     if (!in_memory(t, reg))
         return t->home[reg];
@@ -401,8 +417,7 @@ void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base
     }
 }
 
-/* What an instruction adds to its base register, if that is all it does to it. */
-static bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
+bool adds_constant(const struct bt_insn *i, u8 base, s32 *by)
 {
     switch (i->op) {
     case BT_PUSH:
@@ -440,18 +455,8 @@ u32 insn_changed_regs(const struct bt_insn *i)
     }
 }
 
-/* The access of an instruction as base, index, displacement and size, where groups know of it. */
-struct access {
-    u8 base, index, scale;
-    s32 disp;
-    unsigned size;
-    bool write;
-};
-
-/* What RIP-relative operands are relative to: ip_page. */
-#define PAGE_BASE GPR_ZERO
-
-static bool simple_access(const struct bt_insn *i, struct access *a)
+/* The access of an instruction, where groups know of it. */
+bool simple_access(const struct bt_insn *i, struct access *a)
 {
     *a = (struct access){RSP, NO_REG, 0, 0, i->word, false};
     switch (i->op) {
@@ -574,6 +579,10 @@ static void group_after(struct translation *t, const struct bt_insn *i)
     u32 changed = insn_changed_regs(i);
     s32 by;
 
+    if (is_direct(t)) {
+        direct_after(t, i);
+        return;
+    }
     if (!keeps_s1(t, i))
         t->groups[0].valid = false;
     for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
@@ -668,6 +677,9 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     const u8 *start;
     bool simple = simple_access(i, &a);
 
+    if (is_direct(t))
+        return direct_access(t, i, base, disp);
+    t->operand_index = NO_REG;
     if (simple) {
         base = a.base;
         disp = a.disp;
@@ -734,15 +746,16 @@ bool insn_clobbers_flags(const struct bt_insn *i)
 
 /* --- Plain instructions --- */
 
-/* Writes i with its operands substituted: reg, rm and vvvv, or [S1 + disp] for a memory operand. */
+/* Writes i with its operands substituted: reg, rm and vvvv, or what access() left and disp for a memory operand. */
 static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8 rm, u8 vvvv,
                       s32 disp)
 {
     u8 **p = &t->p;
-    u8 b = i->mem ? t->operand : rm;
+    u8 b = !i->mem ? rm : t->operand == NO_REG ? 0 : t->operand;
+    u8 x = !i->mem || t->operand_index == NO_REG ? 0 : t->operand_index;
 
     if (i->encoding == ENC_LEGACY) {
-        unsigned rex = i->rex & 8u;
+        unsigned rex = (i->rex & 8u) | (x >> 3) << 1;
 
         if (i->has_modrm)
             rex |= (reg >> 3) << 2;
@@ -760,13 +773,13 @@ static void put_plain(struct translation *t, const struct bt_insn *i, u8 reg, u8
         put8(p, i->opcode_reg ? (i->opcode & ~7u) | (rm & 7u) : i->opcode);
     } else {
         put8(p, 0xc4);
-        put8(p, (reg < 8 ? 0x80u : 0) | 0x40u | (b < 8 ? 0x20u : 0) | i->map);
+        put8(p, (reg < 8 ? 0x80u : 0) | (x < 8 ? 0x40u : 0) | (b < 8 ? 0x20u : 0) | i->map);
         put8(p, i->vex_w_l_pp | (~(unsigned)vvvv & 15) << 3);
         put8(p, i->opcode);
     }
     if (i->has_modrm) {
         if (i->mem)
-            put_base_disp(p, reg, t->operand, disp);
+            put_operand(t, reg, disp);
         else
             put_modrm(p, 3, reg, rm);
     }
@@ -799,6 +812,13 @@ static u8 mapped(const struct translation *t, const struct borrowed *m, bool gpr
     return t->home[reg];
 }
 
+/* Direct code: the next host instruction is the access. */
+static void add_access_point(struct translation *t, const struct bt_insn *i)
+{
+    if (is_direct(t))
+        add_point(t, i);
+}
+
 /*
  * CMP and TEST of memory: their operand goes through S2, so that it can be kept, if somebody may ask for
  * the flags. False: not such an instruction.
@@ -813,15 +833,15 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
     if (i->recipe.a != NO_REG || !i->mem || i->encoding != ENC_LEGACY || i->map ||
         (i->reg_gpr && in_memory(t, i->reg)) || !flags_outlive(t, t->at))
         return false;
-    if (i->mem_size < 4) { /* movzx S2d, [S1 + disp] */
-        put_rex(p, false, S2, 0, t->operand);
+    add_access_point(t, i);
+    put_operand_rex(t, i->mem_size == 8, S2);
+    if (i->mem_size < 4) { /* movzx S2d, [operand] */
         put8(p, 0x0f);
         put8(p, i->mem_size == 1 ? 0xb6 : 0xb7);
     } else {
-        put_rex(p, i->mem_size == 8, S2, 0, t->operand);
         put8(p, 0x8b);
     }
-    put_base_disp(p, S2, t->operand, disp);
+    put_operand(t, S2, disp);
     put_store_gs(p, GS_OFFSET(bt_shared.flag_source), S2);
     on_register.mem = false;
     on_register.rm_gpr = true;
@@ -858,18 +878,18 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & (ACTION_READ | ACTION_PARTIAL))
             put_load_gs(&t->p, m.host[n], GS_GPR(t->memory_reg[n]));
-    if (i->faults)
-        add_point(t, i);
+    if (i->mem) /* its operand isn't kept */
+        recipe.kind = RECIPE_NONE;
     if (recipe.kind >= RECIPE_SHL)
         keep_flag_source(t, &recipe, mapped(t, &m, i->rm_gpr, i->rm));
+    if (i->faults || (i->mem && is_direct(t)))
+        add_point(t, i);
     put_plain(t, i, mapped(t, &m, i->reg_gpr, i->reg), mapped(t, &m, i->rm_gpr, i->rm),
               mapped(t, &m, i->vvvv_gpr, i->vvvv), disp);
     for (unsigned n = 0; n < 2; n++)
         if (m.action[n] & ACTION_WRITE)
             put_store_gs(&t->p, GS_GPR(t->memory_reg[n]), m.host[n]);
     x87_note(t, i);
-    if (i->mem) /* its operand wasn't kept */
-        recipe.kind = RECIPE_NONE;
     flags_made(t, i, recipe);
 }
 
@@ -909,6 +929,10 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
     u8 **p = &t->p;
     s32 disp;
 
+    if (is_direct(t)) {
+        direct_push(t, i);
+        return;
+    }
     flags_before_write(t, BIT32(RSP));
     if (i->mem) {
         struct bt_insn load = *i;
@@ -942,10 +966,14 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
 
 static void emit_pop(struct translation *t, const struct bt_insn *i)
 {
-    u8 **p = &t->p;
-    s32 disp = access(t, i, RSP, 0, i->word, false);
-    u8 to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
+    u8 **p = &t->p, to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
+    s32 disp;
 
+    if (is_direct(t)) {
+        direct_pop(t, i);
+        return;
+    }
+    disp = access(t, i, RSP, 0, i->word, false);
     flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
     if (i->rm != RSP)
         put_lea_word(p, i->word, RSP, RSP, i->word);
@@ -956,8 +984,13 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
 
 static void emit_leave(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RBP, 0, i->word, false);
+    s32 disp;
 
+    if (is_direct(t)) {
+        direct_leave(t, i);
+        return;
+    }
+    disp = access(t, i, RBP, 0, i->word, false);
     flags_before_write(t, BIT32(RSP) | BIT32(RBP));
     put_lea_word(&t->p, i->word, RSP, RBP, i->word);
     put_load_word(&t->p, i->word, RBP, t->operand, disp);
@@ -965,8 +998,13 @@ static void emit_leave(struct translation *t, const struct bt_insn *i)
 
 void emit_push_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, -i->word, i->word, true);
+    s32 disp;
 
+    if (is_direct(t)) {
+        direct_push_return(t, i);
+        return;
+    }
+    disp = access(t, i, RSP, -i->word, i->word, true);
     flags_before_write(t, BIT32(RSP));
     put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
     put_lea_word(&t->p, i->word, S2, S2, i->offset + i->len);
@@ -977,8 +1015,13 @@ void emit_push_return(struct translation *t, const struct bt_insn *i)
 
 void emit_pop_return(struct translation *t, const struct bt_insn *i)
 {
-    s32 disp = access(t, i, RSP, 0, i->word, false);
+    s32 disp;
 
+    if (is_direct(t)) {
+        direct_pop_return(t, i);
+        return;
+    }
+    disp = access(t, i, RSP, 0, i->word, false);
     flags_before_write(t, BIT32(RSP));
     flags_to_memory(t);
     put_load_word(&t->p, i->word, S1, t->operand, disp);
@@ -997,7 +1040,10 @@ void emit_branch_target(struct translation *t, const struct bt_insn *i)
         load.mem_write = false;
         disp = access(t, &load, i->base, i->disp, i->word, false);
         flags_to_memory(t);
-        put_load_word(&t->p, i->word, S1, t->operand, disp);
+        add_access_point(t, i);
+        put_operand_rex(t, i->word == 8, S1);
+        put8(&t->p, OP_MOV);
+        put_operand(t, S1, disp);
     } else {
         flags_to_memory(t);
         put_load_reg(t, S1, i->rm);
@@ -1025,6 +1071,7 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     put_op_ri(p, false, EXT_AND, S2, 0xd5);
     put_op_gs(p, true, 0x0b, S2, GS_OFFSET(cpu.rflags));
     put_op_ri(p, true, EXT_OR, S2, EFLAGS_FIXED);
+    add_access_point(t, i);
     put_store_word(p, i->word, t->operand, disp, S2);
     put_op_gs(p, false, OP_MOV, S2, GS_OFFSET(aflags));
     put_op_ri(p, false, EXT_AND, S2, 1);
@@ -1032,6 +1079,7 @@ static void emit_pushf(struct translation *t, const struct bt_insn *i)
     put8(p, 0xc1);
     put_modrm(p, 3, 4, S2);
     put8(p, 11);
+    add_access_point(t, i);
     put_rex(p, true, S2, 0, t->operand); /* or [operand + disp], S2 */
     put8(p, 0x09);
     put_base_disp(p, S2, t->operand, disp);
@@ -1099,6 +1147,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
 
     flags_clobber(t);
     t->groups[0].valid = false;
+    direct_forget(t);
     start = *p;
     emit_address(t, i, S1, i->base, i->disp);
     if (i->seg != NO_REG)
@@ -1123,6 +1172,7 @@ static void emit_bit_string(struct translation *t, const struct bt_insn *i)
     flags_need(t);
     put_load_gs(p, S2, GS_OFFSET(bt_shared.temp));
     t->operand = S1;
+    t->operand_index = NO_REG;
     put_plain(t, i, S2, 0, 0, 0);
     flags_made(t, i, i->recipe);
 }
@@ -1135,6 +1185,7 @@ static void emit_string(struct translation *t, const struct bt_insn *i)
 
     flags_before_write(t, i->written);
     flags_clobber(t);
+    direct_forget(t);
     s = add_stub(t, STUB_SITE, put_jmp(&t->p));
     s->reason = BT_STRING;
     s->number = add_site(t, i);

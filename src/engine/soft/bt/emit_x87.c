@@ -19,7 +19,8 @@ void x87_make_live(struct translation *t, const struct bt_insn *i)
 
     flags_clobber(t);
     t->groups[0].valid = false; /* C doesn't keep S1 */
-    put8(p, 0x65);              /* cmp byte gs:[fpu_live], 0 */
+    direct_forget(t);
+    put8(p, 0x65); /* cmp byte gs:[fpu_live], 0 */
     put8(p, 0x80);
     put_modrm(p, 0, EXT_CMP, 4);
     put8(p, 0x25);

@@ -86,7 +86,7 @@ static void on_kick(int sig, siginfo_t *info, void *context)
     b = bt_block_at(bt, pc);
     if (!b && !bt->armed)
         return;
-    v->bt_shared.jump_key = 0;
+    v->bt_shared.jump_key = JUMP_KEY_NONE;
     undo_exits(bt, b);
     if (bt->armed)
         undo_exits(bt, bt_block_at(bt, v->bt_shared.entry));
@@ -112,7 +112,10 @@ void bt_relink(struct soft_vcpu *v)
 
 /* --- Exceptions of the host --- */
 
-/* At an instruction that may raise them by itself: leave, with everything as it was before it. */
+/*
+ * At an instruction that may raise them by itself, or by its access: leave, with everything as it was before
+ * it. v->bt_shared.linear is the address of a page fault, and 0 for all others.
+ */
 static bool on_exception(void *opaque, void *context)
 {
     greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
@@ -131,6 +134,7 @@ static bool on_exception(void *opaque, void *context)
         if (point->flags == SITE_FLAGS_HOST)
             v->aflags = aflags_from_eflags((u64)regs[REG_EFL]);
         v->bt_shared.site = n;
+        v->bt_shared.linear = regs[REG_TRAPNO] == EXC_PF ? (u64)regs[REG_CR2] : 0;
         regs[REG_RIP] = (greg_t)bt_run_at(bt, b->fault);
         return true;
     }

@@ -18,6 +18,7 @@
 #include <stdlib.h>
 
 #define NEVER_HOT UINT16_MAX
+#define NARROW_MISSES 4 /* runs by the interpreter before there is code by the TLB */
 
 /* --- Finding --- */
 
@@ -63,7 +64,7 @@ static const u8 *find_code(struct soft_vcpu *v)
 static const u8 *look_up(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    unsigned slot = lin & (JUMP_SIZE - 1);
+    unsigned slot = bt_jump_slot(lin);
 
     v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
     if (v->bt_shared.jump_tag[slot] == (lin ^ v->bt_shared.jump_key))
@@ -140,7 +141,7 @@ static void stop_at_point(struct soft_vcpu *v, const struct bt_point *point)
  * The check of a group of accesses met the end of a page: code for the same instructions with a check for
  * each access. NULL: there is none.
  */
-static const u8 *narrow_code(struct soft_vcpu *v)
+static struct bt_block *narrow_block(struct soft_vcpu *v)
 {
     u32 mode = v->bt_mode | BT_MODE_NARROW;
     struct bt_source s = {0};
@@ -155,7 +156,7 @@ static const u8 *narrow_code(struct soft_vcpu *v)
         if (!bt_goes_across(v, s.gpa, s.host))
             b = bt_translate(v, &s, mode);
     }
-    return b ? bt_run_at(v->bt, b->memory_entry) : NULL;
+    return b;
 }
 
 /* An access missed. Returns where to go on, or NULL: by the interpreter. */
@@ -163,7 +164,7 @@ static const u8 *on_slow(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     gva_t lin = v->bt_shared.linear;
-    const u8 *code;
+    const struct bt_block *b;
 
     if ((lin & (GUEST_PAGE_SIZE - 1)) + site->size <= GUEST_PAGE_SIZE) {
         if (bt_tlb_fill(v, lin, site->write))
@@ -172,10 +173,39 @@ static const u8 *on_slow(struct soft_vcpu *v)
         return NULL;
     }
     stop_at_site(v, site);
-    code = site->grouped ? narrow_code(v) : NULL;
-    if (code)
-        v->bt->interp_next = false;
-    return code;
+    b = site->grouped ? narrow_block(v) : NULL;
+    if (!b)
+        return NULL;
+    v->bt->interp_next = false;
+    return bt_run_at(v->bt, b->memory_entry);
+}
+
+/* An access of direct code whose chunk isn't mapped. */
+static const u8 *on_narrow(struct soft_vcpu *v)
+{
+    struct bt_exit *e = &v->bt->exits[v->bt_shared.site];
+    struct bt_block *b = e->to;
+
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
+    if (!b && bt_direct_want(v, v->bt_shared.linear))
+        return bt_run_at(v->bt, e->resume);
+    if (!b && ++e->misses > NARROW_MISSES)
+        b = narrow_block(v);
+    if (!b) {
+        v->bt->interp_next = true;
+        return NULL;
+    }
+    if (!e->to)
+        bt_exit_link(v->bt, e, b);
+    return bt_run_at(v->bt, b->memory_entry);
+}
+
+/* The host's page fault, too: the interpreter meets the guest's, if it is one. */
+static void on_fault(struct soft_vcpu *v)
+{
+    stop_at_point(v, &v->bt->points[v->bt_shared.site]);
+    if (v->bt_shared.linear && (v->bt_mode & BT_MODE_DIRECT))
+        bt_direct_fault(v, v->bt_shared.linear);
 }
 
 /* A direct exit that isn't linked, or was undone by a kick. */
@@ -201,6 +231,7 @@ static void on_branch(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
+    bt_jump_missed(v, v->cpu.gpr[GPR_RIP]);
     if (soft_canonical(v, v->cpu.gpr[GPR_RIP]))
         return;
     v->cpu.gpr[RSP] -= site->size;
@@ -254,8 +285,10 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
     case BT_QUICK:
         on_quick(v);
         return NULL;
+    case BT_NARROW:
+        return on_narrow(v);
     case BT_FAULT:
-        stop_at_point(v, &v->bt->points[v->bt_shared.site]);
+        on_fault(v);
         return NULL;
     case BT_STRING:
         return on_string(v);
@@ -263,6 +296,7 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
         fpu_make_live(v);
         return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
     default: /* BT_JUMP */
+        bt_jump_missed(v, v->cpu.gpr[GPR_RIP]);
         return NULL;
     }
 }
@@ -299,7 +333,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
         reason = enter(v);
         bt->armed = false;
         atomic_signal_fence(memory_order_seq_cst);
-        if (unlikely(bt->nunlinked || !v->bt_shared.jump_key))
+        if (unlikely(bt->nunlinked || v->bt_shared.jump_key == JUMP_KEY_NONE))
             bt_relink(v);
         site = reason == BT_SLOW || reason == BT_FPU || reason == BT_STRING
                    ? &bt->sites[v->bt_shared.site]
@@ -364,8 +398,12 @@ void bt_run(struct soft_vcpu *v)
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
     if (!atomic_exchange(&bt->running, true)) /* until now no timer was set for it */
         bt_set_deadline(v, v->timer_deadline);
-    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
+    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
+        if (unlikely(!bt->choices.direct_period))
+            bt_direct_tick(v);
         run_once(v);
+    }
+    bt_direct_tick(v);
 }
 
 /* --- Life --- */
@@ -390,6 +428,8 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     bt_glue_emit(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
+    if (!ret)
+        ret = bt_direct_create(v, err);
     if (!ret && v->engine->config.checks.verify)
         ret = bt_verify_create(v, err);
     if (ret < 0)
@@ -402,6 +442,7 @@ void bt_destroy(struct soft_vcpu *v)
     if (!v->bt)
         return;
     free(v->journal);
+    bt_direct_destroy(v);
     bt_kick_destroy(v);
     bt_cache_destroy(v);
 }

@@ -49,6 +49,14 @@
 
 /* --- The ways out --- */
 
+/* S2 = bt_jump_slot(S1) */
+static void put_jump_slot(u8 **p)
+{
+    put_rorx(p, S2, S1, JUMP_BITS);
+    put_op_rr(p, false, OP_XOR, S2, S1);
+    put_op_ri(p, false, EXT_AND, S2, JUMP_SIZE - 1);
+}
+
 /*
  * Goes to the linear address in S1 by the jump cache. Flags are in memory. kick.c knows the last
  * two instructions. `site` counts when reason is BT_BRANCH.
@@ -59,7 +67,7 @@ static void put_jump(struct translation *t, enum bt_reason reason, u32 site)
     struct stub *s;
 
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
-    put_movzx16(p, S2, S1);
+    put_jump_slot(p);
     put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
     put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
@@ -164,7 +172,7 @@ static void put_indirect_call(struct translation *t, const struct bt_insn *i)
     leave_perm(t);
     t->flags.host = false;
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
-    put_movzx16(p, S2, S1);
+    put_jump_slot(p);
     put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
     put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
@@ -249,6 +257,31 @@ static void put_resume(struct translation *t, const struct stub *stub)
     }
 }
 
+/* To code for the instruction at offset with a check by the TLB: an exit that has its jump in cold code. */
+static void put_narrow_exit(struct translation *t, const struct stub *stub)
+{
+    u32 number = t->bt->nexits++;
+    struct bt_exit *e = &t->bt->exits[number];
+
+    put_store_gs(&t->p, GS_OFFSET(bt_shared.linear), S2);
+    t->x87 = stub->x87;
+    x87_store_pointers(t);
+    flags_to_memory(t);
+    leave_perm(t);
+    *e = (struct bt_exit){
+        .target = (u16)stub->target, .flags = EXIT_MEMORY, .resume = code_offset(t, stub->resume)};
+    memcpy(e->perm, t->perm, sizeof(e->perm));
+    e->at = code_offset(t, put_jmp(&t->p));
+    e->bridge = e->stub = code_offset(t, t->p);
+    put_leave(t, BT_NARROW, number);
+    use_perm(t, stub->perm);
+    if (has_perm(t)) {
+        e->resume = code_offset(t, t->p);
+        put_perm_in(t);
+        patch_rel32(put_jmp(&t->p), stub->resume);
+    }
+}
+
 static void put_stub(struct translation *t, const struct stub *stub)
 {
     u8 **p = &t->p;
@@ -281,6 +314,9 @@ static void put_stub(struct translation *t, const struct stub *stub)
     case STUB_FAR:
         flags_to_memory(t);
         put_far_jump(t, stub->target);
+        break;
+    case STUB_NARROW:
+        put_narrow_exit(t, stub);
         break;
     default: /* STUB_SITE */
         if (stub->resume)
@@ -538,7 +574,7 @@ static void choose_perm(const struct translation *t, struct bt_block *b)
         best += change;
     if (from && perm_weight(weight, from->perm) <= best)
         memcpy(b->perm, from->perm, sizeof(b->perm));
-    if (b->perm[2] == NO_REG && !(b->mode & BT_MODE_NARROW))
+    if (b->perm[2] == NO_REG && !(b->mode & (BT_MODE_NARROW | BT_MODE_DIRECT)))
         borrow(t, b, weight, loop);
 }
 
@@ -698,6 +734,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->count = t->nstubs = 0;
     t->goes_across = false;
     memset(t->groups, 0, sizeof(t->groups));
+    memset(t->direct, 0, sizeof(t->direct));
+    t->next_direct = 0;
     t->x87 = 0;
     t->x87_live = false;
     b = &bt->blocks[bt->nblocks];

@@ -12,6 +12,9 @@
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 256
 #define BT_GROUP_SPAN 512
+#define BT_DIRECT_GROUPS 8
+#define BT_DIRECT_TICKS 2
+#define BT_DIRECT_PERIOD 8000000 /* some 3 ms */
 #define PENDING_NO_REGS BIT32(31)
 
 /*
@@ -37,7 +40,19 @@ struct access_group {
     s32 shift;
 };
 
-enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE };
+/*
+ * Direct code: the chunk of base + index + at is mapped, as long as the registers are what they were, but for
+ * `shift`, which was added to the base since. So are the bytes for DIRECT_REACH around (direct.c).
+ */
+struct direct_group {
+    bool valid;
+    u8 base, index, scale;
+    s64 at;
+    s32 shift;
+};
+#define DIRECT_REACH ((s64)MIB(1))
+
+enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE, STUB_NARROW };
 
 /* Code that is emitted behind the block, in the cold half. */
 struct stub {
@@ -45,6 +60,7 @@ struct stub {
     u8 reason;  /* STUB_SITE: enum bt_reason */
     u8 *from;   /* the displacement that leads to it */
     u32 number; /* of its site or exit */
+    u32 x87;    /* STUB_NARROW: as in a site */
     s32 target; /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
     u8 perm[BT_PERM];
@@ -58,7 +74,11 @@ struct translation {
     u8 *p; /* the cursor, in the writable mapping */
     struct flag_state flags;
     struct access_group groups[1 + BT_BORROWED];
-    u8 operand; /* the register that access() left the operand's host address in */
+    struct direct_group direct[BT_DIRECT_GROUPS];
+    unsigned next_direct; /* the one to be used next */
+    /* Where access() left the operand's host address: a register, and in direct code maybe an index. */
+    u8 operand, operand_index, operand_scale;
+    const u8 *check_start; /* direct code: where the check under way begins, with the flags kept */
     /*
      * Registers. home: the host register of each of the guest's, or NO_REG for the two in memory
      * (memory_reg). By default these are R14 and R15; perm[n] is one that is in memory in the place of
@@ -99,6 +119,50 @@ void put_perm_in(struct translation *t);
 void put_keep_addresses(struct translation *t, bool again);
 void put_perm_out(struct translation *t);
 void leave_perm(struct translation *t);
+
+/* A memory operand as base, index, displacement and size, where checks may serve several. */
+struct access {
+    u8 base, index, scale;
+    s32 disp;
+    unsigned size;
+    bool write;
+};
+/* Bases that are no registers: what RIP-relative operands are relative to (ip_page), and segments'. */
+#define PAGE_BASE GPR_ZERO
+#define SEG_BASE(seg) ((u8)(0x20 + (seg)))
+/* The access of an instruction, where checks may serve several. False: it has none of that kind. */
+bool simple_access(const struct bt_insn *i, struct access *a);
+/* Whether all that i does to `base` is to add *by. */
+bool adds_constant(const struct bt_insn *i, u8 base, s32 *by);
+bool in_memory(const struct translation *t, u8 reg);
+/* op reg, the guest's register: its own host register, or `scratch` loaded from memory */
+u8 read_reg(struct translation *t, u8 reg, u8 scratch);
+/* lea reg, [base + index * scale + disp] of host registers; NO_REG: none */
+void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 scale, s32 disp);
+/* ModRM, SIB and displacement of the operand that access() left. */
+void put_operand(struct translation *t, unsigned reg, s32 disp);
+/* The next host instruction may raise an exception at guest instruction i. */
+void add_point(struct translation *t, const struct bt_insn *i);
+/* A stack instruction is about to change RSP (and others): the flags stay. */
+void flags_before_write(struct translation *t, u32 regs);
+
+/* --- emit_direct.c --- */
+
+static inline bool is_direct(const struct translation *t)
+{
+    return (t->block->mode & (BT_MODE_DIRECT | BT_MODE_NARROW)) == BT_MODE_DIRECT;
+}
+/* As access() of emit.c: has the operand at base + disp, and i's index and segment, checked. */
+s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp);
+/* The instruction was emitted: which checks still serve? */
+void direct_after(struct translation *t, const struct bt_insn *i);
+/* C is entered, and comes back. */
+void direct_forget(struct translation *t);
+void direct_push(struct translation *t, const struct bt_insn *i);
+void direct_pop(struct translation *t, const struct bt_insn *i);
+void direct_leave(struct translation *t, const struct bt_insn *i);
+void direct_push_return(struct translation *t, const struct bt_insn *i);
+void direct_pop_return(struct translation *t, const struct bt_insn *i);
 
 void flags_need(struct translation *t);
 void flags_to_memory(struct translation *t);

@@ -1,0 +1,361 @@
+/*
+ * What direct code may access: the rules of emit_direct.c, as the host's instructions show them.
+ *
+ *  1. A memory operand without a segment is at most DIRECT_REACH away from an address whose chunk was found
+ *     mapped: by MOV or LEA of it to S2, SHR of S2 by 21, CMP of gs:[S2 + direct_map] with 0, and JE, one behind
+ *     the other. PUSH and POP are accesses off RSP, LEAVE off RBP.
+ *  2. That holds until a register that the address is made of changes, but by a constant (LEA off itself, ADD, SUB,
+ *     PUSH, POP).
+ *  3. What is loaded to S1 from the vCPU (a register that is in memory, ip_page, a segment's base) is known by
+ *     where it came from, until something is stored there.
+ */
+#include "engine/soft/bt/audit_direct.h"
+
+static const struct direct_value none = {NO_VALUE, NO_VALUE, 0, 0};
+
+void direct_known_clear(struct direct_known *k)
+{
+    k->step = DIRECT_NOTHING;
+    k->s2 = none;
+    k->s1_slot = 0;
+    k->s2_copy = NO_VALUE;
+    k->s2_away = false;
+    k->next = 0;
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++)
+        k->checked[n] = none;
+}
+
+static bool same_value(const struct direct_value *x, const struct direct_value *y)
+{
+    return x->base == y->base && x->index == y->index && x->scale == y->scale && x->disp == y->disp;
+}
+
+static bool is_none(const struct direct_value *x)
+{
+    return x->base == NO_VALUE && x->index == NO_VALUE;
+}
+
+static bool is_checked(const struct direct_known *k, const struct direct_value *x)
+{
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++)
+        if (same_value(&k->checked[n], x))
+            return true;
+    return false;
+}
+
+static void forget_value(struct direct_known *k, u32 value)
+{
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++)
+        if (k->checked[n].base == value || k->checked[n].index == value)
+            k->checked[n] = none;
+}
+
+void direct_known_meet(struct direct_known *k, const struct direct_known *other)
+{
+    if (k->step != other->step || !same_value(&k->s2, &other->s2)) {
+        k->step = DIRECT_NOTHING;
+        k->s2 = none;
+    }
+    if (k->s1_slot != other->s1_slot)
+        k->s1_slot = 0;
+    if (k->s2_copy != other->s2_copy || k->s2_away != other->s2_away) {
+        k->s2_copy = NO_VALUE;
+        k->s2_away = false;
+        forget_value(k, S2_VALUE);
+    }
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++)
+        if (!is_checked(other, &k->checked[n]))
+            k->checked[n] = none;
+}
+
+bool direct_known_same(const struct direct_known *k, const struct direct_known *other)
+{
+    if (k->step != other->step || !same_value(&k->s2, &other->s2) || k->s1_slot != other->s1_slot ||
+        k->s2_copy != other->s2_copy || k->s2_away != other->s2_away ||
+        k->next % DIRECT_CHECKED != other->next % DIRECT_CHECKED)
+        return false;
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++)
+        if (!same_value(&k->checked[n], &other->checked[n]))
+            return false;
+    return true;
+}
+
+/* --- Operands --- */
+
+static u32 register_value(const struct direct_known *k, ZydisRegister reg)
+{
+    u32 number;
+
+    if (reg == ZYDIS_REGISTER_NONE)
+        return NO_VALUE;
+    number = (u32)(ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, reg) -
+                   ZYDIS_REGISTER_RAX);
+    return number == S1 && k->s1_slot ? SLOT_VALUE(k->s1_slot) : number;
+}
+
+static struct direct_value operand_value(const struct direct_known *k,
+                                         const ZydisDecodedOperandMem *m)
+{
+    struct direct_value x = {.base = register_value(k, m->base),
+                             .index = register_value(k, m->index)};
+
+    x.scale = x.index == NO_VALUE ? 0 : m->scale;
+    x.disp = m->disp.has_displacement ? m->disp.value : 0;
+    return x;
+}
+
+static bool is_near(const struct direct_known *k, const struct direct_value *x)
+{
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++) {
+        const struct direct_value *c = &k->checked[n];
+        s64 from = x->disp - c->disp;
+
+        if (!is_none(c) && c->base == x->base && c->index == x->index && c->scale == x->scale &&
+            from >= -DIRECT_REACH && from <= DIRECT_REACH)
+            return true;
+    }
+    return false;
+}
+
+bool direct_allows(const struct direct_known *k, const ZydisDecodedOperandMem *m)
+{
+    struct direct_value x = operand_value(k, m);
+
+    return !is_none(&x) && is_near(k, &x);
+}
+
+bool direct_allows_leave(const struct direct_known *k)
+{
+    return is_near(k, &(struct direct_value){RBP, NO_VALUE, 0, 0});
+}
+
+bool direct_is_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
+                    const ZydisDecodedOperandMem *m)
+{
+    return k->step == DIRECT_CHUNK && zi->mnemonic == ZYDIS_MNEMONIC_CMP &&
+           m->segment == ZYDIS_REGISTER_GS && m->base == ZYDIS_REGISTER_R15 &&
+           m->index == ZYDIS_REGISTER_NONE && m->disp.value == (s64)GS_OFFSET(direct_map);
+}
+
+/* --- Changes --- */
+
+static bool is_reg64(const ZydisDecodedOperand *op, unsigned number)
+{
+    return op->type == ZYDIS_OPERAND_TYPE_REGISTER &&
+           op->reg.value == (ZydisRegister)(ZYDIS_REGISTER_RAX + number);
+}
+
+static bool is_written(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops,
+                       unsigned number)
+{
+    for (unsigned n = 0; n < zi->operand_count; n++)
+        if (ops[n].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+            (ops[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) &&
+            ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, ops[n].reg.value) ==
+                (ZydisRegister)(ZYDIS_REGISTER_RAX + number))
+            return true;
+    return false;
+}
+
+/* What it adds to the register, if that is all it does to it. */
+static bool adds(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops, unsigned number,
+                 s64 *by)
+{
+    switch (zi->mnemonic) {
+    case ZYDIS_MNEMONIC_PUSH:
+        *by = -8;
+        return number == RSP;
+    case ZYDIS_MNEMONIC_POP:
+        *by = 8;
+        return number == RSP && !is_reg64(&ops[0], RSP);
+    case ZYDIS_MNEMONIC_LEA:
+        *by = ops[1].mem.disp.has_displacement ? ops[1].mem.disp.value : 0;
+        return is_reg64(&ops[0], number) && ops[1].mem.base == ops[0].reg.value &&
+               ops[1].mem.index == ZYDIS_REGISTER_NONE && zi->address_width == 64;
+    case ZYDIS_MNEMONIC_ADD:
+    case ZYDIS_MNEMONIC_SUB:
+        *by = zi->mnemonic == ZYDIS_MNEMONIC_ADD ? ops[1].imm.value.s : -ops[1].imm.value.s;
+        return is_reg64(&ops[0], number) && ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE;
+    default:
+        return false;
+    }
+}
+
+/* What was `from` is `to` from now on. */
+static void rename_value(struct direct_known *k, u32 from, u32 to)
+{
+    forget_value(k, to);
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++) {
+        struct direct_value *c = &k->checked[n];
+
+        c->base = c->base == from ? to : c->base;
+        c->index = c->index == from ? to : c->index;
+    }
+}
+
+static void add_checked(struct direct_known *k, const struct direct_value *x)
+{
+    k->checked[k->next++ % DIRECT_CHECKED] = *x;
+}
+
+/* `to` is the same as `from` now. */
+static void copy_value(struct direct_known *k, u32 from, u32 to)
+{
+    const struct direct_known before = *k;
+
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++) {
+        struct direct_value c = before.checked[n];
+
+        if (c.base != from && c.index != from)
+            continue;
+        c.base = c.base == from ? to : c.base;
+        c.index = c.index == from ? to : c.index;
+        add_checked(k, &c);
+    }
+}
+
+/* Whether it is gs:[disp]. */
+static bool is_slot(const ZydisDecodedOperand *op)
+{
+    return op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
+           op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE;
+}
+
+static bool is_move(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops, unsigned to,
+                    unsigned from)
+{
+    return zi->mnemonic == ZYDIS_MNEMONIC_MOV && is_reg64(&ops[0], to) && is_reg64(&ops[1], from);
+}
+
+/* The register is `by` more than it was: what was an address is so much less, off it. */
+static void shift_value(struct direct_known *k, u32 value, s64 by)
+{
+    for (unsigned n = 0; n < DIRECT_CHECKED; n++) {
+        struct direct_value *c = &k->checked[n];
+
+        if (c->index == value || (c->base == value && (by > DIRECT_REACH || by < -DIRECT_REACH)))
+            *c = none;
+        else if (c->base == value)
+            c->disp -= by;
+    }
+}
+
+static void change_registers(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                             const ZydisDecodedOperand *ops)
+{
+    for (unsigned reg = 0; reg < 16; reg++) {
+        s64 by;
+
+        if (!is_written(zi, ops, reg))
+            continue;
+        if (reg == k->s2_copy && is_move(zi, ops, reg, S2)) { /* there it is again */
+            if (k->s2_away)
+                rename_value(k, S2_VALUE, reg);
+            k->s2_away = false;
+        } else if (reg == k->s2_copy && !k->s2_away) {
+            rename_value(k, reg, S2_VALUE);
+            k->s2_away = true;
+        } else if (adds(zi, ops, reg, &by))
+            shift_value(k, reg, by);
+        else
+            forget_value(k, reg);
+        if (reg == S1)
+            k->s1_slot = 0;
+        if (reg == S2) {
+            forget_value(k, S2_VALUE);
+            k->s2_copy = NO_VALUE;
+            k->s2_away = false;
+        }
+    }
+    for (unsigned reg = 0; reg < S1; reg++)
+        if (is_move(zi, ops, S2, reg))
+            k->s2_copy = reg;
+}
+
+/* Something is stored in the vCPU: what was known by its place there isn't any more. */
+static void change_slots(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                         const ZydisDecodedOperand *ops)
+{
+    for (unsigned n = 0; n < zi->operand_count; n++) {
+        const ZydisDecodedOperandMem *m = &ops[n].mem;
+        u64 from;
+
+        if (ops[n].type != ZYDIS_OPERAND_TYPE_MEMORY || m->segment != ZYDIS_REGISTER_GS ||
+            !(ops[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
+            continue;
+        from = (u64)m->disp.value;
+        for (u64 slot = from - 7; slot < from + ops[n].size / 8; slot++) {
+            forget_value(k, SLOT_VALUE((u32)slot));
+            if (k->s1_slot == slot)
+                k->s1_slot = 0;
+        }
+    }
+}
+
+/* The steps of a look. Anything else between two of them ends it. */
+static void take_steps(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                       const ZydisDecodedOperand *ops)
+{
+    u8 step = k->step;
+
+    k->step = DIRECT_NOTHING;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_MOV && is_reg64(&ops[0], S2) &&
+        ops[1].type == ZYDIS_OPERAND_TYPE_REGISTER && ops[1].size == 64) {
+        k->s2 = (struct direct_value){register_value(k, ops[1].reg.value), NO_VALUE, 0, 0};
+        k->step = DIRECT_ADDRESS;
+    } else if (zi->mnemonic == ZYDIS_MNEMONIC_LEA && is_reg64(&ops[0], S2) &&
+               zi->address_width == 64) {
+        k->s2 = operand_value(k, &ops[1].mem);
+        k->step = DIRECT_ADDRESS;
+    } else if (step == DIRECT_ADDRESS && k->s2.base != S2 && k->s2.index != S2 &&
+               zi->mnemonic == ZYDIS_MNEMONIC_SHR && is_reg64(&ops[0], S2) &&
+               ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && ops[1].imm.value.u == DIRECT_SHIFT) {
+        k->step = DIRECT_CHUNK;
+    } else if (step == DIRECT_CHUNK && zi->mnemonic == ZYDIS_MNEMONIC_CMP &&
+               ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY && ops[0].size == 8 &&
+               ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && !ops[1].imm.value.u) {
+        k->step = DIRECT_COMPARED; /* direct_is_look saw where */
+    } else if (step == DIRECT_COMPARED && zi->mnemonic == ZYDIS_MNEMONIC_JZ) {
+        add_checked(k, &k->s2);
+    }
+}
+
+/* Registers go to the vCPU and come back. */
+static void take_copies(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                        const ZydisDecodedOperand *ops)
+{
+    if (zi->mnemonic != ZYDIS_MNEMONIC_MOV)
+        return;
+    for (unsigned reg = 0; reg <= S2; reg++) {
+        if (is_reg64(&ops[1], reg) && is_slot(&ops[0]))
+            copy_value(k, register_value(k, ops[1].reg.value),
+                       SLOT_VALUE((u32)ops[0].mem.disp.value));
+        if (!is_reg64(&ops[0], reg) || !is_slot(&ops[1]))
+            continue;
+        if (reg == S1)
+            k->s1_slot = (u32)ops[1].mem.disp.value;
+        else
+            copy_value(k, SLOT_VALUE((u32)ops[1].mem.disp.value), reg);
+    }
+}
+
+void direct_known_after(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                        const ZydisDecodedOperand *ops)
+{
+    const struct direct_known before = *k;
+
+    take_steps(k, zi, ops);
+    change_registers(k, zi, ops);
+    change_slots(k, zi, ops);
+    take_copies(k, zi, ops);
+    /* LEAVE: RSP is 8 more than RBP was. */
+    for (unsigned n = 0; n < DIRECT_CHECKED && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE; n++) {
+        struct direct_value c = before.checked[n];
+
+        if (c.base != RBP || c.index != NO_VALUE)
+            continue;
+        c.base = RSP;
+        c.disp -= 8;
+        add_checked(k, &c);
+    }
+}

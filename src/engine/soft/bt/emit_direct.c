@@ -1,0 +1,333 @@
+/*
+ * Accesses to memory in direct code (BT_MODE_DIRECT): user addresses are the host's own, where direct_map
+ * says so. An access off a base is the guest's instruction itself, behind
+ *      mov S2, base
+ *      shr S2, 21
+ *      cmp byte gs:[S2 + direct_map], 0
+ *      je                the same instruction with a check by the TLB (BT_MODE_NARROW)
+ * which stays good for DIRECT_REACH around, reading and writing, for as long as the base changes by constants
+ * only: direct.c has address space beside what it maps. So one check for each base is all that most blocks
+ * need, and PUSH, POP and the like run as they are, RSP being the guest's.
+ *
+ * A page that is not there, or not for writing, is met by the access as a page fault of the host; so is an
+ * address that isn't canonical, by the look into the map or by the access. Both are points (add_point), at
+ * which everything is as before the guest's instruction. audit.c checks that no access goes without its check.
+ */
+#include "engine/soft/bt/translate.h"
+
+/* --- Checks --- */
+
+/* S2 = the address: goes on if its chunk is mapped. */
+static void put_direct_check(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p;
+    struct stub *s;
+
+    put_shift(p, true, 5, S2, DIRECT_SHIFT);
+    add_point(t, i);
+    put8(p, 0x65); /* cmp byte gs:[S2 + direct_map], 0 */
+    put_rex(p, false, 0, 0, S2);
+    put8(p, 0x80);
+    put_modrm(p, 2, EXT_CMP, S2);
+    put32(p, GS_OFFSET(direct_map));
+    put8(p, 0);
+    s = add_stub(t, STUB_NARROW, put_jcc(p, CC_E));
+    s->target = i->offset;
+    s->x87 = t->x87;
+    s->resume = t->check_start;
+}
+
+static bool covers(const struct direct_group *g, const struct access *a)
+{
+    s64 from = (s64)a->disp + g->shift - g->at;
+
+    return g->valid && g->base == a->base && g->index == a->index &&
+           (a->index == NO_REG || g->scale == a->scale) && from >= -DIRECT_REACH &&
+           from <= DIRECT_REACH;
+}
+
+static bool is_covered(const struct translation *t, const struct access *a)
+{
+    for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++)
+        if (covers(&t->direct[n], a))
+            return true;
+    return false;
+}
+
+static void add_group(struct translation *t, struct direct_group g)
+{
+    t->direct[t->next_direct++ % BT_DIRECT_GROUPS] = g;
+}
+
+/* Checks what isn't covered: base and index are the host registers that hold a's. */
+static void cover(struct translation *t, const struct bt_insn *i, const struct access *a, u8 base,
+                  u8 index)
+{
+    struct direct_group g = {true, a->base, a->index, a->scale, a->disp, 0};
+
+    if (is_covered(t, a))
+        return;
+    if (index == NO_REG && base != NO_REG && a->disp >= -DIRECT_REACH && a->disp <= DIRECT_REACH) {
+        g.at = 0;
+        put_mov_rr(&t->p, S2, base);
+    } else {
+        put_lea_full(&t->p, true, S2, base, index, a->scale, a->disp);
+    }
+    put_direct_check(t, i);
+    add_group(t, g);
+}
+
+/* LEAVE: what is known of RBP holds for RSP then. */
+static struct direct_group behind_leave(const struct translation *t, const struct bt_insn *i)
+{
+    struct access a = {.base = RBP, .index = NO_REG};
+    struct direct_group g = {0};
+
+    for (unsigned n = 0; n < BT_DIRECT_GROUPS && i->op == BT_LEAVE && !g.valid; n++)
+        if (covers(&t->direct[n], &a))
+            g = t->direct[n];
+    g.base = RSP;
+    g.shift += 8;
+    return g;
+}
+
+void direct_after(struct translation *t, const struct bt_insn *i)
+{
+    struct direct_group left = behind_leave(t, i);
+    u32 changed = insn_changed_regs(i);
+    s32 by;
+
+    for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++) {
+        struct direct_group *g = &t->direct[n];
+
+        if (g->index != NO_REG && (changed & BIT32(g->index)))
+            g->valid = false;
+        else if (g->base < 16 && (changed & BIT32(g->base)) && !adds_constant(i, g->base, &by))
+            g->valid = false;
+        else if (g->base < 16 && (changed & BIT32(g->base)))
+            g->shift += by;
+        if (g->shift < -DIRECT_REACH || g->shift > DIRECT_REACH)
+            g->valid = false;
+    }
+    if (left.valid)
+        add_group(t, left);
+}
+
+/* The host register that holds what an access is based on: S1 if it is in memory. */
+static u8 load_base(struct translation *t, u8 base)
+{
+    if (base == PAGE_BASE)
+        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
+    else if (base != NO_REG)
+        return read_reg(t, base, S1);
+    return base == PAGE_BASE ? S1 : NO_REG;
+}
+
+/* Registers that aren't the same but for a constant afterwards. */
+static u32 moved_regs(const struct bt_insn *i)
+{
+    u32 moved = insn_changed_regs(i);
+    s32 by;
+
+    for (u8 reg = 0; reg < 16; reg++)
+        if ((moved & BIT32(reg)) && adds_constant(i, reg, &by))
+            moved &= ~BIT32(reg);
+    return moved;
+}
+
+/*
+ * A check changes the host's flags, so those that the guest needs are kept for it, and brought back. While that is
+ * so, the addresses of accesses further on are checked too, if their bases won't change until then and flags will be
+ * made in between.
+ */
+static void check_ahead(struct translation *t, const struct bt_insn *i)
+{
+    bool makes_flags = false;
+    u32 changed = 0;
+
+    for (unsigned n = t->at, checks = 0; n < t->count && checks < BT_DIRECT_GROUPS / 2; n++) {
+        const struct bt_insn *next = &t->insns[n];
+        struct access a;
+
+        if (makes_flags && simple_access(next, &a) && a.index == NO_REG &&
+            (a.base == PAGE_BASE || !(changed & BIT32(a.base))) && !is_covered(t, &a)) {
+            t->check_start = t->p;
+            cover(t, i, &a, load_base(t, a.base), NO_REG);
+            checks++;
+        }
+        makes_flags |= next->flags_out;
+        changed |= moved_regs(next);
+    }
+}
+
+/* Comes first: has the flags kept if there will be a check. */
+static void begin_check(struct translation *t, const struct bt_insn *i, const struct access *a)
+{
+    if (!is_covered(t, a)) {
+        flags_clobber(t);
+        check_ahead(t, i);
+    }
+    t->check_start = t->p;
+}
+
+void direct_forget(struct translation *t)
+{
+    for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++)
+        t->direct[n].valid = false;
+}
+
+/* --- Operands --- */
+
+static s32 use_operand(struct translation *t, u8 base, u8 index, u8 scale, s32 disp)
+{
+    t->operand = base;
+    t->operand_index = index;
+    t->operand_scale = scale;
+    return disp;
+}
+
+/* An address that no check is shared for: it is worked out in S1. */
+static s32 lone_access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp)
+{
+    flags_clobber(t);
+    check_ahead(t, i);
+    t->check_start = t->p;
+    emit_address(t, i, S1, base, disp);
+    if (i->seg != NO_REG)
+        put_op_gs(&t->p, true, OP_ADD, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
+    put_mov_rr(&t->p, S2, S1);
+    put_direct_check(t, i);
+    return use_operand(t, S1, NO_REG, 0, 0);
+}
+
+/* Off something that is in memory: the page that the code is in, or a segment's base. */
+static s32 based_access(struct translation *t, const struct bt_insn *i, u8 base, u32 slot, s32 disp)
+{
+    struct access a = {.base = base, .index = NO_REG, .disp = disp};
+
+    begin_check(t, i, &a);
+    put_load_gs(&t->p, S1, slot);
+    cover(t, i, &a, S1, NO_REG);
+    return use_operand(t, S1, NO_REG, 0, disp);
+}
+
+s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp)
+{
+    bool plain = i->op == BT_PLAIN; /* else its index and segment are none of the stack's */
+    struct access a = {.base = base, .index = NO_REG, .disp = disp};
+    u8 host_base, host_index = NO_REG;
+
+    if (plain && i->rip_relative && !i->address32 && i->seg == NO_REG)
+        return based_access(t, i, PAGE_BASE, GS_OFFSET(bt_shared.ip_page),
+                            i->offset + i->len + disp);
+    if (plain) {
+        a.index = i->index;
+        a.scale = i->scale;
+        if (i->seg != NO_REG && base == NO_REG && a.index == NO_REG && !i->address32 &&
+            !i->rip_relative)
+            return based_access(t, i, SEG_BASE(i->seg), GS_OFFSET(seg_base) + 8u * (u32)i->seg,
+                                disp);
+        if (i->seg != NO_REG || i->address32 || i->rip_relative ||
+            (base == NO_REG && a.index == NO_REG) || (in_memory(t, base) && in_memory(t, a.index)))
+            return lone_access(t, i, base, disp);
+    }
+    begin_check(t, i, &a);
+    host_base = base == NO_REG ? NO_REG : read_reg(t, base, S1);
+    if (a.index != NO_REG)
+        host_index = read_reg(t, a.index, S1);
+    cover(t, i, &a, host_base, host_index);
+    return use_operand(t, host_base, host_index, a.scale, disp);
+}
+
+/* --- The stack --- */
+
+static void put_push_reg(u8 **p, unsigned reg)
+{
+    if (reg >= 8)
+        put8(p, 0x41);
+    put8(p, 0x50 | (reg & 7));
+}
+static void put_pop_reg(u8 **p, unsigned reg)
+{
+    if (reg >= 8)
+        put8(p, 0x41);
+    put8(p, 0x58 | (reg & 7));
+}
+
+/* RSP, or RBP, is good for the stack's accesses. */
+static void cover_stack(struct translation *t, const struct bt_insn *i, u8 reg)
+{
+    struct access a = {.base = reg, .index = NO_REG};
+
+    begin_check(t, i, &a);
+    cover(t, i, &a, reg, NO_REG);
+}
+
+void direct_push(struct translation *t, const struct bt_insn *i)
+{
+    u8 **p = &t->p, reg;
+
+    flags_before_write(t, BIT32(RSP));
+    cover_stack(t, i, RSP);
+    if (i->mem) {
+        struct bt_insn load = *i;
+        s32 disp;
+
+        load.op = BT_PLAIN;
+        disp = direct_access(t, &load, i->base, i->disp);
+        add_point(t, i);
+        put_rex(p, false, 0, t->operand_index == NO_REG ? 0 : t->operand_index,
+                t->operand == NO_REG ? 0 : t->operand);
+        put8(p, 0xff); /* push qword [operand] */
+        put_operand(t, 6, disp);
+    } else if (i->rm == NO_REG) {
+        add_point(t, i);
+        put8(p, 0x68);
+        put32(p, (u32)i->imm);
+    } else {
+        reg = read_reg(t, i->rm, S2);
+        add_point(t, i);
+        put_push_reg(p, reg);
+    }
+}
+
+void direct_pop(struct translation *t, const struct bt_insn *i)
+{
+    u8 to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
+
+    flags_before_write(t, BIT32(RSP) | BIT32(i->rm));
+    cover_stack(t, i, RSP);
+    add_point(t, i);
+    put_pop_reg(&t->p, to);
+    if (to == S2)
+        put_store_gs(&t->p, GS_GPR(i->rm), S2);
+}
+
+void direct_leave(struct translation *t, const struct bt_insn *i)
+{
+    flags_before_write(t, BIT32(RSP) | BIT32(RBP));
+    cover_stack(t, i, RBP);
+    add_point(t, i);
+    put8(&t->p, 0xc9);
+}
+
+void direct_push_return(struct translation *t, const struct bt_insn *i)
+{
+    flags_before_write(t, BIT32(RSP));
+    cover_stack(t, i, RSP);
+    put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
+    put_lea(&t->p, S2, S2, i->offset + i->len);
+    add_point(t, i);
+    put_push_reg(&t->p, S2);
+}
+
+void direct_pop_return(struct translation *t, const struct bt_insn *i)
+{
+    flags_before_write(t, BIT32(RSP));
+    cover_stack(t, i, RSP);
+    flags_to_memory(t);
+    add_point(t, i);
+    put_pop_reg(&t->p, S1);
+    if (i->imm)
+        put_lea(&t->p, RSP, RSP, (s32)i->imm);
+}
