@@ -155,7 +155,7 @@ static const struct memory_slot *ram_at(const struct soft_vcpu *v, gpa_t gpa)
 {
     const struct memory_slot *s = memory_find(v->engine->config.memory, gpa);
 
-    return s && s->host == s->backing ? s : NULL;
+    return s && s->host == s->backing && s->fd >= 0 ? s : NULL;
 }
 
 static const _Atomic u64 *table_at(const struct soft_vcpu *v, gpa_t gpa)
@@ -273,7 +273,7 @@ static bool map_run(const struct soft_vcpu *v, void *at, u64 n, u64 want, bool r
     if (rights_only)
         return !mprotect(at, size, prot);
     s = ram_at(v, gpa);
-    return mmap(at, size, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, v->engine->config.memory->fd,
+    return mmap(at, size, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, s->fd,
                 (off_t)(s->fd_offset + (gpa - s->gpa))) != MAP_FAILED;
 }
 
