@@ -13,9 +13,9 @@ static bool slot_contains(const struct memory_slot *slot, gpa_t gpa)
     return gpa >= slot->gpa && gpa - slot->gpa < slot->size;
 }
 
-int memory_use_file(struct guest_memory *m, struct error *err)
+int memory_use_file(struct guest_memory *m, bool shared, struct error *err)
 {
-    int fd = memory_file_open(err);
+    int fd = memory_file_open(shared, err);
 
     if (fd < 0)
         return -EIO;
@@ -23,6 +23,11 @@ int memory_use_file(struct guest_memory *m, struct error *err)
     m->fd = fd;
     m->file_end = 0;
     return 0;
+}
+
+int memory_share(struct guest_memory *m, struct error *err)
+{
+    return memory_file_seal(m->in_file ? m->fd : -1, err);
 }
 
 /* Private memory at a place congruent to gpa. NULL with errno set: there is none. */

@@ -54,8 +54,16 @@ struct guest_memory {
     u64 file_end; /* bytes of it in use */
 };
 
-/* Has the slots that are added from now on be parts of one file. Before the first of them. 0 or -errno. */
-int memory_use_file(struct guest_memory *m, struct error *err);
+/*
+ * Has the slots that are added from now on be parts of one file. Before the first of them. `shared`: of one that other
+ * processes may have (memory_share). 0 or -errno.
+ */
+int memory_use_file(struct guest_memory *m, bool shared, struct error *err);
+/*
+ * When all slots are there and before another process gets the file: that can't make the file smaller beneath us
+ * then. 0, or -errno when the file isn't of that kind.
+ */
+int memory_share(struct guest_memory *m, struct error *err);
 /* Allocates zeroed host memory for a slot. Pages cost nothing until touched, unless the options want it so. */
 int memory_add_slot(struct guest_memory *m, gpa_t gpa, u64 size, u32 flags, struct error *err);
 /*

@@ -6,7 +6,7 @@
  * with huge=always has huge pages all the same. So the file is made on one, which is never attached to any
  * directory. That takes CAP_SYS_ADMIN, which anybody has in a user namespace of his own: a child enters one,
  * makes the file, and ends. It shares our table of descriptors, so the file is ours. Where all that is
- * forbidden a memfd serves.
+ * forbidden a memfd serves, and where the file is for other processes as well: only a memfd's size can be fixed.
  */
 #define _GNU_SOURCE
 #include "bus/memory_file.h"
@@ -95,17 +95,27 @@ static int open_in_namespace(void)
     return fd;
 }
 
-int memory_file_open(struct error *err)
+int memory_file_open(bool sealable, struct error *err)
 {
-    int fd = open_on_tmpfs();
+    int fd = sealable ? -1 : open_on_tmpfs();
 
-    if (fd < 0)
+    if (fd < 0 && !sealable)
         fd = open_in_namespace();
     if (fd < 0)
-        fd = memfd_create("doppel-memory", MFD_CLOEXEC);
+        fd = memfd_create("doppel-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         error_host(err, errno, "making a file for guest memory");
     return fd;
+}
+
+int memory_file_seal(int fd, struct error *err)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    int has = fcntl(fd, F_GET_SEALS);
+
+    if (has >= 0 && ((has & seals) == seals || fcntl(fd, F_ADD_SEALS, seals) == 0))
+        return 0;
+    return error_host(err, errno, "guest memory can't be shared with another process");
 }
 
 u8 *memory_reserve(gpa_t gpa, u64 size)

@@ -11,10 +11,13 @@
 #define HUGE_PAGE MIB(2)
 
 /*
- * An empty file without a name, of huge pages where the host has some for files. Returns its descriptor, the
- * caller's to close, or -1, err set.
+ * An empty file without a name, of huge pages where the host has some for files; `sealable`: one that
+ * memory_file_seal can fix. Returns its descriptor, the caller's to close, or -1, err set.
  */
-int memory_file_open(struct error *err);
+int memory_file_open(bool sealable, struct error *err);
+
+/* Fixes the file's size, whoever else has it: any number of times. 0 or -errno. */
+int memory_file_seal(int fd, struct error *err);
 
 /*
  * Address space for `size` bytes, with nothing in it, congruent to gpa modulo 2 MiB: only so can huge pages serve,

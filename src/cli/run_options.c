@@ -176,6 +176,18 @@ static int set_disk_option(struct vm_disk *d, const char *key, const char *value
     return 0;
 }
 
+/* "vhost-user=PATH" in place of a file: leaves PATH. */
+static bool take_vhost_user(char *path)
+{
+    static const char prefix[] = "vhost-user=";
+    size_t len = sizeof(prefix) - 1;
+
+    if (strncmp(path, prefix, len) != 0 || !path[len])
+        return false;
+    memmove(path, path + len, strlen(path + len) + 1);
+    return true;
+}
+
 static int parse_disk(const char *value, struct vm_disk *d, struct error *err)
 {
     char key[16], option[64];
@@ -186,6 +198,9 @@ static int parse_disk(const char *value, struct vm_disk *d, struct error *err)
     ret = parse_file_options(value, d->path, sizeof(d->path), &options, err);
     if (ret)
         return ret;
+    d->vhost_user = take_vhost_user(d->path);
+    if (d->vhost_user && options)
+        return error_input(err, "a disk of another process has no options here");
     while ((ret = parse_next_option(&options, key, sizeof(key), option, sizeof(option), err)) > 0) {
         ret = set_disk_option(d, key, option, err);
         if (ret)
@@ -358,6 +373,9 @@ static int set_share(struct vm_config *config, const char *value, struct error *
     strcpy(s->tag, colon + 1);
     *colon = '\0';
     s->read_only = options != NULL;
+    s->vhost_user = take_vhost_user(s->path);
+    if (s->vhost_user && s->read_only)
+        return error_input(err, "readonly is for the process that serves the directory to know");
     config->nshares++;
     return options ? check_readonly(options, err) : 0;
 }
@@ -615,6 +633,11 @@ void cli_run_help(FILE *out)
         "another than a loopback address only with a password, the first line of FILE (8 "
         "characters\n"
         "at most: that is VNC's; nothing is encrypted). Keys are a US keyboard's.\n"
+        "--disk vhost-user=PATH, --net vhost-user=PATH[,mac=ADDRESS], --share vhost-user=PATH:TAG: "
+        "the\n"
+        "device is served by another process, which listens at the socket PATH "
+        "(qemu-storage-daemon,\n"
+        "virtiofsd...) and gets the guest's memory.\n"
         "\n"
         "With the console on a terminal, Ctrl-A x ends the machine and Ctrl-A h lists the keys.\n"
         "Exit status: 0 the guest powered off, 1 the host failed, 2 bad usage or input, 3 triple\n"

@@ -39,12 +39,14 @@ int cards_open_disk(const struct vm_disk *d, struct event_loop *loop, struct mac
 {
     struct disk_options options = {.format = d->format[0] ? d->format : NULL,
                                    .read_only = d->read_only};
-    struct block_backend *backend = open_backend(d->path, &options, loop, err);
+    struct block_backend *backend =
+        d->vhost_user ? NULL : open_backend(d->path, &options, loop, err);
 
-    if (!backend)
+    if (!backend && !d->vhost_user)
         return -EIO;
     *out = (struct machine_disk){
         .backend = backend,
+        .vhost_user = d->vhost_user ? d->path : NULL,
         .serial = d->serial[0] ? d->serial : NULL,
         .stop_on_error = d->stop_on_error,
         .bus = d->bus,

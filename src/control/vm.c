@@ -252,17 +252,21 @@ static int open_vsock(struct vm *vm, struct error *err)
 
 static int open_shares(struct vm *vm, struct error *err)
 {
-    for (unsigned i = 0; i < vm->config->nshares; i++) {
-        const struct vm_share *s = &vm->config->shares[i];
+    while (vm->shares.count < vm->config->nshares) {
+        const struct vm_share *s = &vm->config->shares[vm->shares.count];
         struct share_config config = {.path = s->path, .read_only = s->read_only};
+        struct machine_share *out = &vm->shares.dir[vm->shares.count];
 
-        vm->shares.dir[i].share = share_open(&config, err);
-        if (!vm->shares.dir[i].share) {
+        if (s->vhost_user)
+            out->vhost_user = s->path;
+        else
+            out->share = share_open(&config, err);
+        if (!out->share && !out->vhost_user) {
             if (err->class == ERROR_INPUT)
                 error_prefix(err, "--share");
             return -EIO;
         }
-        vm->shares.dir[i].tag = s->tag;
+        out->tag = s->tag;
         vm->shares.count++;
     }
     return 0;
@@ -304,6 +308,20 @@ static const char *choose_vars(struct vm *vm)
     return NULL;
 }
 
+/* Whether a device's backend is another process, which gets the guest's memory. */
+static bool has_vhost_user(const struct vm *vm)
+{
+    bool any = false;
+
+    for (unsigned i = 0; i < vm->disks.count; i++)
+        any |= vm->disks.disk[i].vhost_user != NULL;
+    for (unsigned i = 0; i < vm->nets.count; i++)
+        any |= net_vhost_user_path(vm->nets.backend[i]) != NULL;
+    for (unsigned i = 0; i < vm->shares.count; i++)
+        any |= vm->shares.dir[i].vhost_user != NULL;
+    return any;
+}
+
 static int create_machine(struct vm *vm, struct error *err)
 {
     const struct vm_config *c = vm->config;
@@ -326,6 +344,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .nets = &vm->nets,
         .pmems = &vm->pmems,
         .shares = &vm->shares,
+        .shares_memory = has_vhost_user(vm),
         .consoles = &vm->consoles,
         .debug_exit_port = c->debug_exit_port,
         .no_reboot = c->no_reboot,

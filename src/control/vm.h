@@ -25,6 +25,7 @@ enum vm_status {
 
 struct vm_disk {
     char path[VM_PATH_MAX];
+    bool vhost_user; /* path is the socket of a process that serves it */
     char format[8];  /* empty: as the file looks */
     char serial[21]; /* empty: none */
     bool read_only;
@@ -48,6 +49,7 @@ typedef int vm_parse_disk(const char *text, struct vm_disk *disk, struct error *
 
 struct vm_share {
     char path[1024];
+    bool vhost_user; /* path is the socket of a process that serves it */
     char tag[VM_SHARE_TAG_MAX + 1];
     bool read_only;
 };

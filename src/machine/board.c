@@ -41,6 +41,7 @@
 #include "device/virtio/net.h"
 #include "device/virtio/pmem.h"
 #include "device/virtio/rng.h"
+#include "device/virtio/vhost_user.h"
 #include "device/virtio/vsock.h"
 #include "host/log.h"
 #include "machine/acpi.h"
@@ -635,6 +636,17 @@ static int card_devfn(struct board *b, struct error *err)
     return PCI_DEVFN(slot, 0);
 }
 
+/* A device of another process's. Their saved states are told apart by their places on the bus. */
+static struct virtio *create_vhost_user(struct board *b, const struct vhost_user_config *config,
+                                        u16 place, struct error *err)
+{
+    struct virtio *v = vhost_user_create(&b->config.env, config, b->pci, place, err);
+
+    if (v)
+        virtio_device(v)->instance = place;
+    return v;
+}
+
 static struct virtio *create_disk_at(struct board *b, const struct machine_disk *disk, u16 place,
                                      struct error *err)
 {
@@ -643,7 +655,11 @@ static struct virtio *create_disk_at(struct board *b, const struct machine_disk 
         .serial = disk->serial,
         .queues = MIN(b->config.cpus, DISK_QUEUES_MAX),
     };
+    struct vhost_user_config vhost = {
+        .kind = VHOST_USER_BLK, .path = disk->vhost_user, .queues = config.queues};
 
+    if (disk->vhost_user)
+        return create_vhost_user(b, &vhost, place, err);
     return virtio_blk_create(&b->config.env, &config, b->pci, place, err);
 }
 
@@ -805,21 +821,37 @@ static int create_nvme(struct board *b, struct error *err)
     return ret;
 }
 
+static struct virtio *create_net_at(struct board *b, struct net_backend *net, u16 place,
+                                    struct error *err)
+{
+    struct vhost_user_config vhost = {
+        .kind = VHOST_USER_NET, .path = net_vhost_user_path(net), .mac = net_info(net)->mac};
+
+    if (vhost.path)
+        return create_vhost_user(b, &vhost, place, err);
+    return virtio_net_create(&b->config.env, net, b->pci, place, err);
+}
+
+static int create_net(struct board *b, unsigned i, struct error *err)
+{
+    struct net_backend *net = b->config.nets->backend[i];
+    int devfn = card_devfn(b, err);
+    struct virtio *v = devfn < 0 ? NULL : create_net_at(b, net, (u16)devfn, err);
+
+    if (!v)
+        return -EIO;
+    if (!net_vhost_user_path(net))
+        virtio_device(v)->instance = i;
+    return add(b, virtio_device(v));
+}
+
 static int create_nets(struct board *b, struct error *err)
 {
-    for (unsigned i = 0; b->config.nets && i < b->config.nets->count; i++) {
-        int devfn = card_devfn(b, err);
-        struct virtio *v;
+    int ret = 0;
 
-        if (devfn < 0)
-            return devfn;
-        v = virtio_net_create(&b->config.env, b->config.nets->backend[i], b->pci, (u8)devfn, err);
-        if (!v)
-            return -EIO;
-        virtio_device(v)->instance = i;
-        add(b, virtio_device(v));
-    }
-    return 0;
+    for (unsigned i = 0; !ret && b->config.nets && i < b->config.nets->count; i++)
+        ret = create_net(b, i, err);
+    return ret;
 }
 
 static int create_vsock(struct board *b, struct error *err)
@@ -836,24 +868,34 @@ static int create_vsock(struct board *b, struct error *err)
     return v ? add(b, virtio_device(v)) : -EIO;
 }
 
+static int create_share(struct board *b, unsigned i, struct error *err)
+{
+    const struct machine_share *share = &b->config.shares->dir[i];
+    struct vhost_user_config vhost = {
+        .kind = VHOST_USER_FS, .path = share->vhost_user, .tag = share->tag};
+    int devfn = card_devfn(b, err);
+    struct virtio *v;
+
+    if (devfn < 0)
+        return devfn;
+    if (vhost.path)
+        v = create_vhost_user(b, &vhost, (u16)devfn, err);
+    else
+        v = virtio_fs_create(&b->config.env, share->share, share->tag, b->pci, (u8)devfn, err);
+    if (!v)
+        return -EIO;
+    if (!vhost.path)
+        virtio_device(v)->instance = i;
+    return add(b, virtio_device(v));
+}
+
 static int create_shares(struct board *b, struct error *err)
 {
-    const struct machine_shares *shares = b->config.shares;
+    int ret = 0;
 
-    for (unsigned i = 0; shares && i < shares->count; i++) {
-        int devfn = card_devfn(b, err);
-        struct virtio *v;
-
-        if (devfn < 0)
-            return devfn;
-        v = virtio_fs_create(&b->config.env, shares->dir[i].share, shares->dir[i].tag, b->pci,
-                             (u8)devfn, err);
-        if (!v)
-            return -EIO;
-        virtio_device(v)->instance = i;
-        add(b, virtio_device(v));
-    }
-    return 0;
+    for (unsigned i = 0; !ret && b->config.shares && i < b->config.shares->count; i++)
+        ret = create_share(b, i, err);
+    return ret;
 }
 
 static int create_pmems(struct board *b, struct error *err)
@@ -914,7 +956,7 @@ int board_plug_net(struct board *b, unsigned slot, struct net_backend *net, stru
 
     if (place < 0)
         return place;
-    v = virtio_net_create(&b->config.env, net, b->pci, (u16)place, err);
+    v = create_net_at(b, net, (u16)place, err);
     if (!v)
         return -EIO;
     slots_insert(&b->slots, slot, virtio_device(v), NULL);
@@ -1108,8 +1150,10 @@ void board_start(struct board *b)
         if (dev->ops->start)
             dev->ops->start(dev);
     }
-    for (unsigned i = 0; b->config.disks && i < b->config.disks->count; i++)
-        block_resume(b->config.disks->disk[i].backend);
+    for (unsigned i = 0; b->config.disks && i < b->config.disks->count; i++) {
+        if (b->config.disks->disk[i].backend)
+            block_resume(b->config.disks->disk[i].backend);
+    }
     for (unsigned i = 0; i < b->slots.count; i++) {
         if (b->slots.slot[i].disk)
             block_resume(b->slots.slot[i].disk);

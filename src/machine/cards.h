@@ -17,9 +17,10 @@ enum machine_disk_bus {
 };
 
 struct machine_disk {
-    struct block_backend *backend;
-    const char *serial; /* NULL: none */
-    bool stop_on_error; /* werror=stop */
+    struct block_backend *backend; /* NULL: vhost_user */
+    const char *vhost_user;        /* the socket of a backend in another process */
+    const char *serial;            /* NULL: none */
+    bool stop_on_error;            /* werror=stop */
     enum machine_disk_bus bus;
     bool cdrom; /* on IDE only */
 };
@@ -66,11 +67,14 @@ struct machine_nets {
 
 struct share;
 
+struct machine_share {
+    struct share *share;    /* NULL: vhost_user */
+    const char *vhost_user; /* the socket of a backend in another process */
+    const char *tag;
+};
+
 struct machine_shares {
-    struct {
-        struct share *share;
-        const char *tag;
-    } dir[MACHINE_SHARES_MAX];
+    struct machine_share dir[MACHINE_SHARES_MAX];
     unsigned count;
 };
 

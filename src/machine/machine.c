@@ -216,12 +216,13 @@ static int prepare_memory(struct machine *m, struct error *err)
     const struct memory_options *o = &m->config.memory_options;
 
     m->memory.options = *o;
-    if (!m->ops->maps_memory)
+    if (!m->ops->maps_memory && !m->config.shares_memory)
         return 0;
     if (o->hugepages || o->mergeable)
-        return error_input(err, "%s: the memory of engine %s is in a file, which can't be so",
-                           o->hugepages ? "hugepages=on" : "mergeable=on", m->ops->name);
-    return memory_use_file(&m->memory, err);
+        return error_input(err, "%s: memory for engine %s%s is in a file, which can't be so",
+                           o->hugepages ? "hugepages=on" : "mergeable=on", m->ops->name,
+                           m->config.shares_memory ? " and vhost-user" : "");
+    return memory_use_file(&m->memory, m->config.shares_memory, err);
 }
 
 static int build_memory(struct machine *m, struct error *err)

@@ -40,6 +40,7 @@ struct machine_config {
     const struct machine_nets *nets;         /* NULL: none */
     const struct machine_pmems *pmems;       /* NULL: none */
     const struct machine_shares *shares;     /* NULL: none */
+    bool shares_memory;                      /* with backends in other processes (vhost-user) */
     u16 debug_exit_port;                     /* 0: none */
     bool no_reboot;                          /* a reset ends the machine */
     unsigned slots; /* for cards that come and go; MACHINE_SLOTS_MAX at most */

@@ -65,6 +65,8 @@ struct net_backend *net_user_open(const struct net_options *o, struct event_loop
                                   struct error *err);
 struct net_backend *net_tap_open(const struct net_options *o, struct event_loop *loop,
                                  struct error *err);
+struct net_backend *net_vhost_user_open(const struct net_options *o, struct event_loop *loop,
+                                        struct error *err);
 struct net_backend *net_socket_open(const struct net_options *o, struct event_loop *loop,
                                     struct error *err);
 

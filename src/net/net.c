@@ -256,6 +256,7 @@ static const struct {
     {"user", net_user_open},
     {"tap", net_tap_open},
     {"socket", net_socket_open},
+    {"vhost-user", net_vhost_user_open},
 };
 
 static struct net_backend *open_kind(const struct net_options *o, struct event_loop *loop,
@@ -265,7 +266,10 @@ static struct net_backend *open_kind(const struct net_options *o, struct event_l
         if (!strcmp(o->kind, kinds[i].kind))
             return kinds[i].open(o, loop, err);
     }
-    error_input(err, "'%s' is no kind of network: give user, tap=IF or socket=PATH", o->kind);
+    error_input(err,
+                "'%s' is no kind of network: give user, tap=IF, socket=PATH or "
+                "vhost-user=PATH",
+                o->kind);
     return NULL;
 }
 

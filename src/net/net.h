@@ -88,6 +88,11 @@ struct net_info {
  */
 struct net_backend *net_open(const char *spec, const char *seed, struct event_loop *loop,
                              struct error *err);
+/*
+ * The socket of the process that serves the card instead (`vhost-user=PATH`): then there is a net_info, and no card is
+ * attached. NULL for all others.
+ */
+const char *net_vhost_user_path(const struct net_backend *b);
 /* No card may be attached. NULL is fine. */
 void net_close(struct net_backend *b);
 

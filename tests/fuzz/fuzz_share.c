@@ -4,6 +4,7 @@
  * sanitizers are the judges, and what lies beside the directory, and on the host's files.
  */
 #include "../unit/share_rig.h"
+#include "fuzz_device.h"
 #include "host/log.h"
 
 #include <dirent.h>
@@ -11,22 +12,6 @@
 #include <sys/resource.h>
 
 #define FILE_MAX MIB(1) /* of the host's disk */
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
 
 static const char *const names[] = {"a",
                                     "b",

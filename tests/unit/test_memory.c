@@ -65,7 +65,7 @@ static void a_file_can_be_mapped_again(void **state)
     const struct memory_slot *slot;
     u8 *again;
 
-    assert_int_equal(memory_use_file(&m, &err), 0);
+    assert_int_equal(memory_use_file(&m, false, &err), 0);
     assert_int_equal(memory_add_slot(&m, 0, 0xa0000, 0, &err), 0);
     assert_int_equal(memory_add_slot(&m, 0x100000, 0x300000, 0, &err), 0);
     slot = memory_find(&m, 0x200000);

@@ -17,48 +17,6 @@
 
 #include <cmocka.h>
 
-static struct driver *bare_driver(void)
-{
-    struct driver *d = calloc(1, sizeof(*d));
-
-    d->rig = rig_create();
-    d->rig->env.loop = event_loop_create(&d->rig->err);
-    d->host = rig_pci_host(d->rig);
-    return d;
-}
-
-static void place(struct driver *d)
-{
-    config_write(d->rig, TOY_DEVFN, PCI_BASE_ADDRESS_0 + 4 * VIRTIO_BAR, TOY_BAR, 4);
-    config_write(d->rig, TOY_DEVFN, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
-}
-
-static void finish(struct driver *d, struct virtio *v)
-{
-    struct device *host = pci_host_device(d->host);
-
-    virtio_device(v)->ops->destroy(virtio_device(v));
-    host->ops->destroy(host);
-    event_loop_destroy(d->rig->env.loop);
-    rig_destroy(d->rig);
-    free(d);
-}
-
-/* The driver's rings belong to queue q from now on. */
-static void start_queue(struct driver *d, u64 features, unsigned q)
-{
-    negotiate(d, features | VIRTIO_F_VERSION_1);
-    set_queue(d, q, 16);
-    reg_write(d, STATUS, 15, 1);
-    run_loop(d);
-}
-
-static void notify_queue(struct driver *d, unsigned q)
-{
-    reg_write(d, VIRTIO_BAR_NOTIFY + VIRTIO_NOTIFY_MULTIPLIER * q, q, 2);
-    run_loop(d);
-}
-
 static void rng_fills_buffers(void **state)
 {
     struct driver *d = bare_driver();

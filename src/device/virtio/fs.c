@@ -131,12 +131,12 @@ static const struct state_field fs_fields[] = {
 };
 static const struct state_desc fs_state = STATE_DESC("virtio_fs", 1, struct virtio_fs, fs_fields);
 
-static u64 memory_size(const struct guest_memory *m)
+static u64 ram_size(const struct guest_memory *m)
 {
     u64 size = 0;
 
     for (unsigned i = 0; i < m->nslots; i++)
-        size += m->slots[i].size;
+        size += m->slots[i].flags & MEMORY_FILE ? 0 : m->slots[i].size;
     return size;
 }
 
@@ -157,7 +157,7 @@ struct virtio *virtio_fs_create(const struct device_env *env, struct share *shar
         return NULL;
     }
     fs->share = share;
-    share_set_inodes_max(share, memory_size(env->memory) >> 10);
+    share_set_inodes_max(share, ram_size(env->memory) >> 10);
     memcpy(fs->config.tag, tag, strnlen(tag, sizeof(fs->config.tag)));
     fs->config.num_request_queues = QUEUES - QUEUE_REQUEST;
     config.config = (u8 *)&fs->config;

@@ -117,7 +117,7 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->kept = map_array(BT_KEPT * sizeof(*bt->kept));
     if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
-    fd = memory_file_open(err);
+    fd = memory_file_open(false, err);
     if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
         goto fail;
     bt->writable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_WRITE);
