@@ -17,8 +17,8 @@
 #define MSR_APIC_BASE 0x1b
 #define MSR_X2APIC_ICR 0x830
 #define CPUS 4
-#define WAKES 200
-#define CHANGES 100
+#define WAKES 100
+#define CHANGES 50
 
 static volatile u32 taken[CPUS], nmis[CPUS];
 static volatile bool x2apic;
@@ -181,6 +181,47 @@ static void x2apic_job(unsigned cpu)
     expect_x2("x2apic-others", VECTOR | TO_OTHERS, 0xe);
     expect_x2("x2apic-nmi", 1ULL << 32 | ICR_NMI, 1 << 1);
     __asm__ volatile("cli");
+    stop = 1;
+}
+
+/* --- KVM's hypercalls (Linux, Documentation/virt/kvm/x86/hypercalls.rst) --- */
+
+#define HC_KICK_CPU 5
+#define HC_SEND_IPI 10
+#define HC_SCHED_YIELD 11
+
+static volatile u32 kicked;
+
+static u64 hypercall(u64 number, u64 b, u64 c, u64 d, u64 s)
+{
+    u64 result;
+
+    __asm__ volatile("vmcall"
+                     : "=a"(result)
+                     : "a"(number), "b"(b), "c"(c), "d"(d), "S"(s)
+                     : "memory");
+    return result;
+}
+
+static void hypercall_job(unsigned cpu)
+{
+    meet();
+    if (cpu == 1) { /* asleep with interrupts off */
+        __asm__ volatile("cli; hlt" : : : "memory");
+        kicked = 1;
+        return;
+    }
+    if (cpu) {
+        take_interrupts();
+        return;
+    }
+    check_equal("hypercall-ipi-count", hypercall(HC_SEND_IPI, 3, 0, 2, VECTOR), 2);
+    check_equal("hypercall-ipi", who_took(taken, 0xc), 0xc);
+    check_equal("hypercall-ipi-mode", hypercall(HC_SEND_IPI, 1, 0, 2, 0x500), (u64)-22);
+    check_equal("hypercall-kick-result", hypercall(HC_KICK_CPU, 0, 1, 0, 0), 0);
+    check("hypercall-kick", smp_wait_for(&kicked, 1));
+    check_equal("hypercall-yield", hypercall(HC_SCHED_YIELD, 1, 0, 0, 0), 0);
+    check_equal("hypercall-unknown", hypercall(99, 0, 0, 0, 0), (u64)-1000);
     stop = 1;
 }
 
@@ -364,6 +405,7 @@ void guest_main(void)
     run(physical_job);
     run(logical_job);
     run(cluster_job);
+    run(hypercall_job);
     smp_run(2, halt_job);
     smp_run(CPUS, tsc_job);
     check_equal("tsc-never-backwards", backwards, 0);

@@ -152,3 +152,39 @@ int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, 
     *topology = t;
     return 0;
 }
+
+int parse_pv_features(const char *text, u32 *bits, struct error *err)
+{
+    static const struct {
+        const char *name;
+        u32 bits;
+    } features[] = {
+        {"clock", BIT(0) | BIT(3) | BIT(24)},
+        {"steal-time", BIT(5)},
+        {"eoi", BIT(6)},
+        {"unhalt", BIT(7)},
+        {"tlb-flush", BIT(9)},
+        {"ipi", BIT(11)},
+        {"yield", BIT(13)},
+        {"async-pf", BIT(4) | BIT(10) | BIT(14)},
+        {"all", UINT32_MAX},
+    };
+
+    *bits = 0;
+    for (;;) {
+        size_t len = strcspn(text, ","), i = 0;
+
+        while (i < ARRAY_SIZE(features) &&
+               (strlen(features[i].name) != len || strncmp(features[i].name, text, len) != 0))
+            i++;
+        if (i == ARRAY_SIZE(features))
+            return error_input(err,
+                               "unknown feature '%.*s': give clock, steal-time, eoi, unhalt, "
+                               "tlb-flush, ipi, yield, async-pf or all",
+                               (int)len, text);
+        *bits |= features[i].bits;
+        if (!text[len])
+            return 0;
+        text += len + 1;
+    }
+}

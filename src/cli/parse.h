@@ -30,6 +30,9 @@ int parse_next_option(const char **options, char *key, size_t key_size, char *va
  */
 int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, struct error *err);
 
+/* Names of KVM's paravirtual features, between commas, as bits of EAX in CPUID leaf 0x40000001. 0 or -EINVAL. */
+int parse_pv_features(const char *text, u32 *bits, struct error *err);
+
 /* A name: 1 to 63 letters, digits, '-', '_' and '.', the first a letter or digit. 0 or -EINVAL. */
 int parse_name(const char *text, struct error *err);
 

@@ -90,6 +90,11 @@ static int set_cpus(struct vm_config *config, const char *value, struct error *e
     return parse_cpus(value, &config->cpus, &config->topology, err);
 }
 
+static int set_no_pv(struct vm_config *config, const char *value, struct error *err)
+{
+    return parse_pv_features(value, &config->pv_off, err);
+}
+
 static int set_path(const char **path, const char *value, struct error *err)
 {
     if (!*value)
@@ -453,6 +458,10 @@ static const struct option options[] = {
     {"--cpu", "MODEL", "processor: host, v2 or v3 (default: host); host,nested=on has VMX or SVM",
      set_cpu},
     {"--memory", "SIZE[,...]", "memory, such as 512M or 2G (default: 512M); see below", set_memory},
+    {"--no-pv", "NAME[,...]",
+     "without KVM's paravirtual clock, steal-time, eoi, unhalt, tlb-flush, ipi, yield or async-pf; "
+     "all",
+     set_no_pv},
     {"--cpus", "N[,...]",
      "processors (default: 1); sockets=S,cores=C,threads=T: C a socket, T a core", set_cpus},
     {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=...] (its ovmf), or an image FILE",

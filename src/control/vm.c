@@ -335,6 +335,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .memory_options = c->memory_options,
         .cpus = c->cpus,
         .topology = c->topology,
+        .pv_off = c->pv_off,
         .kernel = c->kernel,
         .initrd = c->initrd,
         .cmdline = c->append,

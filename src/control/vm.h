@@ -70,6 +70,7 @@ struct vm_config {
     u64 memory;         /* bytes */
     struct memory_options memory_options;
     unsigned cpus;
+    u32 pv_off;                   /* as in struct engine_config */
     struct cpu_topology topology; /* as in struct machine_config */
     const char *kernel;           /* path */
     const char *initrd;           /* path, or NULL */

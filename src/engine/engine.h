@@ -64,6 +64,7 @@ struct engine_config {
     const struct cpuid_model *cpuid;
     unsigned ncpus;
     struct engine_checks checks;
+    u32 pv_off; /* of KVM's paravirtual features, bits of EAX in CPUID leaf 0x40000001: not offered */
     struct perf_map *perf_map; /* bt: where translated code is told to perf; NULL: nowhere */
 };
 

@@ -184,6 +184,7 @@ static int create_processor_model(struct machine *m, struct error *err)
     m->ops->cpuid_support(&support);
     m->cpuid = cpuid_model_create(m->config.cpu, &support, m->config.cpus, host_tsc_hz(), err);
     if (m->cpuid && (!m->config.nested || !cpuid_model_offer_nested(m->cpuid, &support, err))) {
+        cpuid_model_drop_pv(m->cpuid, m->config.pv_off);
         if (m->config.topology.sockets)
             cpuid_model_set_topology(m->cpuid, &m->config.topology);
         if (m->config.firmware.what)
@@ -279,6 +280,7 @@ static int create_engine(struct machine *m, struct error *err)
         .cpuid = m->cpuid,
         .ncpus = m->config.cpus,
         .checks = m->config.checks,
+        .pv_off = m->config.pv_off,
         .perf_map = m->config.perf_map,
     };
 

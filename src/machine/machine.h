@@ -31,6 +31,7 @@ struct machine_config {
     u64 memory;                /* bytes */
     struct memory_options memory_options;
     unsigned cpus;
+    u32 pv_off;                              /* as in struct engine_config */
     struct cpu_topology topology;            /* of the cpus; all 0: cores of one socket */
     const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */
     struct firmware_config firmware;         /* in place of a kernel */

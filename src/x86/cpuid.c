@@ -92,6 +92,11 @@ static const u8 synthetic[] = {
     FEATURE_HYPERVISOR, FEATURE_X2APIC, FEATURE_TSC_DEADLINE, FEATURE_TSC_ADJUST, FEATURE_ARAT,
     FEATURE_INVARIANT_TSC, FEATURE_KVM_CLOCKSOURCE2, FEATURE_KVM_CLOCKSOURCE_STABLE,
 };
+/* In every model, where the engine has them: KVM's paravirtual interface beyond its clock. */
+static const u8 paravirtual[] = {
+    FEATURE_KVM_STEAL_TIME, FEATURE_KVM_PV_UNHALT, FEATURE_KVM_PV_TLB_FLUSH, FEATURE_KVM_PV_SEND_IPI,
+    FEATURE_KVM_PV_SCHED_YIELD,
+};
 static const u8 synthetic_amd[] = {
     FEATURE_TOPOEXT, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE,
     FEATURE_AUTO_IBRS, FEATURE_SRSO_NO, FEATURE_BTC_NO,
@@ -385,13 +390,23 @@ struct cpuid_model *cpuid_model_create(const char *name, const struct cpuid_supp
         return NULL;
     }
 
+    offer(m, support, paravirtual, ARRAY_SIZE(paravirtual));
     drop_unusable(m);
+    if (ncpus > 1) /* no engine watches the line: who waits for another CPU's store is told late */
+        bit_clear(m->features, FEATURE_MONITOR);
     cpuid_model_set_topology(m, &(struct cpu_topology){1, ncpus, 1});
     m->tsc_hz = tsc_hz;
     m->max_basic = m->amd ? 0xd : 0x16;
     m->max_extended = m->amd ? 0x80000021 : 0x80000008;
     lay_out_xsave(m);
     return m;
+}
+
+void cpuid_model_drop_pv(struct cpuid_model *m, u32 bits)
+{
+    for (unsigned f = 0; f < FEATURE_COUNT; f++)
+        if (places[f].leaf == 0x40000001 && (bits & BIT(places[f].bit)))
+            bit_clear(m->features, f);
 }
 
 void cpuid_model_destroy(struct cpuid_model *m)

@@ -57,6 +57,8 @@ int cpuid_model_offer_nested(struct cpuid_model *m, const struct cpuid_support *
                              struct error *err);
 /* Before the model is used: no more than these, at least 36. */
 void cpuid_model_limit_phys_bits(struct cpuid_model *m, unsigned bits);
+/* Before the model is used: without these of KVM's paravirtual features, bits of EAX in leaf 0x40000001. */
+void cpuid_model_drop_pv(struct cpuid_model *m, u32 bits);
 /* Before the model is used: the product of the three is its number of CPUs. Without it they are the cores
  * of one socket. */
 void cpuid_model_set_topology(struct cpuid_model *m, const struct cpu_topology *t);

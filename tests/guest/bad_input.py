@@ -66,6 +66,7 @@ def options(cases):
             ("cpu-nested-v2", *run, "--cpu", "v2,nested=on"),
             ("cpus-0", *run, "--cpus", "0"),
             ("cpus-65", *run, "--engine", "interp", "--cpus", "65"),
+            ("no-pv", *run, "--no-pv", "clock,speed"),
             ("cpus-2-verify", *run, "--engine", "bt,verify", "--cpus", "2"),
             ("cpus-junk", *run, "--cpus", "two"),
             ("cpu-unknown", *run, "--cpu", "v9"),

@@ -58,5 +58,5 @@ check work-afterwards "$(taskset $(printf %x $((1 << last))) sh -c 'seq 1 20000 
 check interrupts "$(awk '/LOC:/ { for (n = 2; n < 2 + cpus; n++) if ($n == 0) print "none at " n - 2 }' \
     cpus="$CPUS" /proc/interrupts)" ""
 check kernel-log \
-    "$(dmesg | grep -E 'WARNING:|BUG|Call Trace|Oops|stall|lockup|[Uu]nstable|hung|do_boot_cpu failed' | head -n 3)" ""
+    "$(dmesg | grep -E 'WARNING:|BUG|Call Trace|Oops|detected stall|self-detected|soft lockup|hard LOCKUP|[Uu]nstable|hung|do_boot_cpu failed' | head -n 3)" ""
 exit 0

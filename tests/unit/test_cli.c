@@ -110,6 +110,22 @@ static void test_processors(void **state)
     }
 }
 
+static void test_pv_features(void **state)
+{
+    struct error err = {0};
+    u32 bits;
+
+    assert_int_equal(parse_pv_features("steal-time", &bits, &err), 0);
+    assert_int_equal(bits, BIT(5));
+    assert_int_equal(parse_pv_features("clock,ipi", &bits, &err), 0);
+    assert_int_equal(bits, BIT(0) | BIT(3) | BIT(11) | BIT(24));
+    assert_int_equal(parse_pv_features("all", &bits, &err), 0);
+    assert_int_equal(bits, UINT32_MAX);
+    assert_int_not_equal(parse_pv_features("", &bits, &err), 0);
+    assert_int_not_equal(parse_pv_features("clock,", &bits, &err), 0);
+    assert_int_not_equal(parse_pv_features("steal", &bits, &err), 0);
+}
+
 static void test_numbers(void **state)
 {
     static const char *const bad[] = {"",    "-1",  "+1",  " 1", "1 ",   "0x",
@@ -244,6 +260,7 @@ int main(void)
         cmocka_unit_test(test_sizes),
         cmocka_unit_test(test_numbers),
         cmocka_unit_test(test_processors),
+        cmocka_unit_test(test_pv_features),
         cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_both_forms_of_an_option),
         cmocka_unit_test(test_nested),

@@ -428,6 +428,17 @@ void lapic_bus_deliver(struct lapic_bus *bus, u64 address, u32 data)
     deliver_to_targets(bus, find_targets(bus, &m), &m);
 }
 
+bool lapic_bus_send(struct lapic_bus *bus, u32 id, u32 icr)
+{
+    struct message m = {
+        .destination = id, .wide = true, .mode = (icr >> 8) & 7, .vector = icr & ICR_VECTOR};
+
+    if (m.mode != DELIVER_FIXED && m.mode != DELIVER_NMI)
+        return false;
+    deliver_to_targets(bus, find_targets(bus, &m), &m);
+    return true;
+}
+
 /* Whether an ICR value is to be sent; notes what is wrong with it. Called with the lock held. */
 static bool icr_sendable(struct lapic *l, u64 icr)
 {

@@ -116,5 +116,7 @@ void lapic_set_tsc_offset(struct lapic *l, u64 offset);
 
 /* An MSI: 11.11.1 and 11.11.2. Addresses outside 0xfeexxxxx are dropped. */
 void lapic_bus_deliver(struct lapic_bus *bus, u64 address, u32 data);
+/* An IPI to an APIC ID, mode (fixed or NMI) and vector as in ICR. False: no such mode. To nobody: dropped. */
+bool lapic_bus_send(struct lapic_bus *bus, u32 id, u32 icr);
 
 #endif

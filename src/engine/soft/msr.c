@@ -6,6 +6,7 @@
 #include "engine/soft/msr.h"
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
+#include "engine/soft/pv.h"
 #include "engine/soft/pvclock.h"
 #include "host/log.h"
 #include "x86/msr.h"
@@ -129,6 +130,9 @@ static bool read_special(struct soft_vcpu *v, u32 msr, u64 *value)
     case MSR_KVM_SYSTEM_TIME_NEW:
         *value = v->cpu.msr.kvm_system_time;
         return true;
+    case MSR_KVM_STEAL_TIME:
+        *value = v->cpu.msr.kvm_steal_time;
+        return true;
     default: /* the ones that can only be written */
         return false;
     }
@@ -224,6 +228,8 @@ static bool write_special(struct soft_vcpu *v, u32 msr, u64 value)
         return pvclock_set_wall_clock(v, value);
     case MSR_KVM_SYSTEM_TIME_NEW:
         return pvclock_set_system_time(v, value);
+    case MSR_KVM_STEAL_TIME:
+        return pv_set_steal_time(v, value);
     default: /* the ones that can only be read */
         return false;
     }

@@ -24,6 +24,7 @@
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
 #include "engine/soft/posts.h"
+#include "engine/soft/pv.h"
 #include "engine/soft/system.h"
 #include "engine/soft/wait.h"
 
@@ -88,6 +89,7 @@ static void poll(struct soft_vcpu *v)
         return;
     time = now(v);
     if (time >= v->timer_deadline) {
+        pv_update_steal(v);
         lapic_timer_expire(v->lapic, time);
         soft_update_deadline(v);
     }
@@ -196,6 +198,12 @@ static void attend(struct soft_vcpu *v)
         take_init(v);
     if (bits & ATTN_SIPI)
         take_sipi(v);
+    if (bits & ATTN_UNHALT)
+        v->unhalted = true;
+    if (v->unhalted && v->cpu.activity == CPU_HALTED) {
+        v->unhalted = false;
+        v->cpu.activity = CPU_RUNNING;
+    }
     /* Who waits for a start-up IPI takes no interrupt, and looks for them when it starts. */
     if (v->cpu.activity != CPU_RUNNING && v->cpu.activity != CPU_HALTED)
         return;
@@ -320,7 +328,9 @@ static void sleep_or_stop(struct soft_vcpu *v)
     v->stats.exits_halt++;
     if (v->bt)
         atomic_store(&v->bt->running, false);
+    pv_begin_sleep(v);
     soft_wait_for_attention(v);
+    pv_end_sleep(v);
     v->poll = 0;
     poll(v);
 }

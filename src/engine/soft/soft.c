@@ -10,6 +10,7 @@
 #include "engine/soft/mmu.h"
 #include "engine/soft/msr.h"
 #include "engine/soft/posts.h"
+#include "engine/soft/pv.h"
 #include "engine/soft/run.h"
 #include "engine/soft/soft_cpuid.h"
 
@@ -176,6 +177,7 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
     if (v->lapic)
         lapic_destroy(v->lapic);
     bt_destroy(v);
+    pv_destroy(v);
     host_exec_destroy(v);
     block_cache_destroy(v->blocks);
     v->engine->vcpus[v->index] = NULL;
@@ -194,7 +196,7 @@ static void soft_vcpu_reset(struct vcpu *vcpu)
     lapic_reset(v->lapic);
     v->aflags = aflags_from_eflags(v->cpu.rflags);
     v->cur = &insn_none;
-    v->irq_waiting = false;
+    v->irq_waiting = v->unhalted = false;
     atomic_store(&v->attention, 0);
     soft_fpu_drop(v);
     soft_tlb_flush(v);

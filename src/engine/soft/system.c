@@ -15,6 +15,7 @@
 #include "engine/soft/msr.h"
 #include "engine/soft/operand.h"
 #include "engine/soft/posts.h"
+#include "engine/soft/pv.h"
 
 #include <errno.h>
 #include <sys/random.h>
@@ -450,10 +451,12 @@ static void op_mwait(struct soft_vcpu *v, const struct insn *i)
     v->poll = 0;
 }
 
-/* VMCALL, VMMCALL: to the machine. */
+/* VMCALL, VMMCALL: what isn't offered here goes to the machine. */
 static void op_hypercall(struct soft_vcpu *v, const struct insn *i)
 {
     soft_set_ip(v, soft_next_ip(v));
+    if (pv_hypercall(v))
+        return;
     v->exit->reason = VCPU_EXIT_HYPERCALL;
     v->leave = true;
 }

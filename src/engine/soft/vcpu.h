@@ -110,7 +110,8 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
 #define ATTN_SHADOW 0x20u /* own: shadow, TF, RF, code breakpoints, pending #DB: one careful step */
 #define ATTN_POSTS 0x40u  /* others wrote memory that may hold decoded code (v->posts) */
 #define ATTN_TIMER 0x100u /* the APIC timer may be due */
-#define ATTN_LEFT 0x80u   /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
+#define ATTN_UNHALT 0x200u /* a hypercall ends HLT, or the next one */
+#define ATTN_LEFT 0x80u    /* own: v->leave is set, or cpu.activity is not CPU_RUNNING */
 
 /*
  * What translated code reaches through GS (bt/essay in bt/translate.c). The jump cache maps a linear
@@ -203,7 +204,10 @@ struct soft_vcpu {
     pthread_mutex_t wait_lock;
     pthread_cond_t wait_cond;
     bool waiting;
-    u32 poll_ns; /* for how long to look for attention before that: wait.c */
+    u32 poll_ns;      /* for how long to look for attention before that: wait.c */
+    bool unhalted;    /* the next HLT is over at once */
+    int schedstat_fd; /* the host's account of this thread; 0: not opened, -1: there is none */
+    u64 steal_seen, steal_looked_at; /* of that account, ns; VM time, ns */
     u32 spin_yields;
     u64 spin_start, spin_last; /* of PAUSEs, in host TSC ticks */
 

@@ -1,0 +1,130 @@
+/*
+ * Steal time's structure: who sleeps says so there, and a flush that was asked for meanwhile is done.
+ */
+#include "engine/soft/lapic.h"
+#include "engine/soft/mmu.h"
+#include "engine/soft/pv.h"
+#include "engine/soft/soft_cpuid.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#define STEAL 0x1000
+#define PREEMPTED 16 /* offset in the structure */
+
+static struct event_loop *loop;
+static struct guest_memory memory;
+
+static int set_up(void **state)
+{
+    struct soft_vcpu *v = calloc(1, sizeof(*v));
+    struct soft_engine *e = calloc(1, sizeof(*e));
+    struct error err;
+
+    assert_non_null(v);
+    assert_non_null(e);
+    memory = (struct guest_memory){0};
+    loop = event_loop_create(&err);
+    assert_int_equal(memory_add_slot(&memory, 0, MIB(1), 0, &err), 0);
+    e->config.memory = &memory;
+    e->config.clock = vm_clock_create(loop, &err);
+    e->config.cpuid = cpuid_model_create("v2", soft_cpuid_support(), 2, 1000000000, &err);
+    assert_non_null(e->config.cpuid);
+    v->engine = e;
+    v->cpuid = e->config.cpuid;
+    soft_tlb_init(v);
+    *state = v;
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    struct soft_vcpu *v = *state;
+
+    pv_destroy(v);
+    cpuid_model_destroy((struct cpuid_model *)v->cpuid);
+    vm_clock_destroy(v->engine->config.clock);
+    memory_destroy(&memory);
+    event_loop_destroy(loop);
+    free(v->engine);
+    free(v);
+    return 0;
+}
+
+static u8 *preempted(void)
+{
+    return (u8 *)memory_host(&memory, STEAL + PREEMPTED, 1);
+}
+
+static void bad_addresses_are_refused(void **state)
+{
+    assert_false(pv_set_steal_time(*state, STEAL | 3));
+    assert_false(pv_set_steal_time(*state, MIB(1) | 1));
+    assert_false(pv_set_steal_time(*state, ~0x3fULL | 1));
+    assert_true(pv_set_steal_time(*state, ~0x3fULL));
+    assert_true(pv_set_steal_time(*state, (MIB(1) - 64) | 1));
+}
+
+static void a_sleeper_says_so_and_flushes(void **state)
+{
+    struct soft_vcpu *v = *state;
+    u64 flushes = v->stats.tlb_flushes;
+
+    pv_begin_sleep(v); /* off: nothing is written */
+    assert_int_equal(*preempted(), 0);
+    assert_true(pv_set_steal_time(v, STEAL | 1));
+    pv_begin_sleep(v);
+    assert_int_equal(*preempted(), 1);
+    pv_end_sleep(v);
+    assert_int_equal(*preempted(), 0);
+    assert_int_equal(v->stats.tlb_flushes, flushes);
+    pv_begin_sleep(v);
+    *preempted() |= 2;
+    pv_end_sleep(v);
+    assert_int_equal(*preempted(), 0);
+    assert_int_equal(v->stats.tlb_flushes, flushes + 1);
+}
+
+/* The host's account of this thread only grows, and so does what the guest is told. */
+static void stolen_time_grows(void **state)
+{
+    struct soft_vcpu *v = *state;
+    u64 steal;
+    u32 version;
+
+    assert_true(pv_set_steal_time(v, STEAL | 1));
+    v->steal_seen = 0; /* as if the thread had waited since */
+    v->steal_looked_at = 0;
+    vm_clock_set(v->engine->config.clock, NS_PER_SEC);
+    pv_update_steal(v);
+    assert_int_equal(memory_read(&memory, STEAL, &steal, sizeof(steal)), 0);
+    assert_int_equal(memory_read(&memory, STEAL + 8, &version, sizeof(version)), 0);
+    assert_int_equal(steal, v->steal_seen);
+    assert_int_equal(version % 2, 0);
+}
+
+static void features_that_are_off_are_not_there(void **state)
+{
+    struct soft_vcpu *v = *state;
+
+    assert_true(soft_has(v, FEATURE_KVM_STEAL_TIME));
+    assert_true(soft_has(v, FEATURE_KVM_CLOCKSOURCE2));
+    cpuid_model_drop_pv((struct cpuid_model *)v->cpuid, BIT32(5));
+    assert_false(soft_has(v, FEATURE_KVM_STEAL_TIME));
+    assert_true(soft_has(v, FEATURE_KVM_CLOCKSOURCE2));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(bad_addresses_are_refused, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_sleeper_says_so_and_flushes, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(stolen_time_grows, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(features_that_are_off_are_not_there, set_up, tear_down),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
