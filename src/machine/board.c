@@ -105,6 +105,7 @@ struct board {
     char boot_paths[MACHINE_DISKS_MAX][FIRMWARE_PATH_MAX]; /* of each disk, as firmware names it */
     u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
+    struct virtio_balloon *balloon;
     struct virtio_console *console; /* NULL: none */
     struct console_end {            /* of a port's stream */
         struct board *board;
@@ -743,10 +744,16 @@ static int create_rng(struct board *b, struct error *err)
 static int create_balloon(struct board *b, struct error *err)
 {
     int devfn = card_devfn(b, err);
-    struct virtio_balloon *balloon =
-        devfn < 0 ? NULL : virtio_balloon_create(&b->config.env, b->pci, (u8)devfn, err);
 
-    return balloon ? add(b, virtio_device(virtio_balloon_virtio(balloon))) : -EIO;
+    if (devfn < 0)
+        return devfn;
+    b->balloon = virtio_balloon_create(&b->config.env, b->pci, (u8)devfn, err);
+    return b->balloon ? add(b, virtio_device(virtio_balloon_virtio(b->balloon))) : -EIO;
+}
+
+struct virtio_balloon *board_balloon(struct board *b)
+{
+    return b->balloon;
 }
 
 static int create_disks(struct board *b, struct error *err)

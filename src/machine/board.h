@@ -20,6 +20,7 @@ struct e820_map;
 struct firmware;
 struct i8042;
 struct vga;
+struct virtio_balloon;
 struct state_reader;
 struct state_writer;
 
@@ -57,6 +58,7 @@ void board_destroy(struct board *board);
 /* The screen; NULL: there is none. The keyboard, with its mouse. */
 struct vga *board_vga(struct board *board);
 struct i8042 *board_keyboard(struct board *board);
+struct virtio_balloon *board_balloon(struct board *board);
 
 /* The RESET line: every device to its power-on state. No vCPU may run. */
 void board_reset(struct board *board);

@@ -586,6 +586,11 @@ struct i8042 *machine_keyboard(struct machine *m)
     return board_keyboard(m->board);
 }
 
+struct virtio_balloon *machine_balloon(struct machine *m)
+{
+    return board_balloon(m->board);
+}
+
 void machine_quit(struct machine *m)
 {
     request_end(m, &(struct machine_end){.reason = MACHINE_END_QUIT});

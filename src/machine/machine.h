@@ -18,6 +18,7 @@ struct chardev;
 struct machine;
 struct i8042;
 struct vga;
+struct virtio_balloon;
 struct state_reader;
 struct state_writer;
 
@@ -125,6 +126,8 @@ const char *machine_compare(struct machine *a, struct machine *b, char *buf, siz
 /* The screen (NULL: there is none), and the keyboard with its mouse. May be used at any time until machine_destroy. */
 struct vga *machine_vga(struct machine *m);
 struct i8042 *machine_keyboard(struct machine *m);
+/* The balloon, which every machine has. May be used until machine_destroy, too. */
+struct virtio_balloon *machine_balloon(struct machine *m);
 
 /* Ends machine_run with MACHINE_END_QUIT. Any thread. */
 void machine_quit(struct machine *m);

@@ -13,6 +13,7 @@
  */
 #include "block/block.h"
 #include "chardev/chardev.h"
+#include "device/virtio/balloon.h"
 #include "machine/machine.h"
 #include "state/stream.h"
 #include "x86/cpuid.h"
@@ -37,6 +38,7 @@ static const char script[] =
     "    for m in ring '' pci_modern_dev pci_legacy_dev pci blk; do\n"
     "        insmod /lib/virtio${m:+_$m}.ko\n"
     "    done\n"
+    "    insmod /lib/virtio_balloon.ko\n"
     "    mke2fs -F /dev/vda >/dev/null 2>&1\n"
     "    mount -t ext4 /dev/vda $d\n"
     "    mke2fs -F /dev/nvme0n1 >/dev/null 2>&1\n"
@@ -373,6 +375,45 @@ static void test_pauses(const char *expected)
     finish(&g, "pauses", expected);
 }
 
+/* ---- the balloon ---- */
+
+struct hinted {
+    u64 bytes;
+    bool outside, done;
+};
+
+static void hinted_free(void *opaque, gpa_t gpa, u64 len)
+{
+    struct hinted *h = opaque;
+
+    h->bytes += len;
+    h->outside |= gpa >= MIB(128) || len > MIB(128) - gpa;
+}
+
+static void hinted_done(void *opaque)
+{
+    ((struct hinted *)opaque)->done = true;
+}
+
+/* The guest says which memory is free, as soon as it has the driver, and goes on with all of it whole. */
+static void test_hints(const char *expected)
+{
+    struct hinted h = {0};
+    struct balloon_hints hints = {hinted_free, hinted_done, &h};
+    struct guest g;
+    bool asked = false;
+
+    begin(&g);
+    while (!h.done && run_for(&g, 100 * NS_PER_MS))
+        asked |= virtio_balloon_hint(machine_balloon(g.machine), &hints);
+    check(asked && h.done && h.bytes > MIB(16) && !h.outside, "hints-free",
+          "%s: %llu KiB hinted, %s", asked ? "asked" : "no driver",
+          (unsigned long long)(h.bytes >> 10), h.done ? "all" : "without an end");
+    while (run_for(&g, UINT64_MAX / 4))
+        ;
+    finish(&g, "hints", expected);
+}
+
 /* ---- states that are refused ---- */
 
 static int load(struct machine *m, const u8 *data, size_t len, struct error *err)
@@ -446,6 +487,7 @@ int main(int argc, char **argv)
     create_disk(MACHINE_DISK_NVME);
     test_refusals();
     test_pauses(expected);
+    test_hints(expected);
     test_moves("moves-while-booting", 10, 60, expected);
     test_moves("moves", 20, 300, expected);
     while (disks.count)

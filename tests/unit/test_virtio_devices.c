@@ -78,15 +78,110 @@ static void balloon_takes_reported_pages(void **state)
     u32 id, len;
 
     place(d);
-    start_queue(d, BIT(5), 3);
+    start_queue(d, BIT(5), 2); /* the third of those that it agreed on */
     memset(page, 0x55, 0x4000);
     add(d, free_pages, 2, 0);
-    notify_queue(d, 3);
+    notify_queue(d, 2);
     assert_true(take_used(d, 2, &id, &len));
     assert_int_equal(page[0], 0);
     assert_int_equal(page[0x1800], 0x55); /* parts of pages stay */
     assert_int_equal(page[0x2000], 0);
     assert_int_equal(page[0x3000], 0x55);
+
+    /* A guest that wants to find a pattern in free pages finds it; one that wants zeroes does so anyway. */
+    for (u32 poison = 0; poison < 2; poison++) {
+        start_queue(d, BIT(5) | BIT(4), 2);
+        reg_write(d, VIRTIO_BAR_DEVICE + 12, poison ? 0xaaaaaaaa : 0, 4);
+        memset(page, 0xaa, 0x4000);
+        add(d, free_pages, 2, 0);
+        notify_queue(d, 2);
+        assert_true(take_used(d, 2, &id, &len));
+        assert_int_equal(page[0], poison ? 0xaa : 0);
+    }
+    finish(d, virtio_balloon_virtio(b));
+}
+
+struct hinted {
+    u64 bytes;
+    gpa_t last;
+    unsigned done;
+};
+
+static void hinted_free(void *opaque, gpa_t gpa, u64 len)
+{
+    struct hinted *h = opaque;
+
+    h->bytes += len;
+    h->last = gpa;
+}
+static void hinted_done(void *opaque)
+{
+    ((struct hinted *)opaque)->done++;
+}
+
+static void send_command(struct driver *d, u32 id)
+{
+    struct buffer command = {BUFFERS, sizeof(id), false};
+    u32 used, len;
+
+    memory_write(&d->rig->memory, BUFFERS, &id, sizeof(id));
+    add(d, &command, 1, 0);
+    notify_queue(d, 3);
+    assert_true(take_used(d, 1, &used, &len));
+}
+
+static void send_hint(struct driver *d, gpa_t gpa, u32 size)
+{
+    struct buffer page = {gpa, size, true};
+    u32 used, len;
+
+    add(d, &page, 1, 0);
+    notify_queue(d, 3);
+    assert_true(take_used(d, 1, &used, &len));
+}
+
+static void balloon_is_told_hints(void **state)
+{
+    struct driver *d = bare_driver();
+    struct virtio_balloon *b =
+        virtio_balloon_create(&d->rig->env, d->host, TOY_DEVFN, &d->rig->err);
+    struct hinted h = {0};
+    struct balloon_hints hints = {hinted_free, hinted_done, &h};
+    u8 *page = memory_host(&d->rig->memory, 0x9000, 0x1000), generation;
+    u32 id;
+
+    place(d);
+    assert_false(virtio_balloon_hint(b, &hints)); /* no driver */
+    start_queue(d, BIT(1) | BIT(3), 3);
+    generation = (u8)reg_read(d, GENERATION, 1);
+    assert_true(virtio_balloon_hint(b, &hints));
+    assert_false(virtio_balloon_hint(b, &hints)); /* one at a time */
+    assert_int_not_equal(reg_read(d, GENERATION, 1), generation);
+    id = (u32)reg_read(d, VIRTIO_BAR_DEVICE + 8, 4);
+    assert_true(id > 1);
+    page[0] = 0x55;
+    send_hint(d, 0x9000, 0x1000); /* before it begins */
+    send_command(d, id + 1);      /* another round */
+    send_hint(d, 0x9000, 0x1000);
+    assert_int_equal(h.bytes, 0);
+    send_command(d, id);
+    send_hint(d, 0x9000, 0x1000);
+    send_hint(d, 0xb000, 0x2000);
+    assert_int_equal(h.bytes, 0x3000);
+    assert_int_equal(h.last, 0xb000);
+    assert_int_equal(page[0], 0x55); /* it stays: the guest may have it in use again */
+    send_command(d, 0);
+    assert_int_equal(h.done, 1);
+    assert_int_equal(reg_read(d, VIRTIO_BAR_DEVICE + 8, 4),
+                     1); /* done: the pages are the guest's */
+    send_hint(d, 0x9000, 0x1000);
+    assert_int_equal(h.bytes, 0x3000);
+
+    assert_true(virtio_balloon_hint(b, &hints));
+    assert_int_not_equal(reg_read(d, VIRTIO_BAR_DEVICE + 8, 4), id);
+    reg_write(d, STATUS, 0, 1);
+    assert_int_equal(h.done, 2);
+    assert_int_equal(reg_read(d, VIRTIO_BAR_DEVICE + 8, 4), 0);
     finish(d, virtio_balloon_virtio(b));
 }
 
@@ -321,6 +416,7 @@ int main(void)
         cmocka_unit_test(rng_fills_buffers),
         cmocka_unit_test(balloon_gives_pages_back),
         cmocka_unit_test(balloon_takes_reported_pages),
+        cmocka_unit_test(balloon_is_told_hints),
         cmocka_unit_test(balloon_keeps_statistics),
         cmocka_unit_test(console_output_waits_for_its_stream),
         cmocka_unit_test(console_input_waits_for_buffers),

@@ -1,7 +1,7 @@
 /*
  * virtio-balloon: memory that the guest gives back. VIRTIO 1.2, 5.5, with the statistics queue, deflation when
- * the guest runs out of memory, and free page reporting. Pages that it gives are the host's at once, and read as
- * zeroes when the guest takes them again.
+ * the guest runs out of memory, free page reporting and hinting. Pages that it gives or reports are the host's at
+ * once, and read as zeroes when the guest takes them again; what is hinted stays as it is.
  */
 #ifndef DOPPEL_DEVICE_VIRTIO_BALLOON_H
 #define DOPPEL_DEVICE_VIRTIO_BALLOON_H
@@ -28,5 +28,18 @@ void virtio_balloon_set_target(struct virtio_balloon *b, u64 bytes);
 u64 virtio_balloon_actual(struct virtio_balloon *b);
 /* What the guest told last; and asks for news, which come some time later. */
 void virtio_balloon_stats(struct virtio_balloon *b, struct balloon_stats *out);
+
+/*
+ * A round of hints: which memory the guest doesn't use, at the time when it says so. It may use it again before the
+ * hint is seen, so a hint holds only for pages that the dirty log, begun before the round, has no write to. All are
+ * called on the loop's thread or a vCPU's with the device's lock held, and call nothing of the device's.
+ */
+struct balloon_hints {
+    void (*free)(void *opaque, gpa_t gpa, u64 len); /* not of whole pages necessarily */
+    void (*done)(void *opaque); /* once: the guest said all, or was reset in the midst of it */
+    void *opaque;
+};
+/* Asks for a round. False: the guest has no driver that knows of hints, or is at one already. Any thread. */
+bool virtio_balloon_hint(struct virtio_balloon *b, const struct balloon_hints *hints);
 
 #endif
