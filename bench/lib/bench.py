@@ -35,6 +35,34 @@ def cloud_kernel():
     return done.stdout.strip()
 
 
+def cloud_modules(names):
+    """The paths of modules of that kernel."""
+    done = subprocess.run([os.path.join(ROOT, "scripts", "fetch-kernel"), "--modules", "cloud-amd64"],
+                          text=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise BenchError("there are no modules of the kernel")
+    return [os.path.join(done.stdout.strip(), name + ".ko") for name in names]
+
+
+def fetch_tree(name, *packages):
+    """The path of Debian's packages, and what they need, unpacked into a tree; not to be changed."""
+    done = subprocess.run([os.path.join(ROOT, "scripts", "fetch-tree"), name, *packages], text=True,
+                          stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise BenchError(f"these programs are not to be had: {', '.join(packages)}")
+    return done.stdout.strip()
+
+
+def append_tree(initramfs, tree):
+    """Appends a tree to an initramfs: Linux unpacks one archive after the other."""
+    parent, name = os.path.split(tree)
+    with open(initramfs, "ab") as file:
+        found = subprocess.run(["find", name, "-print0"], cwd=parent, check=True,
+                               stdout=subprocess.PIPE).stdout
+        subprocess.run(["cpio", "--quiet", "-0", "-o", "-H", "newc", "-R", "0:0"], cwd=parent,
+                       input=found, stdout=file, check=True)
+
+
 def make_initramfs(directory, script, *programs):
     """An initramfs that runs `script` (text) with `programs` (paths) in /bin; returns its path."""
     path = os.path.join(directory, "initramfs")
