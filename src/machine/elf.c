@@ -187,3 +187,53 @@ int elf_load(const struct elf *e, const struct loader_request *req, struct error
     }
     return 0;
 }
+
+/* A segment to load; false: it is none. */
+static bool get_load(const struct elf *e, unsigned i, struct elf_segment *s)
+{
+    struct error err;
+
+    return elf_segment_get(e, i, s, &err) == 0 && s->type == PT_LOAD && s->memsz;
+}
+
+/* Whether segment i, moved, covers what is to be moved after it. */
+static bool covers_later(const struct elf *e, unsigned i, const struct elf_segment *s, gpa_t at)
+{
+    struct elf_segment later;
+
+    for (unsigned n = i + 1; n < e->phnum; n++)
+        if (get_load(e, n, &later) && s->paddr < at + later.offset + later.filesz &&
+            at + later.offset < s->paddr + s->memsz)
+            return true;
+    return false;
+}
+
+bool elf_settle(const struct elf *e, const struct loader_request *req, gpa_t at)
+{
+    struct elf_segment s;
+
+    for (unsigned i = 0; i < e->phnum; i++) {
+        u64 len;
+
+        if (!get_load(e, i, &s))
+            continue;
+        len = s.filesz;
+        if (covers_later(e, i, &s, at) || !memory_dma(req->memory, s.paddr, &len, true) ||
+            len < s.filesz)
+            return false;
+    }
+    for (unsigned i = 0; i < e->phnum; i++) {
+        u64 len;
+        u8 *to;
+
+        if (!get_load(e, i, &s))
+            continue;
+        len = s.filesz;
+        to = memory_dma(req->memory, s.paddr, &len, true);
+        if (to != e->img->data + s.offset)
+            memmove(to, e->img->data + s.offset, len);
+        memory_tell_written(req->memory, s.paddr, len);
+        load_zero(req, s.paddr + s.filesz, s.memsz - s.filesz);
+    }
+    return true;
+}

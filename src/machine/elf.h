@@ -43,4 +43,10 @@ bool elf_holds(const struct elf *e, gpa_t at);
 /* Copies the PT_LOAD segments, zeroing what the file does not hold. After elf_extent. */
 int elf_load(const struct elf *e, const struct loader_request *req, struct error *err);
 
+/*
+ * The same when the file itself lies in guest memory from gpa `at` on, in one slot: what is in its place stays there.
+ * False: the segments can't be moved so one after the other, and nothing was done.
+ */
+bool elf_settle(const struct elf *e, const struct loader_request *req, gpa_t at);
+
 #endif

@@ -180,9 +180,54 @@ static int load_initrd(struct linux_kernel *k, const struct loader_request *req,
     return ret;
 }
 
-/* Puts an unpacked vmlinux in its place. Nothing is written before all of it is found to fit. */
+/*
+ * Linux links its first segment 2 MiB behind the start of the file. Unpacked so much before the kernel's place, most
+ * of it is where it belongs, and no page is zeroed or copied for the way there.
+ */
+#define UNPACKED_LEAD MIB(2)
+
+/* Guest memory for the unpacked file, at *at. NULL: there is none. */
+static u8 *place_unpacked(const struct linux_kernel *k, const struct loader_request *req, u64 size,
+                          gpa_t *at)
+{
+    u64 len = size;
+    u8 *host;
+
+    if (k->start < UNPACKED_LEAD)
+        return NULL;
+    *at = k->start - UNPACKED_LEAD;
+    if (load_meets_info(*at, size) || *at + size > k->end)
+        return NULL;
+    host = memory_dma(req->memory, *at, &len, true);
+    return len == size ? host : NULL;
+}
+
+/* Of a file that lies in guest memory: by way of a copy. */
+static int load_copy(const struct elf *in_place, const struct loader_request *req,
+                     struct error *err)
+{
+    struct image copy = *in_place->img;
+    struct elf e = *in_place;
+    u8 *data = malloc(copy.size);
+    int ret;
+
+    if (!data)
+        return error_host(err, ENOMEM, "cannot allocate %llu bytes to unpack it",
+                          (unsigned long long)copy.size);
+    memcpy(data, copy.data, copy.size);
+    copy.data = data;
+    e.img = &copy;
+    ret = elf_load(&e, req, err);
+    free(data);
+    return ret;
+}
+
+/*
+ * Puts an unpacked vmlinux in its place, all of which is found to fit before. at: where in guest memory it is; 0: it
+ * isn't.
+ */
 static int load_vmlinux(const struct linux_kernel *k, const struct loader_request *req,
-                        const struct image *vmlinux, gpa_t *entry, struct error *err)
+                        const struct image *vmlinux, gpa_t at, gpa_t *entry, struct error *err)
 {
     struct elf e;
     gpa_t start, end;
@@ -198,7 +243,9 @@ static int load_vmlinux(const struct linux_kernel *k, const struct loader_reques
         return error_input(err, "its payload lies outside %#llx to %#llx",
                            (unsigned long long)k->start, (unsigned long long)k->end);
     *entry = e.entry;
-    return elf_load(&e, req, err);
+    if (!at)
+        return elf_load(&e, req, err);
+    return elf_settle(&e, req, at) ? 0 : load_copy(&e, req, err);
 }
 
 static int unpack_and_load(const struct linux_kernel *k, const struct loader_request *req,
@@ -207,8 +254,9 @@ static int unpack_and_load(const struct linux_kernel *k, const struct loader_req
     u32 len = k->hdr.payload_length;
     struct image vmlinux;
     const char *format;
+    gpa_t at = 0;
     u32 size;
-    u8 *out;
+    u8 *out, *mapped = NULL;
     int ret = image_read(img, k->code_offset + k->hdr.payload_offset, payload, len, err);
 
     if (ret)
@@ -218,20 +266,28 @@ static int unpack_and_load(const struct linux_kernel *k, const struct loader_req
     /* It is unpacked in place by the guest, so it fits into the kernel's own memory. */
     if (!size || size > k->end - k->start)
         return error_input(err, "its payload says that it unpacks to %u bytes", size);
-    out = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-               0);
-    if (out == MAP_FAILED)
-        return error_host(err, errno, "cannot allocate %u bytes to unpack it", size);
-    madvise(out, size, MADV_HUGEPAGE); /* halves the time for lz4 */
+    out = place_unpacked(k, req, size, &at);
+    if (!out) {
+        at = 0;
+        mapped = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED)
+            return error_host(err, errno, "cannot allocate %u bytes to unpack it", size);
+        madvise(mapped, size, MADV_HUGEPAGE); /* halves the time for lz4 */
+        out = mapped;
+    }
     ret = decompress(payload, len, out, size);
+    if (at)
+        memory_tell_written(req->memory, at, size);
     if (ret) {
         ret = error_input(err, "its payload (%s) %s", format ? format : "unknown format",
                           ret == -EOPNOTSUPP ? "is in a format not known here" : "is damaged");
     } else {
         vmlinux = image_of_bytes(img->path, out, size);
-        ret = load_vmlinux(k, req, &vmlinux, entry, err);
+        ret = load_vmlinux(k, req, &vmlinux, at, entry, err);
     }
-    munmap(out, size);
+    if (mapped)
+        munmap(mapped, size);
     return ret;
 }
 

@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE /* memfd_create */
 #include "host/log.h"
+#include "machine/elf.h"
 #include "machine/layout.h"
 #include "machine/loader.h"
 
@@ -369,6 +370,72 @@ static void linux_payload_of_every_format_starts_at_its_elf_entry(void **state)
         machine_free(&f);
         free(b.data);
     }
+}
+
+/* Two segments of a file that is in guest memory at `at`; returns whether they could be settled there. */
+static bool settle(struct fixture *f, gpa_t at, u64 first, u64 second)
+{
+    struct {
+        Elf64_Ehdr eh;
+        Elf64_Phdr ph[2];
+        char text[2][16];
+    } file = {
+        .eh = {.e_ident = {ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3, ELFCLASS64, ELFDATA2LSB, EV_CURRENT},
+               .e_type = ET_EXEC,
+               .e_machine = EM_X86_64,
+               .e_version = EV_CURRENT,
+               .e_phoff = sizeof(Elf64_Ehdr),
+               .e_phentsize = sizeof(Elf64_Phdr),
+               .e_phnum = 2},
+        .text = {"the first", "the second"}};
+    struct image img;
+    struct elf e;
+
+    for (unsigned n = 0; n < 2; n++)
+        file.ph[n] = (Elf64_Phdr){.p_type = PT_LOAD,
+                                  .p_offset = (u64)((u8 *)file.text[n] - (u8 *)&file),
+                                  .p_paddr = n ? second : first,
+                                  .p_filesz = 16,
+                                  .p_memsz = n ? 24 : 16};
+    assert_int_equal(memory_write(&f->memory, at, &file, sizeof(file)), 0);
+    img = image_of_bytes("vmlinux", memory_host(&f->memory, at, sizeof(file)), sizeof(file));
+    assert_int_equal(elf_open(&e, &img, &f->err), 0);
+    return elf_settle(&e, &f->req, at);
+}
+
+static void a_file_in_guest_memory_settles_where_it_is(void **state)
+{
+    const gpa_t at = MIB(2), text = at + sizeof(Elf64_Ehdr) + 2 * sizeof(Elf64_Phdr);
+    struct fixture f;
+    u64 behind;
+
+    machine_init(&f, MIB(8));
+    assert_true(settle(&f, at, text, MIB(4)));
+    assert_guest_string(&f, text, "the first");
+    assert_guest_string(&f, MIB(4), "the second");
+    assert_true(settle(&f, at, MIB(3), text)); /* the second takes the first one's place */
+    assert_guest_string(&f, MIB(3), "the first");
+    assert_guest_string(&f, text, "the second");
+    assert_int_equal(memory_write(&f.memory, MIB(4) + 16, "garbage", 8), 0);
+    assert_true(settle(&f, at, text - 8, MIB(4))); /* over itself */
+    assert_guest_string(&f, text - 8, "the first");
+    guest_get(&f, MIB(4) + 16, &behind, sizeof(behind));
+    assert_int_equal(behind, 0);
+    machine_free(&f);
+}
+
+/* The first would be moved over the second, which waits there. */
+static void a_file_in_guest_memory_that_would_overwrite_itself_stays(void **state)
+{
+    const gpa_t at = MIB(2), text = at + sizeof(Elf64_Ehdr) + 2 * sizeof(Elf64_Phdr);
+    struct fixture f;
+
+    machine_init(&f, MIB(8));
+    assert_false(settle(&f, at, text + 8, MIB(4)));
+    assert_guest_string(&f, text, "the first");
+    assert_guest_string(&f, text + 16, "the second");
+    assert_false(settle(&f, at, MIB(8) - 8, MIB(4))); /* beyond RAM's end */
+    machine_free(&f);
 }
 
 /* Loads a bzImage and finds its protected-mode part at the preferred address, entered at 0x200. */
@@ -968,6 +1035,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(linux_payload_of_every_format_starts_at_its_elf_entry),
+        cmocka_unit_test(a_file_in_guest_memory_settles_where_it_is),
+        cmocka_unit_test(a_file_in_guest_memory_that_would_overwrite_itself_stays),
         cmocka_unit_test(linux_payload_that_the_host_cannot_unpack_is_left_to_the_guest),
         cmocka_unit_test(linux_payload_outside_of_the_kernels_own_memory_is_left_to_the_guest),
         cmocka_unit_test(linux_payload_of_a_wrong_size_is_left_to_the_guest),
