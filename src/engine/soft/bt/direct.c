@@ -12,6 +12,7 @@
  *     nothing (PROT_NONE) or to the guest's pages. What is reserved once stays so until the end. Addresses that
  *     belong to somebody else in this process can't be reserved (MAP_FIXED_NOREPLACE); accesses there, like all to
  *     chunks that aren't mapped, go by the TLB.
+ *     So is the first chunk, from the start: an address near the end of the address space may wrap round to it.
  *  2. A page is mapped for reading while the page tables of the owner, as of its last flush, allow user code that
  *     and A is set; for writing, if they allow that, D is set, it is RAM that holds no translated code
  *     (bt_direct_protect), and there is no dirty log.
@@ -72,6 +73,7 @@ struct chunk {
 struct direct {
     bool owned, current; /* there is an owner; it's the current address space */
     bool stale;          /* some chunk is */
+    bool possible;       /* the first chunk is reserved */
     u64 base;            /* the owner's CR3, without PCID */
     unsigned pcid;
     unsigned idle; /* ticks since the owner was seen */
@@ -481,8 +483,9 @@ static bool is_eligible(const struct soft_vcpu *v)
     const struct soft_engine *e = v->engine;
     const struct cpu *cpu = &v->cpu;
 
-    return e->config.ncpus == 1 && e->config.memory->in_file && !e->dirty_logging && !v->journal &&
-           (v->bt_mode & BT_MODE_USER) && soft_code64(v) && !(cpu->cr4 & CR4_LA57);
+    return v->bt->direct->possible && e->config.ncpus == 1 && e->config.memory->in_file &&
+           !e->dirty_logging && !v->journal && (v->bt_mode & BT_MODE_USER) && soft_code64(v) &&
+           !(cpu->cr4 & CR4_LA57);
 }
 
 static void take_over(struct soft_vcpu *v)
@@ -559,8 +562,10 @@ int bt_direct_create(struct soft_vcpu *v, struct error *err)
         d->chunks = map_array(MAX_CHUNKS * sizeof(*d->chunks));
         v->bt->direct = d;
     }
-    if (d && d->index && d->chunks)
+    if (d && d->index && d->chunks) {
+        d->possible = reserve(d, 0);
         return 0;
+    }
     bt_direct_destroy(v);
     return error_host(err, ENOMEM, "no memory to map the guest's at its own addresses");
 }
