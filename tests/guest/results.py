@@ -9,6 +9,7 @@ for processes, memory and signals.
 """
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ import sys
 import guest
 import system
 
+# Under an odd seed, user code is mapped at its own addresses from the start.
+DIRECT = "bt,seed=9"
 RESULT = re.compile(r"result (\S+) \S+ \S+ ([0-9a-f]{16})")
 
 
@@ -36,15 +39,20 @@ def main():
     with guest.temporary() as directory:
         script = f"{os.path.basename(program)} --seconds 0 2>&1\n"
         initramfs = guest.initramfs(directory, script, program)
-        for engine in system.ENGINES:
+        for engine in [*system.ENGINES, DIRECT]:
+            stats = os.path.join(directory, "stats")
             vm = guest.Guest("--engine", engine, "--kernel", guest.kernel(), "--initrd", initramfs,
-                             "--append", "console=ttyS0 quiet")
+                             "--append", "console=ttyS0 quiet", "--stats", stats)
             status = vm.finish()
             failed = cases.failed
             results = dict(RESULT.findall("\n".join(line for _, line in vm.lines)))
             for name, checksum in native.items():
                 cases.equal(f"{engine}-{name}", results.get(name), checksum)
             cases.equal(f"{engine}-power-off", status, 0)
+            if engine == DIRECT and not program.endswith("32"):
+                with open(stats, encoding="ascii") as file:
+                    cases.check("direct-mappings", json.load(file)["direct_mappings"] > 100,
+                                "no user pages were mapped at their own addresses")
             if cases.failed > failed:
                 vm.show()
     cases.done()
