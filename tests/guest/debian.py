@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 
 import guest
 import web
@@ -33,12 +34,18 @@ class Login:
 
     def begin(self):
         """Logs in; returns whether there is a prompt."""
-        for prompt, answer in ((rb"debian login: ", "root"), (rb"Password: ", "doppel")):
-            if not self.vm.expect(prompt):
-                return False
-            self._send(answer)
-        if not self.vm.expect(PROMPT):
+        if not self.vm.expect(rb"debian login: "):
             return False
+        self._send("root")
+        if not self.vm.expect(rb"Password: "):
+            return False
+        # login turns the echo off behind its prompt, and discards what came before.
+        time.sleep(0.5)
+        self._send("doppel")
+        if not self.vm.expect(PROMPT, patience=30):
+            self._send("doppel")
+            if not self.vm.expect(PROMPT):
+                return False
         # Neither what is typed nor the kernel's messages shall be among what commands print.
         self._send("stty -echo; dmesg -n 1")
         return self.vm.expect(PROMPT) is not None
