@@ -16,8 +16,10 @@
     0xfec00000ULL                          /* firmware's own choice of addresses reaches to here */
 #define LAYOUT_MMIO64_ALIGN 0x800000000ULL /* a window of 32 GiB behind the last RAM, aligned so */
 #define LAYOUT_HIGH_RAM_BASE 0x100000000ULL
-#define LAYOUT_PMEM_ALIGN 0x40000000ULL /* files as memory lie behind the last RAM, each aligned so */
-#define LAYOUT_PMEM_UNIT 0x200000ULL    /* and are of whole units: Linux's sections of memory with struct pages */
+#define LAYOUT_PMEM_ALIGN                                                                          \
+    0x40000000ULL /* files as memory lie behind the last RAM, each aligned so */
+#define LAYOUT_PMEM_UNIT                                                                           \
+    0x200000ULL /* and are of whole units: Linux's sections of memory with struct pages */
 
 #define LAYOUT_EBDA_BASE 0x9fc00ULL /* to 640 KiB: reserved */
 #define LAYOUT_VGA_BASE 0xa0000ULL  /* a hole: no RAM from here to LAYOUT_VGA_END */

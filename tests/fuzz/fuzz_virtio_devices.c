@@ -51,7 +51,7 @@ static void place_bar(struct driver *d)
     config_write(d->rig, TOY_DEVFN, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
 }
 
-static void start_queue(struct device_under_test *t, struct input *in)
+static void begin_queue(struct device_under_test *t, struct input *in)
 {
     negotiate(&t->d, take(in, 8) | VIRTIO_F_VERSION_1);
     set_queue(&t->d, take(in, 1) % t->queues, 1 + take(in, 1) % 32);
@@ -110,7 +110,7 @@ static void step(struct device_under_test *t, struct input *in)
         add_request(t, in);
         break;
     case 3:
-        start_queue(t, in);
+        begin_queue(t, in);
         break;
     case 4:
         dev->ops->reset(dev);
@@ -137,7 +137,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     t.d.host = rig_pci_host(t.d.rig);
     create_device(&t, take(&in, 1) % 3);
     place_bar(&t.d);
-    start_queue(&t, &in);
+    begin_queue(&t, &in);
     while (in.left)
         step(&t, &in);
     virtio_device(t.v)->ops->destroy(virtio_device(t.v));
