@@ -34,7 +34,6 @@
 #include "engine/soft/mmu.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <x86intrin.h>
 
@@ -554,7 +553,7 @@ static void *map_array(size_t n)
 
 int bt_direct_create(struct soft_vcpu *v, struct error *err)
 {
-    struct direct *d = calloc(1, sizeof(*d));
+    struct direct *d = map_array(sizeof(*d));
 
     _Static_assert(MAX_CHUNKS < UINT16_MAX, "places in chunks are 16 bits wide");
     if (d) {
@@ -583,6 +582,6 @@ void bt_direct_destroy(struct soft_vcpu *v)
         munmap(d->index, DIRECT_CHUNKS * sizeof(*d->index));
     if (d->chunks)
         munmap(d->chunks, MAX_CHUNKS * sizeof(*d->chunks));
-    free(d);
+    munmap(d, sizeof(*d));
     v->bt->direct = NULL;
 }
