@@ -115,6 +115,8 @@ static void build(void)
         .engine = engine,
         .power = rig_power(rig),
         .cpus = 1,
+        .cpuid = config.cpuid,
+        .phys_bits = cpuid_model_phys_bits(config.cpuid),
         .e820 = &e820,
         .debug_exit_port = 0xf4,
     };
