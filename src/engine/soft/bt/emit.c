@@ -456,7 +456,7 @@ u32 insn_changed_regs(const struct bt_insn *i)
 }
 
 /* The access of an instruction, where groups know of it. */
-bool simple_access(const struct bt_insn *i, struct access *a)
+static bool simple_access(const struct bt_insn *i, struct access *a)
 {
     *a = (struct access){RSP, NO_REG, 0, 0, i->word, false};
     switch (i->op) {

@@ -113,60 +113,11 @@ void direct_after(struct translation *t, const struct bt_insn *i)
         add_group(t, left);
 }
 
-/* The host register that holds what an access is based on: S1 if it is in memory. */
-static u8 load_base(struct translation *t, u8 base)
-{
-    if (base == PAGE_BASE)
-        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    else if (base != NO_REG)
-        return read_reg(t, base, S1);
-    return base == PAGE_BASE ? S1 : NO_REG;
-}
-
-/* Registers that aren't the same but for a constant afterwards. */
-static u32 moved_regs(const struct bt_insn *i)
-{
-    u32 moved = insn_changed_regs(i);
-    s32 by;
-
-    for (u8 reg = 0; reg < 16; reg++)
-        if ((moved & BIT32(reg)) && adds_constant(i, reg, &by))
-            moved &= ~BIT32(reg);
-    return moved;
-}
-
-/*
- * A check changes the host's flags, so those that the guest needs are kept for it, and brought back. While that is
- * so, the addresses of accesses further on are checked too, if their bases won't change until then and flags will be
- * made in between.
- */
-static void check_ahead(struct translation *t, const struct bt_insn *i)
-{
-    bool makes_flags = false;
-    u32 changed = 0;
-
-    for (unsigned n = t->at, checks = 0; n < t->count && checks < BT_DIRECT_GROUPS / 2; n++) {
-        const struct bt_insn *next = &t->insns[n];
-        struct access a;
-
-        if (makes_flags && simple_access(next, &a) && a.index == NO_REG &&
-            (a.base == PAGE_BASE || !(changed & BIT32(a.base))) && !is_covered(t, &a)) {
-            t->check_start = t->p;
-            cover(t, i, &a, load_base(t, a.base), NO_REG);
-            checks++;
-        }
-        makes_flags |= next->flags_out;
-        changed |= moved_regs(next);
-    }
-}
-
 /* Comes first: has the flags kept if there will be a check. */
-static void begin_check(struct translation *t, const struct bt_insn *i, const struct access *a)
+static void begin_check(struct translation *t, const struct access *a)
 {
-    if (!is_covered(t, a)) {
+    if (!is_covered(t, a))
         flags_clobber(t);
-        check_ahead(t, i);
-    }
     t->check_start = t->p;
 }
 
@@ -190,7 +141,6 @@ static s32 use_operand(struct translation *t, u8 base, u8 index, u8 scale, s32 d
 static s32 lone_access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp)
 {
     flags_clobber(t);
-    check_ahead(t, i);
     t->check_start = t->p;
     emit_address(t, i, S1, base, disp);
     if (i->seg != NO_REG)
@@ -205,7 +155,7 @@ static s32 based_access(struct translation *t, const struct bt_insn *i, u8 base,
 {
     struct access a = {.base = base, .index = NO_REG, .disp = disp};
 
-    begin_check(t, i, &a);
+    begin_check(t, &a);
     put_load_gs(&t->p, S1, slot);
     cover(t, i, &a, S1, NO_REG);
     return use_operand(t, S1, NO_REG, 0, disp);
@@ -231,7 +181,7 @@ s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
             (base == NO_REG && a.index == NO_REG) || (in_memory(t, base) && in_memory(t, a.index)))
             return lone_access(t, i, base, disp);
     }
-    begin_check(t, i, &a);
+    begin_check(t, &a);
     host_base = base == NO_REG ? NO_REG : read_reg(t, base, S1);
     if (a.index != NO_REG)
         host_index = read_reg(t, a.index, S1);
@@ -259,7 +209,7 @@ static void cover_stack(struct translation *t, const struct bt_insn *i, u8 reg)
 {
     struct access a = {.base = reg, .index = NO_REG};
 
-    begin_check(t, i, &a);
+    begin_check(t, &a);
     cover(t, i, &a, reg, NO_REG);
 }
 

@@ -130,8 +130,6 @@ struct access {
 /* Bases that are no registers: what RIP-relative operands are relative to (ip_page), and segments'. */
 #define PAGE_BASE GPR_ZERO
 #define SEG_BASE(seg) ((u8)(0x20 + (seg)))
-/* The access of an instruction, where checks may serve several. False: it has none of that kind. */
-bool simple_access(const struct bt_insn *i, struct access *a);
 /* Whether all that i does to `base` is to add *by. */
 bool adds_constant(const struct bt_insn *i, u8 base, s32 *by);
 bool in_memory(const struct translation *t, u8 reg);
