@@ -238,47 +238,40 @@ static void write_port(struct vga *vga, u16 port, u8 value)
     }
 }
 
+static u8 guest_reads(struct vga *vga, u16 port)
+{
+    u8 value;
+
+    device_lock(&vga->pci.dev);
+    value = read_port(vga, port);
+    device_unlock(&vga->pci.dev);
+    return value;
+}
+
+static void guest_writes(struct vga *vga, u16 port, u8 value)
+{
+    device_lock(&vga->pci.dev);
+    write_port(vga, port, value);
+    vga->changes++;
+    device_unlock(&vga->pci.dev);
+}
+
 /* Accesses of 16 bits, such as an index with its data, come as two of 8. */
 static u64 ports_read(void *opaque, u64 offset, unsigned size)
 {
-    struct vga *vga = opaque;
-    u8 value;
-
-    device_lock(&vga->pci.dev);
-    value = read_port(vga, PORT_VGA + offset);
-    device_unlock(&vga->pci.dev);
-    return value;
+    return guest_reads(opaque, (u16)(PORT_VGA + offset));
 }
-
 static void ports_write(void *opaque, u64 offset, u64 value, unsigned size)
 {
-    struct vga *vga = opaque;
-
-    device_lock(&vga->pci.dev);
-    write_port(vga, PORT_VGA + offset, (u8)value);
-    vga->changes++;
-    device_unlock(&vga->pci.dev);
+    guest_writes(opaque, (u16)(PORT_VGA + offset), (u8)value);
 }
-
 static u64 mono_read(void *opaque, u64 offset, unsigned size)
 {
-    struct vga *vga = opaque;
-    u8 value;
-
-    device_lock(&vga->pci.dev);
-    value = read_crtc_port(vga, PORT_VGA_MONO + offset);
-    device_unlock(&vga->pci.dev);
-    return value;
+    return guest_reads(opaque, (u16)(PORT_VGA_MONO + offset));
 }
-
 static void mono_write(void *opaque, u64 offset, u64 value, unsigned size)
 {
-    struct vga *vga = opaque;
-
-    device_lock(&vga->pci.dev);
-    write_crtc_port(vga, PORT_VGA_MONO + offset, (u8)value);
-    vga->changes++;
-    device_unlock(&vga->pci.dev);
+    guest_writes(opaque, (u16)(PORT_VGA_MONO + offset), (u8)value);
 }
 
 static const struct io_ops ports_ops = {ports_read, ports_write, 1};

@@ -4,25 +4,10 @@
  * itself what is in it.
  */
 #include "../unit/port_rig.h"
+#include "fuzz_device.h"
 #include "host/log.h"
 
 #define BUS 1
-
-struct input {
-    const uint8_t *data;
-    size_t left;
-};
-
-static u64 take(struct input *in, size_t n)
-{
-    u64 value = 0;
-
-    n = MIN(n, in->left);
-    memcpy(&value, in->data, n);
-    in->data += n;
-    in->left -= n;
-    return value;
-}
 
 static void owner(struct slot_rig *s, struct input *in)
 {
@@ -45,23 +30,6 @@ static void owner(struct slot_rig *s, struct input *in)
         pci_port_device(s->port)->ops->reset(pci_port_device(s->port));
         break;
     }
-}
-
-static void damaged_state(struct slot_rig *s, struct input *in)
-{
-    struct device *dev = pci_port_device(s->port);
-    size_t len = state_size(dev->state);
-    u8 *bytes = malloc(len);
-    struct error err;
-
-    state_save(dev->state, dev, bytes);
-    for (unsigned changes = take(in, 1) % 8; changes; changes--)
-        bytes[take(in, 2) % 320 % len] = take(in, 1);
-    device_lock(dev);
-    state_load(dev->state, dev, bytes, len, &err);
-    device_unlock(dev);
-    pci_host_loaded(s->host);
-    free(bytes);
 }
 
 static void step(struct slot_rig *s, struct input *in)
@@ -90,7 +58,8 @@ static void step(struct slot_rig *s, struct input *in)
         owner(s, in);
         break;
     case 7:
-        damaged_state(s, in);
+        load_damaged_state(pci_port_device(s->port), in);
+        pci_host_loaded(s->host);
         break;
     }
     if (s->card)

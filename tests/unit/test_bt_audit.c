@@ -6,6 +6,8 @@
 
 #include "engine/soft/bt/asm.h"
 
+#include "audit_rig.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,9 +15,6 @@
 
 #include <cmocka.h>
 
-#define CODE_SIZE 4096u
-#define HOT 64u
-#define COLD 2048u
 #define SITES 2u
 
 struct rig {
@@ -35,23 +34,9 @@ static int setup(void **state)
 {
     struct rig *r = calloc(1, sizeof(*r));
 
-    r->bt = calloc(1, sizeof(*r->bt));
-    r->bt->writable = calloc(1, CODE_SIZE);
-    r->bt->executable = r->bt->writable;
+    r->bt = code_create(&r->block, &r->exit);
     r->bt->sites = r->sites;
-    r->bt->exits = &r->exit;
-    r->block = (struct bt_block){.hot = HOT,
-                                 .cold = COLD,
-                                 .jump_entry = HOT,
-                                 .memory_entry = HOT,
-                                 .host_entry = HOT,
-                                 .memory_native = HOT,
-                                 .host_native = HOT,
-                                 .fault = BT_FAULT,
-                                 .perm = {NO_REG, NO_REG, NO_REG, NO_REG}};
     r->p = r->bt->writable + HOT;
-    for (unsigned n = 0; n <= BT_FAULT; n++)
-        r->bt->glue[n] = n;
     *state = r;
     return 0;
 }
@@ -60,8 +45,7 @@ static int teardown(void **state)
 {
     struct rig *r = *state;
 
-    free(r->bt->writable);
-    free(r->bt);
+    code_destroy(r->bt);
     free(r);
     return 0;
 }

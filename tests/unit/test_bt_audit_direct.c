@@ -7,6 +7,8 @@
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/translate.h"
 
+#include "audit_rig.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -14,9 +16,6 @@
 
 #include <cmocka.h>
 
-#define CODE_SIZE 4096u
-#define HOT 64u
-#define COLD 2048u
 #define MAX_LOOKS 4
 #define UNCHECKED "an address that isn't S1's"
 #define FAR (s32)(DIRECT_REACH + 64)
@@ -34,23 +33,9 @@ static int setup(void **state)
 {
     struct rig *r = calloc(1, sizeof(*r));
 
-    r->bt = calloc(1, sizeof(*r->bt));
-    r->bt->writable = calloc(1, CODE_SIZE);
-    r->bt->executable = r->bt->writable;
-    r->bt->exits = &r->exit;
-    r->block = (struct bt_block){.mode = BT_MODE_USER | BT_MODE_DIRECT,
-                                 .hot = HOT,
-                                 .cold = COLD,
-                                 .jump_entry = HOT,
-                                 .memory_entry = HOT,
-                                 .host_entry = HOT,
-                                 .memory_native = HOT,
-                                 .host_native = HOT,
-                                 .fault = BT_FAULT,
-                                 .perm = {NO_REG, NO_REG, NO_REG, NO_REG}};
+    r->bt = code_create(&r->block, &r->exit);
+    r->block.mode = BT_MODE_USER | BT_MODE_DIRECT;
     r->p = r->start = r->bt->writable + HOT;
-    for (unsigned n = 0; n <= BT_FAULT; n++)
-        r->bt->glue[n] = n;
     *state = r;
     return 0;
 }
@@ -59,8 +44,7 @@ static int teardown(void **state)
 {
     struct rig *r = *state;
 
-    free(r->bt->writable);
-    free(r->bt);
+    code_destroy(r->bt);
     free(r);
     return 0;
 }

@@ -3,6 +3,7 @@
  * come and go, a controller that is reset with commands under way, and a host that has no space left.
  */
 #include "disk_rig.h"
+#include "folder.h"
 #include "nvme_rig.h"
 
 #include <errno.h>
@@ -15,8 +16,6 @@
 
 #define DISK MIB(1)
 #define BLOCKS (DISK / 512)
-
-static char dir[] = "/tmp/doppel-nvme-XXXXXX";
 
 struct fixture {
     struct rig *r;
@@ -35,7 +34,7 @@ static struct fixture *create(const char *format, bool pool_only)
     struct error err = {0};
     char path[64];
 
-    snprintf(path, sizeof(path), "%s/%s", dir, format);
+    snprintf(path, sizeof(path), "%s/%s", folder, format);
     if (disk_create(path, &c, &err))
         fail_msg("%s", err.text);
     f->r = disk_rig_create();
@@ -884,18 +883,6 @@ static void an_impossible_state_is_refused(void **state)
     destroy(f);
 }
 
-static int setup(void **state)
-{
-    return mkdtemp(dir) ? 0 : -1;
-}
-static int teardown(void **state)
-{
-    char command[64];
-
-    snprintf(command, sizeof(command), "rm -r %s", dir);
-    return system(command);
-}
-
 int main(void)
 {
     static int pool_only;
@@ -925,5 +912,5 @@ int main(void)
         cmocka_unit_test(state_survives_the_round_trip),
         cmocka_unit_test(an_impossible_state_is_refused),
     };
-    return cmocka_run_group_tests_name("nvme", tests, setup, teardown);
+    return cmocka_run_group_tests_name("nvme", tests, folder_make, folder_remove);
 }

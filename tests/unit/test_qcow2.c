@@ -6,6 +6,8 @@
  */
 #include "block/disk.h"
 
+#include "folder.h"
+
 #include <errno.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -21,7 +23,6 @@
 
 #define DISK_SIZE (MIB(4) + 512 * 7)
 
-static char dir[] = "/tmp/doppel-qcow2-XXXXXX";
 static bool have_qemu_img;
 
 static u64 random_next(u64 *s)
@@ -38,7 +39,7 @@ static const char *in_dir(const char *name)
     static unsigned n;
     char *path = paths[n++ % 4];
 
-    snprintf(path, sizeof(paths[0]), "%s/%s", dir, name);
+    snprintf(path, sizeof(paths[0]), "%s/%s", folder, name);
     return path;
 }
 
@@ -52,7 +53,7 @@ static void shell(const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(command, sizeof(command), fmt, ap);
     va_end(ap);
-    snprintf(whole, sizeof(whole), "cd %s && { %s; } >log 2>&1 || { cat log >&2; false; }", dir,
+    snprintf(whole, sizeof(whole), "cd %s && { %s; } >log 2>&1 || { cat log >&2; false; }", folder,
              command);
     if (system(whole))
         fail_msg("%s", command);
@@ -452,15 +453,7 @@ static void a_corrupt_entry_stops_writes(void **state)
 static int setup(void **state)
 {
     have_qemu_img = system("command -v qemu-img >/dev/null") == 0;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    char command[128];
-
-    snprintf(command, sizeof(command), "rm -r %s", dir);
-    return system(command);
+    return folder_make(state);
 }
 
 int main(void)
@@ -474,5 +467,5 @@ int main(void)
         cmocka_unit_test(refuses_what_it_cannot_do),
         cmocka_unit_test(a_corrupt_entry_stops_writes),
     };
-    return cmocka_run_group_tests_name("qcow2", tests, setup, teardown);
+    return cmocka_run_group_tests_name("qcow2", tests, setup, folder_remove);
 }

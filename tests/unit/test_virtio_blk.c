@@ -4,6 +4,7 @@
  */
 #include "device/virtio/blk.h"
 #include "faulty_disk.h"
+#include "folder.h"
 #include "virtio_rig.h"
 
 #include <errno.h>
@@ -25,8 +26,6 @@ enum { T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_GET_ID = 8, T_DISCARD = 11, T_ZEROES 
 #define F_RO BIT(5)
 #define F_FLUSH BIT(9)
 #define F_CONFIG_WCE BIT(11)
-
-static char dir[] = "/tmp/doppel-blk-XXXXXX";
 
 /* ---- the machine around it ---- */
 
@@ -56,7 +55,7 @@ static struct fixture *create(const char *format, bool read_only, bool pool_only
     struct error err = {0};
     char path[64];
 
-    snprintf(path, sizeof(path), "%s/%s", dir, format);
+    snprintf(path, sizeof(path), "%s/%s", folder, format);
     if (access(path, F_OK) && disk_create(path, &c, &err))
         fail_msg("%s", err.text);
     f->d.rig = r;
@@ -380,18 +379,6 @@ static void state_survives_the_round_trip(void **state)
     destroy(f);
 }
 
-static int setup(void **state)
-{
-    return mkdtemp(dir) ? 0 : -1;
-}
-static int teardown(void **state)
-{
-    char command[64];
-
-    snprintf(command, sizeof(command), "rm -r %s", dir);
-    return system(command);
-}
-
 int main(void)
 {
     static int pool_only;
@@ -407,5 +394,5 @@ int main(void)
         cmocka_unit_test_prestate(many_requests_at_once_come_back, &pool_only),
         cmocka_unit_test(state_survives_the_round_trip),
     };
-    return cmocka_run_group_tests_name("virtio_blk", tests, setup, teardown);
+    return cmocka_run_group_tests_name("virtio_blk", tests, folder_make, folder_remove);
 }

@@ -13,10 +13,10 @@
 #include "engine/soft/pv.h"
 #include "engine/soft/run.h"
 #include "engine/soft/soft_cpuid.h"
+#include "host/pages.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -52,14 +52,6 @@ static unsigned soft_max_cpus(void)
     return SOFT_MAX_CPUS;
 }
 
-static void *map_zeroed(size_t n)
-{
-    void *p =
-        mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-    return p == MAP_FAILED ? NULL : p;
-}
-
 static size_t tracks_size(const struct memory_slot *s)
 {
     return (s->size >> GUEST_PAGE_SHIFT) * sizeof(struct page_track);
@@ -75,7 +67,7 @@ static void soft_destroy(struct engine *engine)
 
     for (unsigned n = 0; n < e->config.memory->nslots; n++) {
         if (e->pages[n])
-            munmap(e->pages[n], tracks_size(&e->config.memory->slots[n]));
+            pages_free(e->pages[n], tracks_size(&e->config.memory->slots[n]));
         free((void *)e->dirty[n]);
     }
     if (e->lapic_bus)
@@ -101,7 +93,7 @@ static struct engine *soft_create(const struct engine_config *config, struct err
         pthread_mutex_init(&e->code_locks[n].lock, NULL);
     e->lapic_bus = lapic_bus_create();
     for (unsigned n = 0; n < config->memory->nslots; n++) {
-        e->pages[n] = map_zeroed(tracks_size(&config->memory->slots[n]));
+        e->pages[n] = pages_alloc(tracks_size(&config->memory->slots[n]));
         if (!e->pages[n])
             goto fail;
     }
@@ -184,7 +176,7 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
     pthread_mutex_destroy(&v->posts_lock);
     pthread_cond_destroy(&v->wait_cond);
     pthread_mutex_destroy(&v->wait_lock);
-    munmap(v, sizeof(*v));
+    pages_free(v, sizeof(*v));
 }
 
 static void soft_vcpu_reset(struct vcpu *vcpu)
@@ -206,7 +198,7 @@ static void soft_vcpu_reset(struct vcpu *vcpu)
 static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, struct error *err)
 {
     struct soft_engine *e = engine_of(engine);
-    struct soft_vcpu *v = map_zeroed(sizeof(*v));
+    struct soft_vcpu *v = pages_alloc(sizeof(*v));
     struct lapic_config lapic = {
         .index = index,
         .id = (u8)cpuid_model_apic_id(e->config.cpuid, index),
@@ -378,7 +370,7 @@ static void soft_memory_changed(struct engine *engine)
 
     for (unsigned n = 0; n < e->config.memory->nslots; n++)
         if (!e->pages[n])
-            e->pages[n] = map_zeroed(tracks_size(&e->config.memory->slots[n]));
+            e->pages[n] = pages_alloc(tracks_size(&e->config.memory->slots[n]));
     for (unsigned c = 0; c < e->nvcpus; c++)
         if (e->vcpus[c]) {
             block_cache_flush(e->vcpus[c]);

@@ -16,6 +16,7 @@
  *  2. A page is mapped for reading while the page tables of the owner, as of its last flush, allow user code that
  *     and A is set; for writing, if they allow that, D is set, it is RAM that holds no translated code
  *     (bt_direct_protect), and there is no dirty log.
+ *     When the host refuses a change of a mapping, all ends (give_up).
  *  3. Direct code runs only in the owner's address space: CR3 and PCID are the owner's. When translations are
  *     dropped, all bytes (or one page's chunk's) become 0, until the page tables are read anew, when user code is
  *     entered next: that is cheap if little has changed.
@@ -32,6 +33,7 @@
 #include "engine/soft/code_pages.h"
 #include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
+#include "host/pages.h"
 
 #include <errno.h>
 #include <sys/mman.h>
@@ -43,13 +45,16 @@
 /* Below is not for programs to map (vm.mmap_min_addr); the last page of the user's half isn't either. */
 #define LOWEST KIB(64)
 #define HIGHEST (BIT(47) - GUEST_PAGE_SIZE)
-/* Host mappings that may be made at once, and in all: the kernel has a limit of 65,530. */
+/*
+ * Changes of mappings that may be made at once, and before all begin anew: each leaves two mappings more at most, and
+ * the kernel has a limit of 65,530.
+ */
 #define MAPS_AT_ONCE 256
+#define MAPS_MAX 24000
 /* What may be spent between two ticks on chunks that code wants: a mapping costs 1. */
 #define BUDGET 256
 #define LOOK_COST 1  /* reading a chunk's page tables */
 #define FAULT_COST 4 /* a host's page fault */
-#define MAPS_MAX 40000
 /* How many ticks in a row an owner is not seen before another may take its place. */
 #define IDLE_TICKS 8
 
@@ -60,29 +65,30 @@ enum chunk_state {
     CHUNK_EMPTY,  /* reserved, nothing is mapped, or nobody knows if what is mapped is right */
     CHUNK_ACTIVE, /* its byte is 1 */
     CHUNK_STALE,  /* it was active when translations were dropped */
-    CHUNK_FOREIGN /* it can't be reserved */
+    CHUNK_FOREIGN /* it can't be reserved, or can't be used any more */
 };
 
 struct chunk {
     u32 number;
-    u8 state;              /* enum chunk_state */
-    u64 page[CHUNK_PAGES]; /* what is mapped: guest-physical address | PAGE_*; 0: nothing */
+    u8 state; /* enum chunk_state */
 };
 
 struct direct {
     bool owned, current; /* there is an owner; it's the current address space */
     bool stale;          /* some chunk is */
-    bool possible;       /* the first chunk is reserved */
-    u64 base;            /* the owner's CR3, without PCID */
+    bool possible; /* the first chunk is reserved, and the host always did what it was asked */
+    u64 base;      /* the owner's CR3, without PCID */
     unsigned pcid;
     unsigned idle; /* ticks since the owner was seen */
     u64 candidate; /* the address space seen last, by CR3; how often in a row; and when (TSC) */
     unsigned seen;
     u64 last_tick;
     unsigned budget;
-    unsigned nmaps; /* mappings made since the owner became it */
+    unsigned nmaps; /* changes of mappings since nothing was mapped */
     u16 *index;     /* by chunk number: its place in chunks, and 1; 0: none */
     struct chunk *chunks;
+    u64 (*pages)
+        [CHUNK_PAGES]; /* of each: what is mapped, guest-physical address | PAGE_*; 0: nothing */
     unsigned nchunks;
 };
 
@@ -138,9 +144,15 @@ static struct chunk *reserve_around(struct direct *d, u32 number)
     return reserve(d, number);
 }
 
-static void set_byte(struct soft_vcpu *v, const struct chunk *c, u8 value)
+static u64 *pages_of(const struct direct *d, const struct chunk *c)
 {
-    v->direct_map[c->number] = value;
+    return d->pages[c - d->chunks];
+}
+
+static void set_state(struct soft_vcpu *v, struct chunk *c, enum chunk_state state)
+{
+    c->state = (u8)state;
+    v->direct_map[c->number] = state == CHUNK_ACTIVE;
 }
 
 /* --- The guest's page tables --- */
@@ -161,8 +173,10 @@ static const struct memory_slot *ram_at(const struct soft_vcpu *v, gpa_t gpa)
 
 static const _Atomic u64 *table_at(const struct soft_vcpu *v, gpa_t gpa)
 {
-    const struct memory_slot *s = ram_at(v, gpa);
+    const struct memory_slot *s;
 
+    gpa &= v->a20_mask;
+    s = ram_at(v, gpa);
     return s ? (const _Atomic u64 *)(const void *)(s->host + (gpa - s->gpa)) : NULL;
 }
 
@@ -253,43 +267,64 @@ static void read_tables(struct soft_vcpu *v, const struct chunk *c, u64 want[CHU
             gpa = entry & address;
         }
         want[n] = there && (table || u.large) && can_map(lin + n * GUEST_PAGE_SIZE)
-                      ? wanted(v, &u, entry, gpa)
+                      ? wanted(v, &u, entry, gpa & v->a20_mask)
                       : 0;
     }
 }
 
 /* --- Mapping --- */
 
-/* Maps n pages as `want` says of the first; the others follow it in guest-physical memory. */
-static bool map_run(const struct soft_vcpu *v, void *at, u64 n, u64 want, bool rights_only)
+/*
+ * The host didn't do what it was asked, so nobody knows what is mapped where: nothing is used any more, nor given
+ * back, for what was reserved must not become anybody else's.
+ */
+static void give_up(struct soft_vcpu *v)
+{
+    struct direct *d = v->bt->direct;
+
+    for (unsigned n = 0; n < d->nchunks; n++)
+        set_state(v, &d->chunks[n], CHUNK_FOREIGN);
+    d->possible = d->owned = d->current = false;
+}
+
+/* Maps n pages as `want` says of the first; the others follow it in guest-physical memory. False: it gave up. */
+static bool map_run(struct soft_vcpu *v, void *at, u64 n, u64 want, bool rights_only)
 {
     int prot = PROT_READ | (want & PAGE_WRITE ? PROT_WRITE : 0);
     gpa_t gpa = want & ~(GUEST_PAGE_SIZE - 1);
     u64 size = n << GUEST_PAGE_SHIFT;
     const struct memory_slot *s;
+    bool done;
 
-    if (!want)
-        return mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+    v->bt->direct->nmaps++;
+    v->stats.direct_mappings++;
+    if (!want) {
+        done = mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
                     -1, 0) != MAP_FAILED;
-    if (rights_only)
-        return !mprotect(at, size, prot);
-    s = ram_at(v, gpa);
-    return mmap(at, size, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, s->fd,
-                (off_t)(s->fd_offset + (gpa - s->gpa))) != MAP_FAILED;
+    } else if (rights_only) {
+        done = !mprotect(at, size, prot);
+    } else {
+        s = ram_at(v, gpa);
+        done = mmap(at, size, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, s->fd,
+                    (off_t)(s->fd_offset + (gpa - s->gpa))) != MAP_FAILED;
+    }
+    if (!done)
+        give_up(v);
+    return done;
 }
 
 /* How many pages from `first` on one mapping makes right. */
-static unsigned run_length(const struct soft_vcpu *v, const struct chunk *c,
+static unsigned run_length(const struct soft_vcpu *v, const u64 have[CHUNK_PAGES],
                            const u64 want[CHUNK_PAGES], unsigned first, bool rights_only)
 {
     const struct memory_slot *s = want[first] ? ram_at(v, want[first]) : NULL;
     unsigned n = first + 1;
 
-    for (; n < CHUNK_PAGES && want[n] != c->page[n]; n++) {
+    for (; n < CHUNK_PAGES && want[n] != have[n]; n++) {
         u64 next = want[first] ? want[first] + (u64)(n - first) * GUEST_PAGE_SIZE : 0;
 
         if (want[n] != next || (s && next - s->gpa >= s->size) ||
-            (rights_only && ((want[n] ^ c->page[n]) & ~PAGE_WRITE)))
+            (rights_only && ((want[n] ^ have[n]) & ~PAGE_WRITE)))
             break;
     }
     return n - first;
@@ -299,30 +334,26 @@ static unsigned run_length(const struct soft_vcpu *v, const struct chunk *c,
 static bool sync_chunk(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
 {
     struct direct *d = v->bt->direct;
-    u64 want[CHUNK_PAGES];
+    u64 *have = pages_of(d, c), want[CHUNK_PAGES];
 
     read_tables(v, c, want);
     for (unsigned n = 0; n < CHUNK_PAGES;) {
-        bool rights_only = want[n] && !((want[n] ^ c->page[n]) & ~PAGE_WRITE);
+        bool rights_only = want[n] && !((want[n] ^ have[n]) & ~PAGE_WRITE);
         u8 *at = (u8 *)(uintptr_t)(((u64)c->number << DIRECT_SHIFT) + n * GUEST_PAGE_SIZE);
         unsigned run;
 
-        if (want[n] == c->page[n]) {
+        if (want[n] == have[n]) {
             n++;
             continue;
         }
         if (!*maps || d->nmaps >= MAPS_MAX)
             return false;
-        run = run_length(v, c, want, n, rights_only);
+        run = run_length(v, have, want, n, rights_only);
         --*maps;
-        d->nmaps += !!want[n] && !rights_only;
-        v->stats.direct_mappings++;
-        if (!map_run(v, at, run, want[n], rights_only)) {
-            d->nmaps = MAPS_MAX; /* the host has no more */
+        if (!map_run(v, at, run, want[n], rights_only))
             return false;
-        }
         for (unsigned k = n; k < n + run; k++)
-            c->page[k] = want[k];
+            have[k] = want[k];
         n += run;
     }
     return true;
@@ -330,11 +361,9 @@ static bool sync_chunk(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
 
 static void activate(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
 {
-    c->state = CHUNK_EMPTY;
-    if (!sync_chunk(v, c, maps))
-        return;
-    c->state = CHUNK_ACTIVE;
-    set_byte(v, c, 1);
+    set_state(v, c, CHUNK_EMPTY);
+    if (sync_chunk(v, c, maps))
+        set_state(v, c, CHUNK_ACTIVE);
 }
 
 static void unmap_all(struct soft_vcpu *v)
@@ -343,15 +372,15 @@ static void unmap_all(struct soft_vcpu *v)
 
     for (unsigned n = 0; n < d->nchunks; n++) {
         struct chunk *c = &d->chunks[n];
+        u64 *have = pages_of(d, c);
         bool any = false;
 
         if (c->state == CHUNK_FOREIGN)
             continue;
-        set_byte(v, c, 0);
-        c->state = CHUNK_EMPTY;
+        set_state(v, c, CHUNK_EMPTY);
         for (unsigned k = 0; k < CHUNK_PAGES; k++) {
-            any |= !!c->page[k];
-            c->page[k] = 0;
+            any |= !!have[k];
+            have[k] = 0;
         }
         if (any)
             map_run(v, chunk_start(c->number), chunk_size(c->number) >> GUEST_PAGE_SHIFT, 0, false);
@@ -366,8 +395,7 @@ static void make_stale(struct soft_vcpu *v, struct chunk *c)
 {
     if (c->state != CHUNK_ACTIVE)
         return;
-    set_byte(v, c, 0);
-    c->state = CHUNK_STALE;
+    set_state(v, c, CHUNK_STALE);
     v->bt->direct->stale = true;
 }
 
@@ -411,14 +439,12 @@ void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa)
     struct direct *d = v->bt ? v->bt->direct : NULL;
 
     for (unsigned n = 0; d && n < d->nchunks; n++) {
-        struct chunk *c = &d->chunks[n];
+        u64 *have = d->pages[n], start = (u64)d->chunks[n].number << DIRECT_SHIFT;
 
         for (unsigned k = 0; k < CHUNK_PAGES; k++)
-            if (c->page[k] == (gpa | PAGE_MAPPED | PAGE_WRITE)) {
-                u64 at = ((u64)c->number << DIRECT_SHIFT) + k * GUEST_PAGE_SIZE;
-
-                c->page[k] &= ~PAGE_WRITE;
-                map_run(v, (void *)(uintptr_t)at, 1, c->page[k], true);
+            if (have[k] == (gpa | PAGE_MAPPED | PAGE_WRITE)) {
+                have[k] &= ~PAGE_WRITE;
+                map_run(v, (void *)(uintptr_t)(start + k * GUEST_PAGE_SIZE), 1, have[k], true);
             }
     }
 }
@@ -438,10 +464,8 @@ static void rest(struct soft_vcpu *v, gva_t lin)
 {
     struct chunk *c = find_chunk(v->bt->direct, lin);
 
-    if (!c || c->state != CHUNK_ACTIVE)
-        return;
-    set_byte(v, c, 0);
-    c->state = CHUNK_EMPTY;
+    if (c && c->state == CHUNK_ACTIVE)
+        set_state(v, c, CHUNK_EMPTY);
 }
 
 static void spend(struct direct *d, unsigned cost)
@@ -492,7 +516,7 @@ static void take_over(struct soft_vcpu *v)
     struct direct *d = v->bt->direct;
 
     unmap_all(v);
-    d->owned = d->current = true;
+    d->owned = d->current = d->possible;
     d->base = table_base(v);
     d->pcid = v->cpu.cr4 & CR4_PCIDE ? (unsigned)(v->cpu.cr3 & CR3_PCID_MASK) : 0;
     d->idle = 0;
@@ -515,6 +539,8 @@ void bt_direct_tick(struct soft_vcpu *v)
     if (d->current) {
         d->idle = 0;
         d->budget = BUDGET;
+        if (d->nmaps >= MAPS_MAX)
+            unmap_all(v);
         return;
     }
     d->idle++;
@@ -538,30 +564,23 @@ bool bt_direct_enter(struct soft_vcpu *v)
         if (d->chunks[n].state == CHUNK_STALE)
             activate(v, &d->chunks[n], &maps);
     d->stale = false;
-    return true;
+    return d->current;
 }
 
 /* --- Life --- */
 
-static void *map_array(size_t n)
-{
-    void *p =
-        mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-    return p == MAP_FAILED ? NULL : p;
-}
-
 int bt_direct_create(struct soft_vcpu *v, struct error *err)
 {
-    struct direct *d = map_array(sizeof(*d));
+    struct direct *d = pages_alloc(sizeof(*d));
 
     _Static_assert(MAX_CHUNKS < UINT16_MAX, "places in chunks are 16 bits wide");
     if (d) {
-        d->index = map_array(DIRECT_CHUNKS * sizeof(*d->index));
-        d->chunks = map_array(MAX_CHUNKS * sizeof(*d->chunks));
+        d->index = pages_alloc(DIRECT_CHUNKS * sizeof(*d->index));
+        d->chunks = pages_alloc(MAX_CHUNKS * sizeof(*d->chunks));
+        d->pages = pages_alloc(MAX_CHUNKS * sizeof(*d->pages));
         v->bt->direct = d;
     }
-    if (d && d->index && d->chunks) {
+    if (d && d->index && d->chunks && d->pages) {
         d->possible = reserve(d, 0);
         return 0;
     }
@@ -578,10 +597,9 @@ void bt_direct_destroy(struct soft_vcpu *v)
     for (unsigned n = 0; n < d->nchunks; n++)
         if (d->chunks[n].state != CHUNK_FOREIGN)
             munmap(chunk_start(d->chunks[n].number), chunk_size(d->chunks[n].number));
-    if (d->index)
-        munmap(d->index, DIRECT_CHUNKS * sizeof(*d->index));
-    if (d->chunks)
-        munmap(d->chunks, MAX_CHUNKS * sizeof(*d->chunks));
-    munmap(d, sizeof(*d));
+    pages_free(d->index, DIRECT_CHUNKS * sizeof(*d->index));
+    pages_free(d->chunks, MAX_CHUNKS * sizeof(*d->chunks));
+    pages_free(d->pages, MAX_CHUNKS * sizeof(*d->pages));
+    pages_free(d, sizeof(*d));
     v->bt->direct = NULL;
 }

@@ -22,13 +22,13 @@
 
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/flags.h"
+#include "host/pages.h"
 #include "host/trap.h"
 
 #include <asm/prctl.h>
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -194,20 +194,16 @@ int bt_kick_create(struct soft_vcpu *v, struct error *err)
 
     if (ret)
         return ret;
-    v->bt->signal_stack = mmap(NULL, SIGNAL_STACK, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    if (v->bt->signal_stack == MAP_FAILED) {
-        v->bt->signal_stack = NULL;
+    v->bt->signal_stack = pages_alloc(SIGNAL_STACK);
+    if (!v->bt->signal_stack)
         return error_host(err, ENOMEM, "a stack for signals");
-    }
     return trap_region_add_handler(v->bt->executable, BT_CODE_SIZE, on_exception, v, err);
 }
 
 void bt_kick_destroy(struct soft_vcpu *v)
 {
     trap_region_remove(v->bt->executable);
-    if (v->bt->signal_stack)
-        munmap(v->bt->signal_stack, SIGNAL_STACK);
+    pages_free(v->bt->signal_stack, SIGNAL_STACK);
 }
 
 void bt_thread_begin(struct soft_vcpu *v)

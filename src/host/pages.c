@@ -1,0 +1,17 @@
+#include "host/pages.h"
+
+#include <sys/mman.h>
+
+void *pages_alloc(size_t size)
+{
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
+
+    return p == MAP_FAILED ? NULL : p;
+}
+
+void pages_free(void *pages, size_t size)
+{
+    if (pages)
+        munmap(pages, size);
+}

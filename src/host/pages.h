@@ -1,0 +1,14 @@
+/*
+ * Large arrays: zeroed memory of the host's, which costs nothing until it is touched.
+ */
+#ifndef DOPPEL_HOST_PAGES_H
+#define DOPPEL_HOST_PAGES_H
+
+#include <stddef.h>
+
+/* `size` bytes of zeroes, for pages_free. NULL, and errno: there is no address space. */
+void *pages_alloc(size_t size);
+/* NULL is nothing. */
+void pages_free(void *pages, size_t size);
+
+#endif
