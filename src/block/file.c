@@ -16,11 +16,49 @@
 
 #define IOV_CHUNK 256 /* below IOV_MAX */
 
+/*
+ * Who reads an image holds the bytes that QEMU's programs hold then, and looks at those that would be held against it,
+ * so that any number of both can read one (QEMU, block/file-posix.c: 100 and on, what one does; 200 and on, what one
+ * lets nobody else do). Who writes holds every byte.
+ */
+enum { QEMU_READS = 100, QEMU_WRITES = 101, QEMU_RESIZES = 103 };
+enum { QEMU_BARS_READING = 200, QEMU_BARS_WRITING = 201, QEMU_BARS_RESIZING = 203 };
+
+/* A lock of `type` on len bytes from `start` on (0: all that follow). 0, or -1 and errno. */
+static int set_lock(const struct block_file *f, short type, off_t start, off_t len)
+{
+    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = start, .l_len = len};
+
+    return fcntl(f->fd, F_OFD_SETLK, &lock);
+}
+
+/* Whether somebody else holds the byte. */
+static bool is_held(const struct block_file *f, off_t byte)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+
+    return fcntl(f->fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+static int lock_for_reading(const struct block_file *f)
+{
+    static const off_t held[] = {QEMU_READS, QEMU_BARS_WRITING, QEMU_BARS_RESIZING};
+    static const off_t against[] = {QEMU_WRITES, QEMU_RESIZES, QEMU_BARS_READING};
+
+    for (unsigned n = 0; n < ARRAY_SIZE(held); n++)
+        if (set_lock(f, F_RDLCK, held[n], 1))
+            return -1;
+    for (unsigned n = 0; n < ARRAY_SIZE(against); n++)
+        if (is_held(f, against[n])) {
+            errno = EAGAIN;
+            return -1;
+        }
+    return 0;
+}
+
 static int lock_file(struct block_file *f, struct error *err)
 {
-    struct flock lock = {.l_type = f->writable ? F_WRLCK : F_RDLCK, .l_whence = SEEK_SET};
-
-    if (fcntl(f->fd, F_OFD_SETLK, &lock) == 0)
+    if ((f->writable ? set_lock(f, F_WRLCK, 0, 0) : lock_for_reading(f)) == 0)
         return 0;
     if (errno == EAGAIN || errno == EACCES)
         return error_input(err, "%s: in use by another process: end that one first", f->path);

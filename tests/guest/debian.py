@@ -133,8 +133,7 @@ def session(cases, login, firmware):
 
 def image_checks(cases, directory, disk, data):
     """The image that the guest left: whole, and with the file in it."""
-    # Another machine's test may have the image behind it open.
-    check = subprocess.run(["qemu-img", "check", "--force-share", disk], check=False,
+    check = subprocess.run(["qemu-img", "check", disk], check=False,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     cases.check("image-check", check.returncode == 0, check.stdout)
     raw, out = os.path.join(directory, "raw"), os.path.join(directory, "data")

@@ -29,10 +29,13 @@ def qemu_img(*args):
 HOLD = """
 import fcntl, struct, sys, time
 file = open(sys.argv[1], "r+b")
-fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", KIND, 0, 0, 0, 0))
+for start, length in LOCKS:
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", KIND, 0, start, length, 0))
 print("held", flush=True)
 time.sleep(1000)
 """
+WRITER = HOLD.replace("KIND", "fcntl.F_WRLCK").replace("LOCKS", "[(0, 0)]")
+READER = HOLD.replace("KIND", "fcntl.F_RDLCK").replace("LOCKS", "[(100, 1), (201, 1), (203, 1)]")
 
 
 class Test:
@@ -147,10 +150,9 @@ def locks(test):
     image = test.path("locked.qcow2")
     test.done("image-lock-create", "create", image, "1M")
     for mode, script, refused in (
-            ("writer", "fcntl.F_WRLCK", ("check", "resize")),
-            ("reader", "fcntl.F_RDLCK", ("resize",))):
-        holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("KIND", script), image],
-                                  stdout=subprocess.PIPE)
+            ("writer", WRITER, ("check", "resize")),
+            ("reader", READER, ("resize",))):
+        holder = subprocess.Popen([sys.executable, "-c", script, image], stdout=subprocess.PIPE)
         holder.stdout.readline()
         for command in ("check", "resize"):
             args = [command, image] + (["2M"] if command == "resize" else [])
@@ -158,16 +160,30 @@ def locks(test):
                 test.refused(f"image-lock-{mode}-{command}", "in use by another process", *args)
             else:
                 test.done(f"image-lock-{mode}-{command}", *args)
+        # QEMU's programs keep out, and let in, whom doppel does.
+        for command, args in (("check", ()), ("resize", ("2M",))):
+            status, output = qemu_img(command, image, *args)
+            test.cases.check(f"image-lock-{mode}-qemu-{command}",
+                             (status != 0 and "lock" in output) == (command in refused),
+                             f"{status}: {output}")
         holder.kill()
         holder.wait()
     test.done("image-lock-gone", "resize", image, "2M")
     # Whoever shows a backing image reads it, so nobody may change that.
     top = test.path("top.qcow2")
     test.done("image-lock-top", "create", "--force", "-b", image, top)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("KIND", "fcntl.F_WRLCK"), image],
-                              stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", WRITER, image], stdout=subprocess.PIPE)
     holder.stdout.readline()
     test.refused("image-lock-backing", "in use by another process", "convert", top, test.path("e"))
+    holder.kill()
+    holder.wait()
+    # One of QEMU's that writes keeps us out, too.
+    holder = subprocess.Popen(["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdin.write(b"write 0 4k\n")
+    holder.stdin.flush()
+    holder.stdout.readline()
+    test.refused("image-lock-qemu-writer", "in use by another process", "check", image)
     holder.kill()
     holder.wait()
 
