@@ -44,13 +44,6 @@ done
 """.replace("WRITERS", str(WRITERS))
 
 
-def run(*command):
-    """Runs a command; (status, output)."""
-    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
-    return result.returncode, result.stdout
-
-
 def write_and_kill(directory, disk, number, rng):
     """One round; returns {NAME: md5} of what the guest said it had synced, or None when it didn't get so far."""
     vm = guest.Guest("--engine", "bt", "--kernel", guest.kernel(), "--initrd",
@@ -73,7 +66,7 @@ def files_on(raw, directory):
     shutil.rmtree(out, ignore_errors=True)
     os.mkdir(out)
     folders = " ".join(f"/{i + 1}" for i in range(WRITERS))
-    run("debugfs", "-R", f"rdump {folders} {out}", raw)
+    guest.tool("debugfs", "-R", f"rdump {folders} {out}", raw)
     found = {}
     for folder, _, names in os.walk(out):
         for name in names:
@@ -86,12 +79,12 @@ def files_on(raw, directory):
 def look(cases, directory, disk, number, synced):
     """What is wrong with the image after a round is told as cases."""
     raw = os.path.join(directory, "raw")
-    status, output = run("qemu-img", "check", disk)
+    status, output = guest.tool("qemu-img", "check", disk)
     cases.check(f"round-{number}-image", status in (0, 3), output)  # 3: space is lost, as after any crash
     subprocess.run([guest.DOPPEL, "image", "convert", "--force", "-O", "raw", disk, raw], check=True)
     # First the journal, then whether it left anything to mend.
-    status, output = run("e2fsck", "-fp", raw)
-    again, more = run("e2fsck", "-fn", raw)
+    status, output = guest.tool("e2fsck", "-fp", raw)
+    again, more = guest.tool("e2fsck", "-fn", raw)
     cases.check(f"round-{number}-fsck", status in (0, 1) and again == 0, output + more)
     found = files_on(raw, directory)
     lost = [name for name, digest in synced.items() if found.get(name) != digest]
@@ -119,7 +112,7 @@ def main():
             before = synced
         subprocess.run([guest.DOPPEL, "image", "check", "--repair", disk], check=True,
                        stdout=subprocess.DEVNULL)
-        status, output = run("qemu-img", "check", disk)
+        status, output = guest.tool("qemu-img", "check", disk)
         cases.check("lost-space-is-found", status == 0, output)
     cases.done()
 

@@ -133,15 +133,13 @@ def session(cases, login, firmware):
 
 def image_checks(cases, directory, disk, data):
     """The image that the guest left: whole, and with the file in it."""
-    check = subprocess.run(["qemu-img", "check", disk], check=False,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    cases.check("image-check", check.returncode == 0, check.stdout)
+    status, output = guest.tool("qemu-img", "check", disk)
+    cases.check("image-check", status == 0, output)
     raw, out = os.path.join(directory, "raw"), os.path.join(directory, "data")
     subprocess.run([guest.DOPPEL, "image", "convert", "-O", "raw", disk, raw], check=True)
     root = f"{raw}?offset={ROOT_OFFSET}"
-    fsck = subprocess.run(["e2fsck", "-fn", root], check=False, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
-    cases.check("fsck", fsck.returncode == 0, fsck.stdout)
+    status, output = guest.tool("e2fsck", "-fn", root)
+    cases.check("fsck", status == 0, output)
     subprocess.run(["debugfs", "-R", f"dump /root/data {out}", root], check=True,
                    stderr=subprocess.DEVNULL)
     with open(out, "rb") as file:

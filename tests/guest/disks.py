@@ -83,13 +83,6 @@ def told(vm):
                 if line[1] in ("synced", "found") and " " in line[2]}
 
 
-def qemu_img(*args):
-    """Runs qemu-img; (status, output)."""
-    result = subprocess.run(["qemu-img", *args], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, check=False)
-    return result.returncode, result.stdout
-
-
 def answer_port(path):
     """Sends back the line that comes from the guest's port."""
     deadline = time.monotonic() + guest.PATIENCE
@@ -141,7 +134,7 @@ def main():
         cases.check("disks-fstrim", "fstrim" not in first, "it failed")
         cases.check("disks-locked", second.returncode == 2 and "in use" in second.stderr,
                     f"{second.returncode}: {second.stderr}")
-        status, output = qemu_img("check", qcow2)
+        status, output = guest.tool("qemu-img", "check", qcow2)
         cases.check("disks-check-after-kill", status in (0, 3), output)  # 3: leaks only
 
         hvc, port = os.path.join(directory, "hvc0"), os.path.join(directory, "port")
@@ -162,11 +155,11 @@ def main():
                         f"{kept} became {second_boot.get(('found', disk))}")
         subprocess.run([guest.DOPPEL, "image", "check", "--repair", qcow2], check=True,
                        stdout=subprocess.DEVNULL)
-        status, output = qemu_img("check", qcow2)
+        status, output = guest.tool("qemu-img", "check", qcow2)
         cases.check("disks-check", status == 0, output)
         out = os.path.join(directory, "copy.raw")
         subprocess.run([guest.DOPPEL, "image", "convert", "-O", "raw", qcow2, out], check=True)
-        status, output = qemu_img("compare", qcow2, out)
+        status, output = guest.tool("qemu-img", "compare", qcow2, out)
         cases.check("disks-compare", status == 0, output)
         if cases.failed:
             vm.show()

@@ -74,19 +74,6 @@ fi
 """
 
 
-def boot_disk(directory):
-    """A disk of 1 MiB with the boot sector and what it reads; returns its path."""
-    source, obj = (os.path.join(directory, name) for name in ("boot.S", "boot.o"))
-    image = os.path.join(directory, "boot.img")
-    with open(source, "w", encoding="ascii") as file:
-        file.write(BOOT_SECTOR)
-    subprocess.run(["as", "--32", source, "-o", obj], check=True)
-    subprocess.run(["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", obj, "-o",
-                    image], check=True)
-    os.truncate(image, 1 << 20)
-    return image
-
-
 def rescue_iso(directory):
     """GRUB's rescue CD-ROM, for BIOS and UEFI, with memtest86+ on it; returns its path."""
     tree, image = os.path.join(directory, "tree"), os.path.join(directory, "rescue.iso")
@@ -140,7 +127,7 @@ def boots_to(directory, pattern, *options, patience=guest.PATIENCE):
 
 def sector_cases(cases, directory):
     """The boot sector, from each kind of disk, with each software engine."""
-    image = boot_disk(directory)
+    image = guest.boot_disk(directory, BOOT_SECTOR)
     for bus, engine in itertools.product(("virtio", "ide", "nvme"), ("interp", "bt")):
         name = f"{bus}, {engine}"
         text, picture = (os.path.join(directory, "screen" + end) for end in (".txt", ".png"))

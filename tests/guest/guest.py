@@ -78,6 +78,25 @@ def initramfs(directory, script=None, *files):
     return out
 
 
+def tool(*command):
+    """Runs a program of the host's; (status, output)."""
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+    return result.returncode, result.stdout
+
+
+def boot_disk(directory, source):
+    """A disk of 1 MiB that begins with a boot sector, and what it reads, in assembly; returns its path."""
+    text, obj, image = (os.path.join(directory, "boot" + end) for end in (".S", ".o", ".img"))
+    with open(text, "w", encoding="ascii") as file:
+        file.write(source)
+    subprocess.run(["as", "--32", text, "-o", obj], check=True)
+    subprocess.run(["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", obj, "-o",
+                    image], check=True)
+    os.truncate(image, 1 << 20)
+    return image
+
+
 def temporary():
     """A directory that goes with the `with` statement."""
     return tempfile.TemporaryDirectory(prefix="doppel-test.")

@@ -149,9 +149,8 @@ def play(cases, directory, engine):
     vm.process.send_signal(signal.SIGTERM)
     if not cases.equal(f"{engine}-end", vm.finish(), 0) or cases.failed:
         vm.show()
-    result = subprocess.run(["qemu-img", "check", disk], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, check=False)
-    cases.equal(f"{engine}-image", result.returncode, 0)
+    status, output = guest.tool("qemu-img", "check", disk)
+    cases.check(f"{engine}-image", status == 0, output)
 
 
 def main():

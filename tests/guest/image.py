@@ -18,13 +18,6 @@ def doppel(*args):
     return result.returncode, result.stdout, result.stderr
 
 
-def qemu_img(*args):
-    """Runs qemu-img; (status, output)."""
-    result = subprocess.run(["qemu-img", *args], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, check=False)
-    return result.returncode, result.stdout
-
-
 # Holds a lock as doppel does, until it is killed.
 HOLD = """
 import fcntl, struct, sys, time
@@ -63,12 +56,12 @@ class Test:
 
     def sound(self, name, image):
         """qemu-img finds nothing wrong."""
-        status, output = qemu_img("check", image)
+        status, output = guest.tool("qemu-img", "check", image)
         self.cases.check(name, status == 0, output)
 
     def same(self, name, one, other):
         """Two images hold the same disk."""
-        status, output = qemu_img("compare", one, other)
+        status, output = guest.tool("qemu-img", "compare", one, other)
         self.cases.check(name, status == 0, output)
 
     def data(self, name, size, seed, pieces=20):
@@ -94,7 +87,7 @@ def convert(test):
         test.same(name + "-compare", raw, out)
     for compression in ("zlib", "zstd"):
         packed, back = test.path("packed.qcow2"), test.path("back.raw")
-        qemu_img("convert", "-c", "-O", "qcow2", "-o", f"compression_type={compression}", raw,
+        guest.tool("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={compression}", raw,
                  packed)
         test.done(f"image-convert-{compression}", "convert", "--force", "-O", "raw", packed, back)
         test.same(f"image-convert-{compression}-compare", raw, back)
@@ -107,7 +100,7 @@ def convert(test):
     with open(test.path("odd.raw"), "wb") as file:
         file.write(os.urandom(1000))
     test.done("image-convert-odd", "convert", "--force", test.path("odd.raw"), test.path("odd.qcow2"))
-    status, output = qemu_img("compare", test.path("odd.raw"), test.path("odd.qcow2"))
+    status, output = guest.tool("qemu-img", "compare", test.path("odd.raw"), test.path("odd.qcow2"))
     test.cases.check("image-convert-odd-compare", status == 0, output)
 
 
@@ -162,7 +155,7 @@ def locks(test):
                 test.done(f"image-lock-{mode}-{command}", *args)
         # QEMU's programs keep out, and let in, whom doppel does.
         for command, args in (("check", ()), ("resize", ("2M",))):
-            status, output = qemu_img(command, image, *args)
+            status, output = guest.tool("qemu-img", command, image, *args)
             test.cases.check(f"image-lock-{mode}-qemu-{command}",
                              (status != 0 and "lock" in output) == (command in refused),
                              f"{status}: {output}")
@@ -216,7 +209,7 @@ def check_and_resize(test):
     out = test.done("image-info", "info", image)
     test.cases.check("image-info-says", "format: qcow2" in out and "1073741824 bytes" in out, out)
     test.done("image-check", "check", image)
-    qemu_img("convert", "-n", "-O", "qcow2", test.path("a.raw"), image)
+    guest.tool("qemu-img", "convert", "-n", "-O", "qcow2", test.path("a.raw"), image)
     with open(image, "r+b") as file:  # a cluster more counts as used: a leak
         file.seek(0, os.SEEK_END)
         end = file.tell()
@@ -258,7 +251,7 @@ def refusals(test):
     test.cases.check("image-nothing-left", not os.path.exists(test.path("e")), "a file is left")
     loop = test.path("loop.qcow2")
     test.done("image-loop", "create", "-b", image, loop)
-    qemu_img("rebase", "-u", "-b", loop, "-F", "qcow2", image)
+    guest.tool("qemu-img", "rebase", "-u", "-b", loop, "-F", "qcow2", image)
     test.refused("image-loop-refused", "circle", "convert", loop, test.path("e"))
 
 

@@ -84,18 +84,6 @@ TYPED = "Hello, 2 you!"
 TYPED_ROW = 2 # after the two rows that the characters take
 
 
-def boot_disk(directory):
-    """A disk with the boot sector; returns its path."""
-    source, obj, image = (os.path.join(directory, "boot" + end) for end in (".S", ".o", ".img"))
-    with open(source, "w", encoding="ascii") as file:
-        file.write(BOOT_SECTOR)
-    subprocess.run(["as", "--32", source, "-o", obj], check=True)
-    subprocess.run(["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", obj, "-o",
-                    image], check=True)
-    os.truncate(image, 1 << 20)
-    return image
-
-
 def wait_for(viewer, condition):
     """Takes updates in until the condition holds; returns the rectangles of the last one, None when it was in vain."""
     deadline = time.monotonic() + guest.PATIENCE
@@ -190,7 +178,7 @@ def main():
     """All cases."""
     cases = guest.Cases()
     with guest.temporary() as directory:
-        image, path = boot_disk(directory), os.path.join(directory, "vnc")
+        image, path = guest.boot_disk(directory, BOOT_SECTOR), os.path.join(directory, "vnc")
         process = subprocess.Popen([guest.DOPPEL, "run", "--firmware", "bios", "--disk",
                                     f"{image},format=raw", "--serial", "none", "--vnc", "unix:" + path],
                                    stdin=subprocess.DEVNULL)

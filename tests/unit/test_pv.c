@@ -6,35 +6,19 @@
 #include "engine/soft/pv.h"
 #include "engine/soft/soft_cpuid.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
+#include "soft_rig.h"
 
 #define STEAL 0x1000
 #define PREEMPTED 16 /* offset in the structure */
 
-static struct event_loop *loop;
-static struct guest_memory memory;
-
 static int set_up(void **state)
 {
-    struct soft_vcpu *v = calloc(1, sizeof(*v));
-    struct soft_engine *e = calloc(1, sizeof(*e));
+    struct soft_vcpu *v = soft_rig_create();
     struct error err;
 
-    assert_non_null(v);
-    assert_non_null(e);
-    memory = (struct guest_memory){0};
-    loop = event_loop_create(&err);
-    assert_int_equal(memory_add_slot(&memory, 0, MIB(1), 0, &err), 0);
-    e->config.memory = &memory;
-    e->config.clock = vm_clock_create(loop, &err);
-    e->config.cpuid = cpuid_model_create("v2", soft_cpuid_support(), 2, 1000000000, &err);
-    assert_non_null(e->config.cpuid);
-    v->engine = e;
-    v->cpuid = e->config.cpuid;
+    v->engine->config.cpuid = cpuid_model_create("v2", soft_cpuid_support(), 2, 1000000000, &err);
+    assert_non_null(v->engine->config.cpuid);
+    v->cpuid = v->engine->config.cpuid;
     soft_tlb_init(v);
     *state = v;
     return 0;
@@ -46,11 +30,7 @@ static int tear_down(void **state)
 
     pv_destroy(v);
     cpuid_model_destroy((struct cpuid_model *)v->cpuid);
-    vm_clock_destroy(v->engine->config.clock);
-    memory_destroy(&memory);
-    event_loop_destroy(loop);
-    free(v->engine);
-    free(v);
+    soft_rig_destroy(v);
     return 0;
 }
 

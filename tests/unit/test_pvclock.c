@@ -3,47 +3,23 @@
  */
 #include "engine/soft/pvclock.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
+#include "soft_rig.h"
 
 #define SYSTEM_TIME 0x1000
 #define WALL_CLOCK 0x2000
 
-static struct event_loop *loop;
-static struct guest_memory memory;
-
 static int set_up(void **state)
 {
-    struct soft_vcpu *v = calloc(1, sizeof(*v));
-    struct soft_engine *e = calloc(1, sizeof(*e));
-    struct error err;
+    struct soft_vcpu *v = soft_rig_create();
 
-    loop = event_loop_create(&err);
-    memory = (struct guest_memory){0};
-    assert_non_null(v);
-    assert_non_null(e);
-    assert_non_null(loop);
-    assert_int_equal(memory_add_slot(&memory, 0, MIB(1), 0, &err), 0);
-    e->config.memory = &memory;
-    e->config.clock = vm_clock_create(loop, &err);
-    e->tsc_hz = 2596140000;
-    v->engine = e;
+    v->engine->tsc_hz = 2596140000;
     *state = v;
     return 0;
 }
 
 static int tear_down(void **state)
 {
-    struct soft_vcpu *v = *state;
-
-    vm_clock_destroy(v->engine->config.clock);
-    memory_destroy(&memory);
-    event_loop_destroy(loop);
-    free(v->engine);
-    free(v);
+    soft_rig_destroy(*state);
     return 0;
 }
 

@@ -621,13 +621,6 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
     }
 }
 
-/* Whether it is gs:[disp]. */
-static bool is_gs(const ZydisDecodedOperand *op)
-{
-    return op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
-           op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE;
-}
-
 static bool take_store(struct audit *a, const ZydisDecodedOperand *ops)
 {
     struct known *known = &a->known;

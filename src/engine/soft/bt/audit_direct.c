@@ -214,13 +214,6 @@ static void copy_value(struct direct_known *k, u32 from, u32 to)
     }
 }
 
-/* Whether it is gs:[disp]. */
-static bool is_slot(const ZydisDecodedOperand *op)
-{
-    return op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
-           op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE;
-}
-
 static bool is_move(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops, unsigned to,
                     unsigned from)
 {
@@ -327,10 +320,10 @@ static void take_copies(struct direct_known *k, const ZydisDecodedInstruction *z
     if (zi->mnemonic != ZYDIS_MNEMONIC_MOV)
         return;
     for (unsigned reg = 0; reg <= S2; reg++) {
-        if (is_reg64(&ops[1], reg) && is_slot(&ops[0]))
+        if (is_reg64(&ops[1], reg) && is_gs(&ops[0]))
             copy_value(k, register_value(k, ops[1].reg.value),
                        SLOT_VALUE((u32)ops[0].mem.disp.value));
-        if (!is_reg64(&ops[0], reg) || !is_slot(&ops[1]))
+        if (!is_reg64(&ops[0], reg) || !is_gs(&ops[1]))
             continue;
         if (reg == S1)
             k->s1_slot = (u32)ops[1].mem.disp.value;

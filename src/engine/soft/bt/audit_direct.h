@@ -37,6 +37,13 @@ struct direct_known {
     unsigned next; /* of these */
 };
 
+/* Whether an operand is gs:[disp]. */
+static inline bool is_gs(const ZydisDecodedOperand *op)
+{
+    return op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->mem.segment == ZYDIS_REGISTER_GS &&
+           op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE;
+}
+
 /* Nothing is known. */
 void direct_known_clear(struct direct_known *k);
 /* Leaves in *k what both know. */

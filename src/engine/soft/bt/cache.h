@@ -209,9 +209,8 @@ struct bt {
     bool interp_next;      /* the next instruction is the interpreter's */
 };
 
-/* The best, or for a seed other than 0 random ones (direct code from the start, if it is odd; else never): many
- * runs, each with a seed, try out what the best
- * choices don't come to. */
+/* The best, or for a seed other than 0 random ones (direct code from the start if it is odd, else never): many runs,
+ * each with a seed, try out what the best choices don't come to. */
 struct bt_choices bt_choose(const struct engine_checks *checks);
 
 int bt_cache_create(struct soft_vcpu *v, struct error *err);

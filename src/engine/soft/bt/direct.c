@@ -399,20 +399,26 @@ static void make_stale(struct soft_vcpu *v, struct chunk *c)
     v->bt->direct->stale = true;
 }
 
-void bt_direct_flush(struct soft_vcpu *v)
+/* The vCPU's direct mappings; NULL: it has none. */
+static struct direct *in_use(const struct soft_vcpu *v)
 {
     struct direct *d = v->bt ? v->bt->direct : NULL;
 
-    if (!d || !d->owned)
-        return;
-    for (unsigned n = 0; n < d->nchunks; n++)
+    return d && d->owned ? d : NULL;
+}
+
+void bt_direct_flush(struct soft_vcpu *v)
+{
+    struct direct *d = in_use(v);
+
+    for (unsigned n = 0; d && n < d->nchunks; n++)
         make_stale(v, &d->chunks[n]);
 }
 
 void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin)
 {
-    struct direct *d = v->bt ? v->bt->direct : NULL;
-    struct chunk *c = d && d->owned ? find_chunk(d, lin) : NULL;
+    struct direct *d = in_use(v);
+    struct chunk *c = d ? find_chunk(d, lin) : NULL;
 
     if (c)
         make_stale(v, c);
@@ -425,9 +431,9 @@ static u64 table_base(const struct soft_vcpu *v)
 
 void bt_direct_switch(struct soft_vcpu *v, unsigned pcid, bool keep)
 {
-    struct direct *d = v->bt ? v->bt->direct : NULL;
+    struct direct *d = in_use(v);
 
-    if (!d || !d->owned)
+    if (!d)
         return;
     if (!keep && pcid == d->pcid)
         bt_direct_flush(v);
@@ -436,7 +442,7 @@ void bt_direct_switch(struct soft_vcpu *v, unsigned pcid, bool keep)
 
 void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa)
 {
-    struct direct *d = v->bt ? v->bt->direct : NULL;
+    struct direct *d = in_use(v);
 
     for (unsigned n = 0; d && n < d->nchunks; n++) {
         u64 *have = d->pages[n], start = (u64)d->chunks[n].number << DIRECT_SHIFT;
@@ -451,9 +457,9 @@ void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa)
 
 void bt_direct_drop(struct soft_vcpu *v)
 {
-    struct direct *d = v->bt ? v->bt->direct : NULL;
+    struct direct *d = in_use(v);
 
-    if (!d || !d->owned)
+    if (!d)
         return;
     unmap_all(v);
     d->owned = d->current = false;

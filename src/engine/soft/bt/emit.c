@@ -10,7 +10,8 @@
  * and the instruction itself, whose memory operand is [S1 + n] with nothing else. A check for a group of
  * accesses covers all of them; if it is to serve for longer, its host address is moved to a borrowed register
  * u, and the operand is [u + n]. That is the invariant on which isolation rests: no other host address is
- * ever dereferenced, but through GS at constant offsets in struct soft_vcpu. audit.c checks it.
+ * ever dereferenced, but through GS at constant offsets in struct soft_vcpu, and in direct code what emit_direct.c
+ * tells of. audit.c checks it.
  */
 #include "engine/soft/bt/translate.h"
 

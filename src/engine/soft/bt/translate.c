@@ -14,9 +14,10 @@
  * code and no signal handler runs on the guest's RSP: C is entered through glue.c, which goes back to
  * the stack that bt_enter left, and signals have a stack of their own.
  *
- * Memory. See emit.c: a TLB lookup in front of each access, or of a group of accesses off one base.
+ * Memory. See emit.c: a TLB lookup in front of each access, or of a group of accesses off one base. In direct
+ * code (emit_direct.c) a look into a map of the guest's addresses, which are used as they are then.
  *
- * Flags. The guest's arithmetic flags are the host's. A TLB lookup destroys them, so the translator
+ * Flags. The guest's arithmetic flags are the host's. A lookup destroys them, so the translator
  * knows at each point where they are (struct flag_state): in the host's register, in v->aflags, or
  * nowhere but in a recipe that makes them again from registers. Liveness is not asked: the flags that a
  * fault shows must be right even where no instruction reads them. So a block has two entries: for
