@@ -45,6 +45,13 @@ static inline void irq_line_pulse(struct irq_line *line)
 struct msi_sink {
     void (*deliver)(void *sink, u64 address, u32 data);
     void *sink;
+    /*
+     * Optional, both: a signal of the eventfd sends this message from now on, in place of the one that it was
+     * bound to. 0, or -errno when the message is to be delivered. The eventfd stays the caller's, and open until
+     * it is unbound.
+     */
+    int (*bind)(void *sink, int fd, u64 address, u32 data);
+    void (*unbind)(void *sink, int fd);
 };
 static inline void msi_deliver(const struct msi_sink *s, u64 address, u32 data)
 {

@@ -115,6 +115,7 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"direct_mappings", json_integer((json_int_t)e->direct_mappings)},
         {"direct_faults", json_integer((json_int_t)e->direct_faults)},
         {"spins", json_integer((json_int_t)e->spins)},
+        {"irqfds", json_integer((json_int_t)e->irqfds)},
         {"resets", json_integer((json_int_t)stats->machine.resets)},
     };
     json_t *json = json_object();

@@ -7,8 +7,8 @@
  * are the machine's, and speak to the engine by deliver_msi and set_extint.
  *
  * Threads: vcpu_run, vcpu_get_state and vcpu_set_state belong to the vCPU's thread, or to any one thread
- * while the vCPU is not running. vcpu_kick, deliver_msi, set_extint, inject_nmi and memory_written may
- * be called from any thread, with device locks held.
+ * while the vCPU is not running. vcpu_kick, deliver_msi, msi_bind, msi_unbind, set_extint, inject_nmi and
+ * memory_written may be called from any thread, with device locks held.
  */
 #ifndef DOPPEL_ENGINE_ENGINE_H
 #define DOPPEL_ENGINE_ENGINE_H
@@ -72,6 +72,7 @@ struct engine_stats {
     u64 instructions; /* interp: guest instructions; 0 where unknown */
     u64 exits_port, exits_mmio, exits_halt, exits_irq_window, exits_exception, exits_interrupt;
     u64 exits_eoi, exits_msr, exits_dirty_ring, exits_signal; /* kvm */
+    u64 irqfds; /* kvm: eventfds that send a message, now */
     /* kvm: what they took in this process, from exit to entry. */
     u64 ns_port, ns_mmio, ns_irq_window, ns_eoi, ns_msr, ns_dirty_ring, ns_signal;
     u64 blocks_decoded, blocks_translated, cache_bytes, tlb_misses, tlb_flushes, smc_invalidations;
@@ -82,6 +83,7 @@ struct engine_stats {
 
 struct engine_ops {
     const char *name;
+    bool native; /* guest code runs as fast as the VMM's: what it can do for itself is left to it */
     bool maps_memory; /* guest memory is to be in a file, which the engine maps at further places */
 
     /* 0 when this host can run it; else an error whose text says why not. */
@@ -113,6 +115,13 @@ struct engine_ops {
     void (*vcpu_reset)(struct vcpu *v);
 
     void (*deliver_msi)(struct engine *e, u64 address, u32 data);
+    /*
+     * From now on a signal of the eventfd sends this message, in place of the one that it was bound to.
+     * 0, or -errno when there is no room, or the message isn't such: it is to be delivered then. NULL where
+     * the engine has no such thing. The eventfd stays the caller's, and open until it is unbound.
+     */
+    int (*msi_bind)(struct engine *e, int fd, u64 address, u32 data);
+    void (*msi_unbind)(struct engine *e, int fd);
     /* The 8259 pair's INTR output, wired to every LINT0. */
     void (*set_extint)(struct engine *e, bool level);
     /* The A20 gate: off, address bit 20 reads as zero. NULL where the engine can't do that. */

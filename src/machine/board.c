@@ -145,6 +145,31 @@ static void deliver_msi(void *opaque, u64 address, u32 data)
     b->config.ops->deliver_msi(b->config.engine, address, data);
 }
 
+static int bind_msi(void *opaque, int fd, u64 address, u32 data)
+{
+    struct board *b = opaque;
+
+    return b->config.ops->msi_bind(b->config.engine, fd, address, data);
+}
+
+static void unbind_msi(void *opaque, int fd)
+{
+    struct board *b = opaque;
+
+    b->config.ops->msi_unbind(b->config.engine, fd);
+}
+
+static struct msi_sink msi_sink(struct board *b)
+{
+    struct msi_sink sink = {.deliver = deliver_msi, .sink = b};
+
+    if (b->config.ops->msi_bind) {
+        sink.bind = bind_msi;
+        sink.unbind = unbind_msi;
+    }
+    return sink;
+}
+
 static void a20_changed(void *opaque, bool on)
 {
     struct board *b = opaque;
@@ -329,7 +354,7 @@ static int create_pic(struct board *b, struct error *err)
 
 static int create_ioapic(struct board *b, struct error *err)
 {
-    struct ioapic_config config = {.base = LAYOUT_IOAPIC_BASE, .msi = {deliver_msi, b}};
+    struct ioapic_config config = {.base = LAYOUT_IOAPIC_BASE, .msi = msi_sink(b)};
 
     b->ioapic = ioapic_create(&b->config.env, &config, err);
     return b->ioapic ? add(b, ioapic_device(b->ioapic)) : -EIO;
@@ -347,7 +372,7 @@ static int create_hpet(struct board *b, struct error *err)
 {
     struct hpet_config config = {
         .base = LAYOUT_HPET_BASE,
-        .msi = {deliver_msi, b},
+        .msi = msi_sink(b),
         .legacy_route = hpet_legacy_route,
         .opaque = b,
     };
@@ -465,7 +490,7 @@ static int create_pci(struct board *b, struct error *err)
 {
     struct pci_host_config config = {
         .port = PORT_PCI_CONFIG,
-        .msi = {deliver_msi, b},
+        .msi = msi_sink(b),
         .reset_control_read = reset_control_read,
         .reset_control_write = reset_control_write,
         .pam_written = b->config.firmware ? want_update : NULL,

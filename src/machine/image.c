@@ -7,10 +7,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Files go to guest memory through a buffer, not a mapping: a file that shrinks meanwhile would
- * turn a mapped access into SIGBUS. */
-#define CHUNK KIB(256)
-
 static const char *kind_of(mode_t mode)
 {
     if (S_ISDIR(mode))
@@ -103,37 +99,28 @@ int image_read_all(const struct image *img, u8 **data, struct error *err)
     return ret;
 }
 
-static int write_guest(const struct image *img, struct guest_memory *memory, gpa_t gpa,
-                       const void *data, u64 len, struct error *err)
-{
-    if (memory_write(memory, gpa, data, len) < 0)
-        return error_input(err, "'%s' does not fit: no memory at %#llx; give more with --memory",
-                           img->path, (unsigned long long)gpa);
-    return 0;
-}
-
+/*
+ * Read to where it is to be: neither by a copy, which takes longer than the reading, nor by a mapping, as a file that
+ * shrinks would turn an access into SIGBUS.
+ */
 int image_load(const struct image *img, u64 offset, u64 len, struct guest_memory *memory, gpa_t gpa,
                struct error *err)
 {
-    u8 *chunk;
     int ret = 0;
 
-    if (img->fd < 0 && offset <= img->size && len <= img->size - offset)
-        return write_guest(img, memory, gpa, img->data + offset, len, err);
-
-    chunk = malloc(CHUNK);
-    if (!chunk)
-        return error_host(err, ENOMEM, "cannot load '%s'", img->path);
     while (len && !ret) {
-        u64 n = MIN(len, CHUNK);
+        u64 n = len;
+        void *host = memory_dma(memory, gpa, &n, true);
 
-        ret = image_read(img, offset, chunk, n, err);
-        if (!ret)
-            ret = write_guest(img, memory, gpa, chunk, n, err);
+        if (!host)
+            return error_input(err,
+                               "'%s' does not fit: no memory at %#llx; give more with --memory",
+                               img->path, (unsigned long long)gpa);
+        ret = image_read(img, offset, host, n, err);
+        memory_tell_written(memory, gpa, n);
         offset += n;
         gpa += n;
         len -= n;
     }
-    free(chunk);
     return ret;
 }

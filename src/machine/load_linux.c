@@ -4,7 +4,8 @@
  * A bzImage is a real-mode part, which is not used here but for the setup header inside it, and a
  * protected-mode part: a small program that unpacks the kernel proper (an ELF file, vmlinux), moves
  * it into place and jumps to it. Unpacking is work for hundreds of millions of guest instructions,
- * so it is done here on the host where that is possible:
+ * so it is done here on the host where that is possible, unless the guest does it as fast
+ * (guest_unpacks): then point 3 holds for every kernel.
  *
  * 1. The setup header says where the packed vmlinux lies (payload_offset, payload_length) and where
  *    the kernel wants to be (pref_address, with init_size bytes from there for its own use).
@@ -314,9 +315,11 @@ static int load_kernel(const struct linux_kernel *k, const struct loader_request
 {
     struct error why = {0};
 
-    if (!load_payload(k, req, img, entry, &why))
-        return 0;
-    log_debug("'%s' unpacks itself in the guest: %s", img->path, why.text);
+    if (!req->guest_unpacks) {
+        if (!load_payload(k, req, img, entry, &why))
+            return 0;
+        log_debug("'%s' unpacks itself in the guest: %s", img->path, why.text);
+    }
     *entry = k->start + ENTRY64_OFFSET;
     return image_load(img, k->code_offset, k->code_size, req->memory, k->start, err);
 }

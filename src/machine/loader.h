@@ -26,7 +26,8 @@ struct loader_request {
     const char *initrd;  /* path, or NULL; for multiboot: modules as "FILE ARGS,FILE ARGS" */
     const char *cmdline; /* never NULL */
     const struct e820_map *e820;
-    gpa_t rsdp; /* where the board put the ACPI root pointer; 0: none */
+    gpa_t rsdp;         /* where the board put the ACPI root pointer; 0: none */
+    bool guest_unpacks; /* a packed kernel is left to its own unpacker */
     struct guest_memory *memory;
 };
 

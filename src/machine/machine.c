@@ -373,6 +373,7 @@ static int load(struct machine *m, struct error *err)
         .cmdline = m->config.cmdline,
         .e820 = &m->e820,
         .memory = &m->memory,
+        .guest_unpacks = m->ops->native,
     };
     struct lapic_state apic;
     struct cpu cpu;

@@ -141,7 +141,7 @@ static inline void rig_deliver(void *opaque, u64 address, u32 data)
 }
 static inline struct msi_sink rig_msi(struct rig *r)
 {
-    return (struct msi_sink){rig_deliver, r};
+    return (struct msi_sink){.deliver = rig_deliver, .sink = r};
 }
 static inline void rig_request(void *opaque, enum power_request what, u32 value)
 {

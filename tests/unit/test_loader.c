@@ -439,12 +439,13 @@ static void a_file_in_guest_memory_that_would_overwrite_itself_stays(void **stat
 }
 
 /* Loads a bzImage and finds its protected-mode part at the preferred address, entered at 0x200. */
-static void assert_unpacks_itself(const struct bzimage *b)
+static void assert_unpacks_itself_if(const struct bzimage *b, bool guest_unpacks)
 {
     struct fixture f;
     u8 code[1024];
 
     machine_init(&f, MIB(64));
+    f.req.guest_unpacks = guest_unpacks;
     f.req.kernel = file_of(&f, b->data, b->size);
     load_ok(&f);
     assert_int_equal(f.cpu.gpr[GPR_RIP], KERNEL_AT + 0x200);
@@ -453,6 +454,22 @@ static void assert_unpacks_itself(const struct bzimage *b)
     assert_long_mode_entry(&f);
     assert_zero_page(&f);
     machine_free(&f);
+}
+
+static void assert_unpacks_itself(const struct bzimage *b)
+{
+    assert_unpacks_itself_if(b, false);
+}
+
+static void linux_payload_is_left_to_the_guest_on_demand(void **state)
+{
+    for (enum packer how = 0; how < PACKERS; how++) {
+        struct elf64_image vmlinux = make_elf64(KERNEL_AT, false);
+        struct bzimage b = make_packed_bzimage(how, &vmlinux);
+
+        assert_unpacks_itself_if(&b, true);
+        free(b.data);
+    }
 }
 
 static void linux_payload_that_the_host_cannot_unpack_is_left_to_the_guest(void **state)
@@ -1037,6 +1054,7 @@ int main(void)
         cmocka_unit_test(linux_payload_of_every_format_starts_at_its_elf_entry),
         cmocka_unit_test(a_file_in_guest_memory_settles_where_it_is),
         cmocka_unit_test(a_file_in_guest_memory_that_would_overwrite_itself_stays),
+        cmocka_unit_test(linux_payload_is_left_to_the_guest_on_demand),
         cmocka_unit_test(linux_payload_that_the_host_cannot_unpack_is_left_to_the_guest),
         cmocka_unit_test(linux_payload_outside_of_the_kernels_own_memory_is_left_to_the_guest),
         cmocka_unit_test(linux_payload_of_a_wrong_size_is_left_to_the_guest),

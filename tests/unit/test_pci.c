@@ -2,12 +2,14 @@
  * PCI: configuration space by its three ways, BARs that are sized and moved, INTx, MSI, MSI-X, reset, state,
  * and what a direct boot assigns.
  */
+#include "device/pci/internal.h"
 #include "pci_rig.h"
 
 #include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/eventfd.h>
 
 #include <cmocka.h>
 
@@ -391,6 +393,108 @@ static void msix_has_masks_and_pending_bits(void **state)
     assert_int_equal(r->messages, 3);
 }
 
+/* ---- vectors bound to eventfds, as KVM takes them ---- */
+
+#define BOUND_MAX 4
+
+struct binder {
+    struct {
+        int fd;
+        u64 address;
+        u32 data;
+    } bound[BOUND_MAX];
+    unsigned count, binds, room, delivered;
+};
+
+static void binder_deliver(void *sink, u64 address, u32 data)
+{
+    ((struct binder *)sink)->delivered++;
+}
+
+static int binder_bind(void *sink, int fd, u64 address, u32 data)
+{
+    struct binder *b = sink;
+    unsigned i = 0;
+
+    while (i < b->count && b->bound[i].fd != fd)
+        i++;
+    if (i == b->room)
+        return -ENOSPC;
+    b->count = MAX(b->count, i + 1);
+    b->binds++;
+    b->bound[i].fd = fd;
+    b->bound[i].address = address;
+    b->bound[i].data = data;
+    return 0;
+}
+
+static void binder_unbind(void *sink, int fd)
+{
+    struct binder *b = sink;
+
+    assert_int_equal(b->bound[b->count - 1].fd, fd); /* the toys below bind one after the other */
+    b->count--;
+}
+
+/* How often the ith eventfd was signalled since this was asked last. */
+static u64 take_signals(const struct binder *b, unsigned i)
+{
+    eventfd_t n = 0;
+
+    return eventfd_read(b->bound[i].fd, &n) ? 0 : n;
+}
+
+static void set_vector(struct toy *toy, unsigned vector, u32 address, u32 data, u32 control)
+{
+    toy->pci.msix[vector] =
+        (struct pci_msix_entry){.address_lo = address, .data = data, .control = control};
+    pci_msix_update(&toy->pci);
+}
+
+static void msix_vectors_are_bound_to_eventfds(void **state)
+{
+    struct binder b = {.room = 1};
+    struct pci_host_config config = {
+        .port = CONFIG_PORT + 16,
+        .msi = {binder_deliver, &b, binder_bind, binder_unbind},
+    };
+    struct rig *r = ((struct fixture *)*state)->rig;
+    struct pci_host *host = pci_host_create(&r->env, &config, &r->err);
+    struct toy *toy = toy_create(host, DEVFN, 1);
+    struct pci_device *pci = &toy->pci;
+
+    pci_config_set16(pci, PCI_COMMAND, PCI_COMMAND_MASTER);
+    pci_config_set16(pci, pci->msix_cap + PCI_MSIX_FLAGS, (VECTORS - 1) | PCI_MSIX_FLAGS_ENABLE);
+    set_vector(toy, 3, 0xfee01000, 0x41, PCI_MSIX_ENTRY_CTRL_MASKBIT);
+    pci_msix_notify(pci, 3); /* masked: pending, and nothing is bound yet */
+    assert_int_equal(b.binds, 0);
+    set_vector(toy, 3, 0xfee01000, 0x41, 0);
+    assert_int_equal(b.binds, 1);
+    assert_int_equal(b.bound[0].address, 0xfee01000);
+    assert_int_equal(b.bound[0].data, 0x41);
+    assert_int_equal(take_signals(&b, 0), 1);
+    pci_msix_notify(pci, 3);
+    assert_int_equal(take_signals(&b, 0), 1);
+    assert_int_equal(b.binds, 1);
+    set_vector(toy, 3, 0xfee01000, 0x41, PCI_MSIX_ENTRY_CTRL_MASKBIT);
+    pci_msix_notify(pci, 3); /* a mask holds the signal back */
+    assert_int_equal(take_signals(&b, 0), 0);
+    set_vector(toy, 3, 0xfee02000, 0x42, 0); /* what was pending goes to the new place */
+    assert_int_equal(b.binds, 2);
+    assert_int_equal(b.bound[0].address, 0xfee02000);
+    assert_int_equal(b.bound[0].data, 0x42);
+    assert_int_equal(take_signals(&b, 0), 1);
+    assert_int_equal(b.delivered, 0);
+
+    set_vector(toy, 5, 0xfee03000, 0x43, 0);
+    pci_msix_notify(pci, 5); /* no room for a second: delivered */
+    assert_int_equal(b.delivered, 1);
+
+    toy_destroy(&pci->dev);
+    assert_int_equal(b.count, 0);
+    pci_host_device(host)->ops->destroy(pci_host_device(host));
+}
+
 /* ---- reset and state ---- */
 
 static void reset_goes_back_to_power_on(void **state)
@@ -508,6 +612,7 @@ int main(void)
         TEST(intx_lines_are_shared),
         TEST(msi_has_masks_and_pending_bits),
         TEST(msix_has_masks_and_pending_bits),
+        TEST(msix_vectors_are_bound_to_eventfds),
         TEST(reset_goes_back_to_power_on),
         TEST(state_survives_the_round_trip),
         TEST(a_state_of_another_device_is_refused),

@@ -94,6 +94,23 @@ void pci_host_send(struct pci_host *host, u64 address, u32 data)
         msi_deliver(&host->config.msi, address, data);
 }
 
+bool pci_host_binds(const struct pci_host *host)
+{
+    return host->config.msi.bind;
+}
+
+bool pci_host_bind(struct pci_host *host, int fd, u64 address, u32 data)
+{
+    const struct msi_sink *msi = &host->config.msi;
+
+    return msi->bind(msi->sink, fd, address, data) == 0;
+}
+
+void pci_host_unbind(struct pci_host *host, int fd)
+{
+    host->config.msi.unbind(host->config.msi.sink, fd);
+}
+
 /* ---- who is where; the bus's lock is held ---- */
 
 /* NULL when the function isn't one. */

@@ -62,6 +62,10 @@ bool pci_intx_wanted(const struct pci_device *pci);
 /* In host.c: tells the bus. The device's lock is held. */
 void pci_host_intx(struct pci_host *host, struct pci_device *pci, bool level);
 void pci_host_send(struct pci_host *host, u64 address, u32 data);
+/* Whether messages can be bound to eventfds; struct msi_sink's bind (true: it is bound) and unbind. */
+bool pci_host_binds(const struct pci_host *host);
+bool pci_host_bind(struct pci_host *host, int fd, u64 address, u32 data);
+void pci_host_unbind(struct pci_host *host, int fd);
 void pci_host_remove(struct pci_host *host, struct pci_device *pci);
 /* Every range to where it is to be. Takes the bus's lock, and each device's in turn. */
 void pci_host_update_ranges(struct pci_host *host);
@@ -72,6 +76,8 @@ void pci_host_unlock(struct pci_host *host);
 /* In msi.c: sends what is pending and no longer held back. The device's lock is held. */
 void pci_msi_update(struct pci_device *pci);
 void pci_msix_update(struct pci_device *pci);
+/* No vector is bound to an eventfd any more. No lock is needed: the device is on its way out. */
+void pci_msix_unbind(struct pci_device *pci);
 int pci_msix_check_loaded(const struct pci_device *pci, struct error *err);
 
 #endif

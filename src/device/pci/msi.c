@@ -4,6 +4,11 @@
  * A vector that is masked when its event comes sets its pending bit; unmasking sends it and clears the
  * bit (6.8.3.2). Without bus mastering a device can't write a message: it waits likewise. With the
  * capability disabled there is nothing to send and nothing pending: the device uses INTx.
+ *
+ * Where the engine binds messages to eventfds (bus/irq.h), each MSI-X vector gets an eventfd when it first sends,
+ * and a signal of it is how it sends. Masks and pending bits are looked at before, so the engine needn't know
+ * them; what the guest writes into a vector's entry is told to the engine when the vector sends next, for
+ * drivers write entries word by word.
  */
 #include "device/pci/pci.h"
 
@@ -12,6 +17,8 @@
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 static u64 value_mask(unsigned size)
 {
@@ -109,11 +116,49 @@ static bool msix_is_held_back(const struct pci_device *pci, unsigned vector)
            (pci->msix[vector].control & PCI_MSIX_ENTRY_CTRL_MASKBIT);
 }
 
+/* Whether the vector's eventfd sends this message: if it may be, it does from now on. */
+static bool msix_bind(struct pci_device *pci, unsigned vector, u64 address, u32 data)
+{
+    struct pci_msix_route *r = &pci->msix_routes[vector];
+    int fd = r->fd;
+
+    if (fd >= 0 && r->address == address && r->data == data)
+        return true;
+    if (fd < 0 && pci_host_binds(pci->host))
+        fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fd < 0)
+        return false;
+    if (pci_host_bind(pci->host, fd, address, data)) {
+        *r = (struct pci_msix_route){.fd = fd, .address = address, .data = data};
+        return true;
+    }
+    if (r->fd < 0)
+        close(fd);
+    return false;
+}
+
 static void msix_send(struct pci_device *pci, unsigned vector)
 {
     const struct pci_msix_entry *e = &pci->msix[vector];
+    u64 address = (u64)e->address_hi << 32 | e->address_lo;
 
-    pci_host_send(pci->host, (u64)e->address_hi << 32 | e->address_lo, e->data);
+    if (!msix_bind(pci, vector, address, e->data))
+        pci_host_send(pci->host, address, e->data);
+    else
+        (void)eventfd_write(pci->msix_routes[vector].fd, 1); /* full: the signal is under way */
+}
+
+void pci_msix_unbind(struct pci_device *pci)
+{
+    for (unsigned i = 0; i < pci->msix_vectors; i++) {
+        struct pci_msix_route *r = &pci->msix_routes[i];
+
+        if (r->fd < 0)
+            continue;
+        pci_host_unbind(pci->host, r->fd);
+        close(r->fd);
+        r->fd = -1;
+    }
 }
 
 void pci_msix_notify(struct pci_device *pci, unsigned vector)
@@ -215,6 +260,8 @@ void pci_add_msix(struct pci_device *pci, unsigned vectors, unsigned bar)
     pci_add_bar(pci, bar, PCI_BAR_MEM32, 2ULL * half, &msix_bar_ops, pci);
     pci->msix_cap = cap;
     pci->msix_vectors = vectors;
+    for (unsigned i = 0; i < vectors; i++)
+        pci->msix_routes[i].fd = -1;
     pci_config_set16(pci, cap + PCI_MSIX_FLAGS, vectors - 1);
     pci_config_allow32(pci, cap, (u32)(PCI_MSIX_FLAGS_ENABLE | PCI_MSIX_FLAGS_MASKALL) << 16);
     pci_config_set32(pci, cap + PCI_MSIX_TABLE, bar);

@@ -179,6 +179,7 @@ unsigned pci_add_express(struct pci_device *pci, unsigned type)
 
 void pci_device_fini(struct pci_device *pci)
 {
+    pci_msix_unbind(pci);
     if (pci->host)
         pci_host_remove(pci->host, pci);
     pthread_mutex_destroy(&pci->dev.lock);
@@ -329,6 +330,7 @@ static const struct state_field pci_device_fields[] = {
     STATE_HOST(struct pci_device, msix_vectors),
     STATE_STRUCTS(struct pci_device, msix, &msix_entry_state),
     STATE_FIELD(struct pci_device, msix_pending),
+    STATE_HOST(struct pci_device, msix_routes),
 };
 
 const struct state_desc pci_device_state = {

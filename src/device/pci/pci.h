@@ -92,6 +92,13 @@ struct pci_msix_entry {
     u32 address_lo, address_hi, data, control;
 };
 
+/* An eventfd whose signal sends the message; see msi.c. */
+struct pci_msix_route {
+    int fd; /* -1: none */
+    u32 data;
+    u64 address;
+};
+
 struct pci_device {
     struct device dev;
     const struct pci_device_ops *ops;
@@ -117,6 +124,7 @@ struct pci_device {
     u16 msix_vectors;
     struct pci_msix_entry msix[PCI_MSIX_MAX];
     u64 msix_pending[PCI_MSIX_MAX / 64];
+    struct pci_msix_route msix_routes[PCI_MSIX_MAX];
 };
 
 extern const struct state_desc pci_device_state;

@@ -1,15 +1,5 @@
 /*
  * The KVM engine: its side of the engine contract (engine/engine.h).
- *
- * The kernel has the local APICs, their timers and kvmclock; the 8259 pair, the IOAPIC and all else
- * are ours, as under every engine ("split irqchip"). Messages go in by KVM_SIGNAL_MSI.
- *
- * End of interrupt. The kernel reports the EOI of a vector only when the table of GSI routes says
- * that the vector is level-triggered (api.rst 4.52, 7.5). The contract's engine doesn't know the
- * IOAPIC's entries, and needn't: an EOI that matters follows a message with the level bit, so the
- * first delivery of such a message puts it into the table. Old ones fall out as new ones need their
- * place, the one longest unused first; what is in the table needlessly costs an exit that the
- * IOAPIC ignores.
  */
 #include "engine/kvm/kvm.h"
 #include "host/log.h"
@@ -20,10 +10,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define MSI_ADDRESS 0xfee00000
-#define MSI_ADDRESS_DEST_SHIFT 12
-#define MSI_DATA_LEVEL 0x8000u
 
 /* Machine checks: IA32_MCG_CAP as x86/msr.def says it, four banks and IA32_MCG_CTL. */
 #define MCG_CAP 0x104
@@ -163,7 +149,7 @@ static void engine_destroy(struct engine *engine)
     if (e->dev >= 0)
         close(e->dev);
     pthread_mutex_destroy(&e->time_lock);
-    pthread_mutex_destroy(&e->route_lock);
+    kvm_irq_fini(e);
     pthread_mutex_destroy(&e->dirty_lock);
     free(e);
 }
@@ -218,9 +204,8 @@ static struct engine *engine_create(const struct engine_config *config, struct e
     e->xcr0 = find_xcr0(config->cpuid);
     e->dev = e->vm = -1;
     pthread_mutex_init(&e->dirty_lock, NULL);
-    pthread_mutex_init(&e->route_lock, NULL);
     pthread_mutex_init(&e->time_lock, NULL);
-    if (kvm_run_init(err) || open_vm(e, err)) {
+    if (kvm_irq_init(e, err) || kvm_run_init(err) || open_vm(e, err)) {
         engine_destroy((struct engine *)e);
         return NULL;
     }
@@ -355,98 +340,24 @@ static void engine_get_state(struct vcpu *vcpu, struct cpu *cpu, struct lapic_st
 
 /* --- Interrupts --- */
 
-/* The table of routes, as the kernel takes it. route_lock is held. */
-static void give_routes(struct kvm_engine *e)
-{
-    union {
-        struct kvm_irq_routing head;
-        u8 room[sizeof(struct kvm_irq_routing) +
-                KVM_LEVEL_ROUTES * sizeof(struct kvm_irq_routing_entry)];
-    } table;
-
-    memset(&table, 0, sizeof(table));
-    for (unsigned i = 0; i < KVM_LEVEL_ROUTES; i++) {
-        const struct kvm_level_route *r = &e->routes[i];
-
-        if (!r->used)
-            continue;
-        table.head.entries[table.head.nr++] = (struct kvm_irq_routing_entry){
-            .gsi = i,
-            .type = KVM_IRQ_ROUTING_MSI,
-            .u.msi = {.address_lo = (u32)r->address,
-                      .address_hi = (u32)(r->address >> 32),
-                      .data = r->data},
-        };
-    }
-    if (ioctl(e->vm, KVM_SET_GSI_ROUTING, &table) < 0)
-        log_once(LOG_ERROR, "kvm: cannot route level-triggered interrupts: %s", strerror(errno));
-}
-
-/* Sees to it that the kernel reports the EOI of this message. */
-static void note_level(struct kvm_engine *e, u64 address, u32 data)
-{
-    struct kvm_level_route *oldest = &e->routes[0];
-
-    pthread_mutex_lock(&e->route_lock);
-    e->route_clock++;
-    for (unsigned i = 0; i < KVM_LEVEL_ROUTES; i++) {
-        struct kvm_level_route *r = &e->routes[i];
-
-        if (r->used && r->address == address && r->data == data) {
-            r->used = e->route_clock;
-            pthread_mutex_unlock(&e->route_lock);
-            return;
-        }
-        if (r->used < oldest->used)
-            oldest = r;
-    }
-    *oldest = (struct kvm_level_route){.address = address, .data = data, .used = e->route_clock};
-    give_routes(e);
-    pthread_mutex_unlock(&e->route_lock);
-}
-
-/*
- * Level-triggered interrupts that a state brings along were sent to another engine. Here it suffices to know
- * their vectors.
- */
-static void note_levels_in_service(struct kvm_vcpu *v, const struct lapic_state *apic)
-{
-    u32 id = cpuid_model_apic_id(v->engine->config.cpuid, v->index);
-    u64 address = MSI_ADDRESS | (u64)id << MSI_ADDRESS_DEST_SHIFT;
-
-    for (unsigned i = 0; i < 8; i++) {
-        u32 levels = (apic->irr[i] | apic->isr[i]) & apic->tmr[i];
-
-        for (; levels; levels &= levels - 1)
-            note_level(v->engine, address, MSI_DATA_LEVEL | (32 * i + (u32)__builtin_ctz(levels)));
-    }
-}
-
 static void engine_deliver_msi(struct engine *engine, u64 address, u32 data)
 {
-    struct kvm_engine *e = kvm_engine_of(engine);
-    struct kvm_msi msi = {
-        .address_lo = (u32)address, .address_hi = (u32)(address >> 32), .data = data};
+    kvm_irq_deliver(kvm_engine_of(engine), address, data);
+}
 
-    if (data & MSI_DATA_LEVEL)
-        note_level(e, address, data);
-    if (ioctl(e->vm, KVM_SIGNAL_MSI, &msi) < 0)
-        log_once(LOG_DEBUG, "kvm: a message to %#llx with %#x is refused: %s",
-                 (unsigned long long)address, data, strerror(errno));
+static int engine_msi_bind(struct engine *engine, int fd, u64 address, u32 data)
+{
+    return kvm_irq_bind(kvm_engine_of(engine), fd, address, data);
+}
+
+static void engine_msi_unbind(struct engine *engine, int fd)
+{
+    kvm_irq_unbind(kvm_engine_of(engine), fd);
 }
 
 static void engine_set_extint(struct engine *engine, bool level)
 {
-    struct kvm_engine *e = kvm_engine_of(engine);
-
-    atomic_store(&e->extint, level);
-    /* A line that falls is found low when the PIC is asked. */
-    for (unsigned i = 0; level && i < e->nvcpus; i++) {
-        struct kvm_vcpu *v = atomic_load(&e->vcpus[i]);
-
-        if (v)
-            kvm_attend(v);
-    }
+    kvm_irq_set_extint(kvm_engine_of(engine), level);
 }
 
 static void engine_inject_nmi(struct vcpu *vcpu)
@@ -464,7 +375,7 @@ static int engine_set_state(struct vcpu *vcpu, const struct cpu *cpu,
     int ret = kvm_state_set(v, cpu, apic, err);
 
     if (!ret)
-        note_levels_in_service(v, apic);
+        kvm_irq_note_in_service(v, apic);
     return ret;
 }
 
@@ -507,6 +418,7 @@ static void engine_stats(struct engine *engine, struct engine_stats *out)
         .exits_msr = sum[KVM_CLASS_MSR].count,
         .exits_dirty_ring = sum[KVM_CLASS_DIRTY_RING].count,
         .exits_signal = sum[KVM_CLASS_KICK].count,
+        .irqfds = kvm_irq_bound(e),
         .ns_port = clock_ticks_to_ns(sum[KVM_CLASS_PORT].ticks, e->tsc_hz),
         .ns_mmio = clock_ticks_to_ns(sum[KVM_CLASS_MMIO].ticks, e->tsc_hz),
         .ns_irq_window = clock_ticks_to_ns(sum[KVM_CLASS_IRQ_WINDOW].ticks, e->tsc_hz),
@@ -519,6 +431,7 @@ static void engine_stats(struct engine *engine, struct engine_stats *out)
 
 const struct engine_ops engine_kvm = {
     .name = "kvm",
+    .native = true,
     .probe = engine_probe,
     .trial = kvm_trial,
     .max_cpus = kvm_host_max_vcpus,
@@ -533,6 +446,8 @@ const struct engine_ops engine_kvm = {
     .vcpu_set_state = engine_set_state,
     .vcpu_reset = engine_vcpu_reset,
     .deliver_msi = engine_deliver_msi,
+    .msi_bind = engine_msi_bind,
+    .msi_unbind = engine_msi_unbind,
     .set_extint = engine_set_extint,
     .inject_nmi = engine_inject_nmi,
     .memory_written = engine_memory_written,

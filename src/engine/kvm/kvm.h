@@ -5,7 +5,8 @@
  *     trial.c   the guest that `auto` tries       lapic.c  the local APIC's two forms
  *     cpuid.c   CPUID, offered and given          time.c   TSC, kvmclock, the APIC timer in a pause
  *     state.c   struct cpu, to KVM and back       dirty.c  the dirty log
- *     run.c     the run loop                      kvm.c    the engine contract; memory, interrupts
+ *     run.c     the run loop                      irq.c    messages, irqfds, which EOIs are told
+ *     kvm.c     the engine contract; memory
  */
 #ifndef DOPPEL_ENGINE_KVM_KVM_H
 #define DOPPEL_ENGINE_KVM_KVM_H
@@ -20,8 +21,9 @@
 /* Wakes a vCPU's thread from KVM_RUN; the handler does nothing. */
 #define KVM_KICK_SIGNAL (SIGRTMIN + 1)
 
-/* GSIs set aside for level-triggered messages (interrupt routing; see kvm.c). */
+/* GSIs set aside for level-triggered messages, and for eventfds that send messages; see irq.c. */
 #define KVM_LEVEL_ROUTES 64
+#define KVM_IRQFDS 512
 
 #define KVM_MAX_MSRS 128
 
@@ -54,6 +56,13 @@ struct kvm_level_route {
     u64 used; /* engine->route_clock when it last delivered; 0: free */
 };
 
+struct kvm_irqfd_route {
+    bool used;
+    int fd;
+    u32 data;
+    u64 address;
+};
+
 struct kvm_engine {
     struct engine_config config;
     int dev, vm; /* /dev/kvm, the VM */
@@ -70,6 +79,8 @@ struct kvm_engine {
     pthread_mutex_t route_lock;
     struct kvm_level_route routes[KVM_LEVEL_ROUTES];
     u64 route_clock;
+    struct kvm_irqfd_route irqfds[KVM_IRQFDS];
+    struct kvm_irq_routing *route_table; /* room for what give_routes tells the kernel */
 
     _Atomic bool extint;
 
@@ -202,6 +213,24 @@ void kvm_attend(struct kvm_vcpu *v);
 void kvm_run(struct kvm_vcpu *v, struct vcpu_exit *exit);
 /* Once a process: the handler of KVM_KICK_SIGNAL. */
 int kvm_run_init(struct error *err);
+
+/* --- irq.c: any thread, device locks held --- */
+
+/* 0 or -errno with err set; kvm_irq_fini is to be called in either case. */
+int kvm_irq_init(struct kvm_engine *e, struct error *err);
+void kvm_irq_fini(struct kvm_engine *e);
+/* The engine contract's deliver_msi, msi_bind, msi_unbind and set_extint. */
+void kvm_irq_deliver(struct kvm_engine *e, u64 address, u32 data);
+int kvm_irq_bind(struct kvm_engine *e, int fd, u64 address, u32 data);
+void kvm_irq_unbind(struct kvm_engine *e, int fd);
+void kvm_irq_set_extint(struct kvm_engine *e, bool level);
+/* How many eventfds are bound. */
+unsigned kvm_irq_bound(struct kvm_engine *e);
+/*
+ * Level-triggered interrupts that a state brings along were sent to another engine: the kernel is to report
+ * their EOIs all the same, and for that it suffices to know their vectors.
+ */
+void kvm_irq_note_in_service(struct kvm_vcpu *v, const struct lapic_state *apic);
 
 /* --- kvm.c --- */
 
