@@ -175,6 +175,7 @@ class Guest:
 
     def show(self):
         """Prints the console, for whoever reads about a failure."""
-        for _, line in self.lines:
+        unread = self.pending.decode(errors="replace").split("\n") if self.pending else []
+        for line in [line for _, line in self.lines] + unread:
             print(f"    | {line}")
         print(self.stderr(), end="")

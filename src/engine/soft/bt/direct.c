@@ -15,7 +15,9 @@
  *     So is the first chunk, from the start: an address near the end of the address space may wrap round to it.
  *  2. A page is mapped for reading while the page tables of the owner, as of its last flush, allow user code that
  *     and A is set; for writing, if they allow that, D is set, it is RAM that holds no translated code
- *     (bt_direct_protect), and there is no dirty log.
+ *     (bt_direct_protect), and there is no dirty log. That holds for every chunk that something is mapped in, active or
+ *     not: the byte of the chunk beside is enough for code to get there. So a chunk whose mappings can't be made right
+ *     before user code is entered loses all of them.
  *     When the host refuses a change of a mapping, all ends (give_up).
  *  3. Direct code runs only in the owner's address space: CR3 and PCID are the owner's. When translations are
  *     dropped, all bytes (or one page's chunk's) become 0, until the page tables are read anew, when user code is
@@ -62,10 +64,11 @@
 #define PAGE_WRITE 2ULL
 
 enum chunk_state {
-    CHUNK_EMPTY,  /* reserved, nothing is mapped, or nobody knows if what is mapped is right */
-    CHUNK_ACTIVE, /* its byte is 1 */
-    CHUNK_STALE,  /* it was active when translations were dropped */
-    CHUNK_FOREIGN /* it can't be reserved, or can't be used any more */
+    CHUNK_EMPTY,   /* reserved, nothing is mapped */
+    CHUNK_ACTIVE,  /* its byte is 1 */
+    CHUNK_RESTING, /* its byte is 0; what is mapped is right, but pages may be missing */
+    CHUNK_STALE,   /* it was one of these two when translations were dropped */
+    CHUNK_FOREIGN  /* it can't be reserved, or can't be used any more */
 };
 
 struct chunk {
@@ -359,11 +362,28 @@ static bool sync_chunk(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
     return true;
 }
 
+static void clear_chunk(struct soft_vcpu *v, struct chunk *c)
+{
+    u64 *have = pages_of(v->bt->direct, c);
+    bool any = false;
+
+    set_state(v, c, CHUNK_EMPTY);
+    for (unsigned k = 0; k < CHUNK_PAGES; k++) {
+        any |= !!have[k];
+        have[k] = 0;
+    }
+    if (any)
+        map_run(v, chunk_start(c->number), chunk_size(c->number) >> GUEST_PAGE_SHIFT, 0, false);
+}
+
 static void activate(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
 {
-    set_state(v, c, CHUNK_EMPTY);
     if (sync_chunk(v, c, maps))
         set_state(v, c, CHUNK_ACTIVE);
+    else if (c->state == CHUNK_STALE)
+        clear_chunk(v, c);
+    else if (c->state != CHUNK_FOREIGN)
+        set_state(v, c, CHUNK_RESTING);
 }
 
 static void unmap_all(struct soft_vcpu *v)
@@ -371,19 +391,8 @@ static void unmap_all(struct soft_vcpu *v)
     struct direct *d = v->bt->direct;
 
     for (unsigned n = 0; n < d->nchunks; n++) {
-        struct chunk *c = &d->chunks[n];
-        u64 *have = pages_of(d, c);
-        bool any = false;
-
-        if (c->state == CHUNK_FOREIGN)
-            continue;
-        set_state(v, c, CHUNK_EMPTY);
-        for (unsigned k = 0; k < CHUNK_PAGES; k++) {
-            any |= !!have[k];
-            have[k] = 0;
-        }
-        if (any)
-            map_run(v, chunk_start(c->number), chunk_size(c->number) >> GUEST_PAGE_SHIFT, 0, false);
+        if (d->chunks[n].state != CHUNK_FOREIGN)
+            clear_chunk(v, &d->chunks[n]);
     }
     d->nmaps = 0;
     d->stale = false;
@@ -393,7 +402,7 @@ static void unmap_all(struct soft_vcpu *v)
 
 static void make_stale(struct soft_vcpu *v, struct chunk *c)
 {
-    if (c->state != CHUNK_ACTIVE)
+    if (c->state != CHUNK_ACTIVE && c->state != CHUNK_RESTING)
         return;
     set_state(v, c, CHUNK_STALE);
     v->bt->direct->stale = true;
@@ -471,7 +480,7 @@ static void rest(struct soft_vcpu *v, gva_t lin)
     struct chunk *c = find_chunk(v->bt->direct, lin);
 
     if (c && c->state == CHUNK_ACTIVE)
-        set_state(v, c, CHUNK_EMPTY);
+        set_state(v, c, CHUNK_RESTING);
 }
 
 static void spend(struct direct *d, unsigned cost)
@@ -485,7 +494,7 @@ bool bt_direct_want(struct soft_vcpu *v, u64 number)
     unsigned maps = d->budget;
     struct chunk *c;
 
-    if (!d->current || !maps || number >= DIRECT_CHUNKS)
+    if (!maps || number >= DIRECT_CHUNKS || !bt_direct_enter(v))
         return false;
     c = reserve_around(d, (u32)number);
     if (!c)
