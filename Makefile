@@ -45,7 +45,8 @@ test-kvm:
 	@test -f $(BUILD)/.with-tests || meson configure -Dtests=true $(BUILD)
 	@touch $(BUILD)/.with-tests
 	@$(MAKE) --no-print-directory build
-	@DOPPEL=$(BUILD)/doppel tests/kvm/nested.py --all --program $(BUILD)/tests/kvm/test_move \
+	@DOPPEL=$(BUILD)/doppel tests/kvm/nested.py --all --program $(BUILD)/tests/kvm/test_engine \
+		--program $(BUILD)/tests/kvm/test_move \
 		$(BUILD)/guests/*.elf
 
 bench: build

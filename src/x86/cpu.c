@@ -60,7 +60,8 @@ static const struct state_field msr_fields[] = {MSR_FIELD(efer),
                                                 MSR_FIELD(kvm_async_pf),
                                                 MSR_FIELD(kvm_async_pf_int),
                                                 MSR_FIELD(kvm_steal_time),
-                                                MSR_FIELD(kvm_pv_eoi)};
+                                                MSR_FIELD(kvm_pv_eoi),
+                                                MSR_FIELD(kvm_poll_control)};
 static const struct state_desc msr_desc = STATE_DESC("msr", 1, struct cpu_msrs, msr_fields);
 
 #define CPU_FIELD(m) STATE_FIELD(struct cpu, m)
@@ -135,6 +136,9 @@ const struct state_desc cpu_state_desc = {
     .loaded = cpu_loaded,
 };
 
+/* MSR_KVM_POLL_CONTROL's bit 0: the host polls before it lets a halted vCPU's thread sleep (Linux, msr.rst). */
+#define KVM_POLL_CONTROL_HOST 1
+
 static void reset_msrs(struct cpu_msrs *msr)
 {
 #define MSR_STORED(name, number, needs, vendor, field, reset, writable) msr->field = (reset);
@@ -148,6 +152,7 @@ static void reset_msrs(struct cpu_msrs *msr)
 #undef MSR_CONST
 #undef MSR_QUIET
 #undef MSR_SPECIAL
+    msr->kvm_poll_control = KVM_POLL_CONTROL_HOST;
 }
 
 static struct segment real_mode_segment(u32 type_bits)

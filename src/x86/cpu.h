@@ -34,6 +34,7 @@ struct cpu_msrs {
     u64 feature_control, bios_sign_id, hwcr, syscfg, vm_cr, vm_hsave_pa;
     /* KVM's paravirtual ones. What an engine doesn't offer it keeps, for the one that does. */
     u64 kvm_wall_clock, kvm_system_time, kvm_async_pf, kvm_async_pf_int, kvm_steal_time, kvm_pv_eoi;
+    u64 kvm_poll_control;
 };
 
 struct cpu {

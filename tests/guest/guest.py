@@ -17,6 +17,9 @@ DOPPEL = os.environ.get("DOPPEL", os.path.join(ROOT, "build", "doppel"))
 # Seconds in which a guest must have said what a test waits for: a slow host, sanitizers.
 PATIENCE = 300
 
+# The processors of our own guests, where that isn't one. These are not run in lockstep, which is for one.
+CPUS = {"litmus64": 4, "smp64": 4}
+
 
 class Cases:
     """Counts what passed and failed; `done` ends the process with the right status."""
@@ -46,6 +49,18 @@ def kernel(flavour="cloud-amd64"):
     """The path of Debian's kernel, fetched when it is not there."""
     return subprocess.run([os.path.join(ROOT, "scripts", "fetch-kernel"), flavour], check=True,
                           stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def broken_kernel(path):
+    """A copy of a bzImage that ends with a triple fault as soon as it is entered: by either of its entries, at 0 and at
+    0x200 of its protected-mode part (Documentation/arch/x86/boot.rst)."""
+    with open(kernel(), "rb") as file:
+        data = bytearray(file.read())
+    code = (data[0x1f1] + 1) * 512
+    for entry in (0, 0x200):
+        data[code + entry:code + entry + 2] = b"\x0f\x0b" # UD2, without an IDT
+    with open(path, "wb") as file:
+        file.write(data)
 
 
 def modules(names, flavour="cloud-amd64"):

@@ -25,9 +25,6 @@ TRIPLE_FAULT = 3
 # Megabytes, by guest: this one wants some above 4 GiB.
 MEMORY = {"paging_legacy32": 4096}
 
-# Processors, by guest; these are not run in lockstep, which is for one.
-CPUS = {"litmus64": 4, "smp64": 4}
-
 # Checks that TCG fails, by guest, each with what the manuals say.
 _PERMISSIVE = {
     "db-int1": "INT1 is a breakpoint of its debugger",
@@ -179,7 +176,7 @@ def main():
     image = sys.argv[1]
     name = os.path.basename(image).removesuffix(".elf")
     ends_by_triple_fault = name.startswith("shutdown")
-    cpus = CPUS.get(name, 1)
+    cpus = guest.CPUS.get(name, 1)
     memory = str(MEMORY.get(name, 512)) + "M"
     cases = guest.Cases()
     if "--qemu" in sys.argv[2:]:

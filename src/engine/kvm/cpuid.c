@@ -238,7 +238,7 @@ static void add_hypervisor(struct kvm_cpuid2 *t, struct kvm_vcpu *v)
     }
     e = add(t, LEAF_PV_FEATURES, 0, false);
     if (e)
-        e->eax = kvm_cpuid_pv_features(v->engine->dev) & ~v->engine->config.pv_off;
+        e->eax = v->engine->pv_features;
     e = add(t, LEAF_TIMING, 0, false);
     if (e) {
         e->eax = (u32)(v->engine->tsc_hz / 1000);

@@ -186,7 +186,7 @@ static int open_vm(struct kvm_engine *e, struct error *err)
     if (size < (int)sizeof(struct kvm_run))
         return error_host(err, size < 0 ? errno : EIO, "KVM_GET_VCPU_MMAP_SIZE");
     e->run_size = (size_t)size;
-    e->kvmclock = kvm_cpuid_pv_features(e->dev) != 0;
+    e->pv_features = kvm_cpuid_pv_features(e->dev) & ~e->config.pv_off;
     kvm_dirty_init(e);
     return kvm_memory_sync(e, err);
 }

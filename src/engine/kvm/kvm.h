@@ -68,7 +68,7 @@ struct kvm_engine {
     int dev, vm; /* /dev/kvm, the VM */
     size_t run_size;
     u64 tsc_hz;
-    bool kvmclock;    /* offered to the guest */
+    u32 pv_features;  /* of KVM's own, those offered to the guest (CPUID leaf 0x40000001, EAX) */
     u64 xcr0;         /* components that KVM can load */
     u32 ring_entries; /* dirty ring: of each vCPU; 0: the kernel has bitmaps only */
 

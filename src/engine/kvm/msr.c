@@ -26,20 +26,21 @@ struct kept_msr {
     u16 needs;   /* enum cpuid_feature */
     u8 vendor;   /* enum msr_vendor */
     bool strict; /* a value that KVM refuses is an error; else it keeps its own */
+    u32 pv;      /* one of KVM's own, for any of these features of its; 0: of the processor's */
 };
 
-#define MSR_KVM(number, field)                                                                     \
+#define MSR_KVM(number, field, pv)                                                                 \
     {                                                                                              \
-        number, offsetof(struct cpu_msrs, field), FEATURE_HYPERVISOR, 0, true                      \
+        number, offsetof(struct cpu_msrs, field), FEATURE_HYPERVISOR, VENDOR_ANY, true, pv         \
     }
 
 /* EFER travels with the control registers (KVM_SET_SREGS2). */
 static const struct kept_msr kept[] = {
 #define MSR_STORED(name, number, needs, vendor, field, reset, writable)                            \
-    {number, offsetof(struct cpu_msrs, field), FEATURE_##needs, VENDOR_##vendor,                   \
-     FEATURE_##needs != FEATURE_MCA},
+    {number,          offsetof(struct cpu_msrs, field), FEATURE_##needs,                           \
+     VENDOR_##vendor, FEATURE_##needs != FEATURE_MCA,   0},
 #define MSR_KEPT(name, number, needs, vendor, field, reset, writable)                              \
-    {number, offsetof(struct cpu_msrs, field), FEATURE_##needs, VENDOR_##vendor, false},
+    {number, offsetof(struct cpu_msrs, field), FEATURE_##needs, VENDOR_##vendor, false, 0},
 #define MSR_CONST(name, number, needs, vendor, value)
 #define MSR_QUIET(name, number, needs, vendor, value)
 #define MSR_SPECIAL(name, number, needs, vendor)
@@ -50,13 +51,15 @@ static const struct kept_msr kept[] = {
 #undef MSR_QUIET
 #undef MSR_SPECIAL
     {MSR_IA32_TSC_ADJUST, offsetof(struct cpu_msrs, tsc_adjust), FEATURE_TSC_ADJUST, VENDOR_ANY,
-     true},
-    MSR_KVM(MSR_KVM_WALL_CLOCK_NEW, kvm_wall_clock),
-    MSR_KVM(MSR_KVM_SYSTEM_TIME_NEW, kvm_system_time),
-    MSR_KVM(MSR_KVM_ASYNC_PF_INT, kvm_async_pf_int), /* before the one that turns it on */
-    MSR_KVM(MSR_KVM_ASYNC_PF_EN, kvm_async_pf),
-    MSR_KVM(MSR_KVM_STEAL_TIME, kvm_steal_time),
-    MSR_KVM(MSR_KVM_PV_EOI_EN, kvm_pv_eoi),
+     true, 0},
+    MSR_KVM(MSR_KVM_WALL_CLOCK_NEW, kvm_wall_clock, BIT(KVM_FEATURE_CLOCKSOURCE2)),
+    MSR_KVM(MSR_KVM_SYSTEM_TIME_NEW, kvm_system_time, BIT(KVM_FEATURE_CLOCKSOURCE2)),
+    /* Before the one that turns it on. */
+    MSR_KVM(MSR_KVM_ASYNC_PF_INT, kvm_async_pf_int, BIT(KVM_FEATURE_ASYNC_PF_INT)),
+    MSR_KVM(MSR_KVM_ASYNC_PF_EN, kvm_async_pf, BIT(KVM_FEATURE_ASYNC_PF)),
+    MSR_KVM(MSR_KVM_STEAL_TIME, kvm_steal_time, BIT(KVM_FEATURE_STEAL_TIME)),
+    MSR_KVM(MSR_KVM_PV_EOI_EN, kvm_pv_eoi, BIT(KVM_FEATURE_PV_EOI)),
+    MSR_KVM(MSR_KVM_POLL_CONTROL, kvm_poll_control, BIT(KVM_FEATURE_POLL_CONTROL)),
 };
 _Static_assert(ARRAY_SIZE(kept) <= KVM_MAX_MSRS, "struct kvm_engine holds them all");
 
@@ -115,7 +118,8 @@ int kvm_msr_find(struct kvm_vcpu *v, struct error *err)
     for (size_t i = 0; i < ARRAY_SIZE(kept); i++) {
         u64 value;
 
-        if (!is_offered(e->config.cpuid, kept[i].needs, kept[i].vendor))
+        if (!is_offered(e->config.cpuid, kept[i].needs, kept[i].vendor) ||
+            (kept[i].pv && !(kept[i].pv & e->pv_features)))
             continue;
         if (!kvm_msr_read(v, kept[i].number, &value))
             e->msrs[e->nmsrs++] = kept[i].number;

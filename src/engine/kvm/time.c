@@ -22,9 +22,12 @@
 #include "x86/msr.h"
 
 #include <errno.h>
+#include <linux/kvm_para.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <x86intrin.h>
+
+#define CLOCK_FEATURES (BIT(KVM_FEATURE_CLOCKSOURCE) | BIT(KVM_FEATURE_CLOCKSOURCE2))
 
 #define APIC_IRR 0x200
 #define APIC_LVT_TIMER 0x320
@@ -68,7 +71,7 @@ static int adjust_kvmclock(struct kvm_engine *e, u64 missed, struct error *err)
 {
     struct kvm_clock_data clock = {0};
 
-    if (!e->kvmclock)
+    if (!(e->pv_features & CLOCK_FEATURES))
         return 0;
     if (!e->origin_ns) {
         clock.clock = vm_clock_now(e->config.clock);
