@@ -14,6 +14,7 @@
 #include "control/vnc_input.h"
 #include "device/vga.h"
 #include "host/event_loop.h"
+#include "host/library.h"
 #include "host/log.h"
 #include "host/tcp_socket.h"
 #include "host/unix_socket.h"
@@ -40,6 +41,33 @@
 #define PASSWORD_MAX 8               /* characters that VNC authentication uses: RFC 6143, 7.2.2 */
 #define STRIP_HEIGHT 16
 #define UNIX_PREFIX "unix:"
+
+#define RFB_SYMBOLS(X)                                                                             \
+    X(rfbCheckPasswordByList)                                                                      \
+    X(rfbClientConnectionGone)                                                                     \
+    X(rfbCloseClient)                                                                              \
+    X(rfbErr)                                                                                      \
+    X(rfbGetScreen)                                                                                \
+    X(rfbLog)                                                                                      \
+    X(rfbMarkRectAsModified)                                                                       \
+    X(rfbNewClient)                                                                                \
+    X(rfbNewFramebuffer)                                                                           \
+    X(rfbProcessClientMessage)                                                                     \
+    X(rfbScreenCleanup)                                                                            \
+    X(rfbUpdateClient)                                                                             \
+    X(rfbWriteExact)
+
+static struct {
+#define MEMBER(name) __typeof__(name) *name;
+    RFB_SYMBOLS(MEMBER)
+#undef MEMBER
+} library;
+
+static const struct library_symbol symbols[] = {
+#define SYMBOL(name) {#name, (void **)&library.name},
+    RFB_SYMBOLS(SYMBOL)
+#undef SYMBOL
+};
 
 struct client {
     rfbClientPtr rfb; /* NULL: a free place */
@@ -101,7 +129,7 @@ static void update_strip(struct vnc *v, unsigned top, unsigned bottom)
         update_row(v->image.pixels + (size_t)y * width, v->shown + (size_t)y * width, width, &left,
                    &right);
     if (left < right)
-        rfbMarkRectAsModified(v->screen, (int)left, (int)top, (int)right, (int)bottom);
+        library.rfbMarkRectAsModified(v->screen, (int)left, (int)top, (int)right, (int)bottom);
 }
 
 /* Another size: clients that understand that are told so, the others go on with the part that they know. */
@@ -112,7 +140,8 @@ static int resize(struct vnc *v, struct error *err)
 
     if (!shown)
         return error_host(err, ENOMEM, "the screen of VNC clients");
-    rfbNewFramebuffer(v->screen, (char *)shown, (int)image->width, (int)image->height, 8, 3, 4);
+    library.rfbNewFramebuffer(v->screen, (char *)shown, (int)image->width, (int)image->height, 8, 3,
+                              4);
     free(v->shown);
     v->shown = shown;
     return 0;
@@ -152,7 +181,7 @@ static void pointer_event(int buttons, int x, int y, rfbClientPtr rfb)
 static rfbBool check_password(rfbClientPtr rfb, const char *response, int len)
 {
     struct vnc *v = rfb->screen->screenData;
-    rfbBool right = rfbCheckPasswordByList(rfb, response, len);
+    rfbBool right = library.rfbCheckPasswordByList(rfb, response, len);
 
     if (!right) {
         log_warn("vnc: a client gave a wrong password");
@@ -221,11 +250,11 @@ static rfbClientPtr introduce(struct vnc *v, int fd)
         write(pair[1], no_websocket, sizeof(no_websocket)) != (ssize_t)sizeof(no_websocket))
         close(pair[0]);
     else
-        rfb = rfbNewClient(v->screen, pair[0]); /* it closes that when it fails */
+        rfb = library.rfbNewClient(v->screen, pair[0]); /* it closes that when it fails */
     if (rfb && (dup3(fd, rfb->sock, O_CLOEXEC) < 0 ||
                 read(pair[1], greeting, sz_rfbProtocolVersionMsg) != sz_rfbProtocolVersionMsg ||
-                rfbWriteExact(rfb, greeting, sz_rfbProtocolVersionMsg) < 0))
-        rfbCloseClient(rfb); /* and update_client sees it out */
+                library.rfbWriteExact(rfb, greeting, sz_rfbProtocolVersionMsg) < 0))
+        library.rfbCloseClient(rfb); /* and update_client sees it out */
     close(pair[1]);
     return rfb;
 }
@@ -248,19 +277,19 @@ static void accept_client(struct vnc *v)
 
 static void client_ready(struct client *c)
 {
-    rfbProcessClientMessage(c->rfb);
+    library.rfbProcessClientMessage(c->rfb);
     /* Nothing is offered that keeps a second, scaled picture: libvncserver's don't follow a change of the size. */
     if (c->rfb->sock != RFB_INVALID_SOCKET && c->rfb->scaledScreen != c->rfb->screen)
-        rfbCloseClient(c->rfb);
+        library.rfbCloseClient(c->rfb);
 }
 
 /* Sends what it has asked for, or sees it out. */
 static void update_client(struct vnc *v, struct client *c)
 {
-    rfbUpdateClient(c->rfb);
+    library.rfbUpdateClient(c->rfb);
     if (c->rfb->sock != RFB_INVALID_SOCKET)
         return;
-    rfbClientConnectionGone(c->rfb);
+    library.rfbClientConnectionGone(c->rfb);
     leave_place(v, c);
     vnc_input_release(&v->input);
 }
@@ -404,8 +433,8 @@ static int create_screen(struct vnc *v, struct error *err)
     v->view = vga_view_create(err);
     if (!v->view)
         return -ENOMEM;
-    rfbLog = rfbErr = library_log;
-    s = v->screen = rfbGetScreen(NULL, NULL, 640, 480, 8, 3, 4);
+    *library.rfbLog = *library.rfbErr = library_log;
+    s = v->screen = library.rfbGetScreen(NULL, NULL, 640, 480, 8, 3, 4);
     if (!s)
         return error_host(err, ENOMEM, "the screen of VNC clients");
     s->screenData = v;
@@ -451,7 +480,8 @@ struct vnc *vnc_open(const char *where, const char *password_file, struct vga *v
     pthread_mutex_init(&v->lock, NULL);
     for (unsigned i = 0; i < CLIENTS_MAX; i++)
         v->clients[i].fd = -1;
-    if (read_password(v, password_file, err) || open_listener(v, where, err) ||
+    if (library_load("libvncserver.so.1", symbols, ARRAY_SIZE(symbols), err) ||
+        read_password(v, password_file, err) || open_listener(v, where, err) ||
         create_screen(v, err) || start_thread(v, err)) {
         vnc_close(v);
         return NULL;
@@ -483,12 +513,12 @@ void vnc_close(struct vnc *v)
         stop_thread(v);
     for (unsigned i = 0; i < CLIENTS_MAX; i++) {
         if (v->clients[i].rfb)
-            rfbClientConnectionGone(v->clients[i].rfb);
+            library.rfbClientConnectionGone(v->clients[i].rfb);
         if (v->clients[i].fd >= 0)
             close(v->clients[i].fd);
     }
     if (v->screen)
-        rfbScreenCleanup(v->screen);
+        library.rfbScreenCleanup(v->screen);
     free(v->shown);
     vga_image_free(&v->image);
     vga_view_destroy(v->view);

@@ -13,6 +13,7 @@
  *  4. Segments for a guest that takes large ones are merged until libslirp is done for now
  *     (merge.h).
  */
+#include "host/library.h"
 #include "host/log.h"
 #include "net/backend.h"
 #include "net/merge.h"
@@ -26,6 +27,27 @@
 #include <sys/epoll.h>
 
 #define NS_PER_MS 1000000ULL
+
+#define SLIRP_SYMBOLS(X)                                                                           \
+    X(slirp_add_hostfwd)                                                                           \
+    X(slirp_cleanup)                                                                               \
+    X(slirp_handle_timer)                                                                          \
+    X(slirp_input)                                                                                 \
+    X(slirp_new)                                                                                   \
+    X(slirp_pollfds_fill)                                                                          \
+    X(slirp_pollfds_poll)
+
+static struct {
+#define MEMBER(name) __typeof__(name) *name;
+    SLIRP_SYMBOLS(MEMBER)
+#undef MEMBER
+} library;
+
+static const struct library_symbol symbols[] = {
+#define SYMBOL(name) {#name, (void **)&library.name},
+    SLIRP_SYMBOLS(SYMBOL)
+#undef SYMBOL
+};
 
 struct user_fd {
     struct user_net *net;
@@ -170,7 +192,7 @@ static void fill(struct user_net *n)
         if (n->fds[i])
             n->fds[i]->wanted = n->fds[i]->ready = 0;
     }
-    slirp_pollfds_fill(n->slirp, &timeout, add_poll, n);
+    library.slirp_pollfds_fill(n->slirp, &timeout, add_poll, n);
     for (size_t i = 0; i < n->nfds; i++) {
         if (n->fds[i] &&
             event_loop_watch_events(n->b.loop, &n->fds[i]->watch, n->fds[i]->wanted) < 0)
@@ -199,7 +221,7 @@ static void work(void *opaque)
         rest(n);
         return;
     }
-    slirp_pollfds_poll(n->slirp, 0, get_revents, n);
+    library.slirp_pollfds_poll(n->slirp, 0, get_revents, n);
     flush_merge(n);
     fill(n);
 }
@@ -237,7 +259,7 @@ static void timer_fire(void *opaque)
     struct user_timer *t = opaque;
     struct user_net *n = t->net;
 
-    slirp_handle_timer(n->slirp, t->id, t->opaque);
+    library.slirp_handle_timer(n->slirp, t->id, t->opaque);
     flush_merge(n);
     work_soon(n);
 }
@@ -318,7 +340,7 @@ static int user_send(struct net_backend *b, unsigned queue, const struct net_off
         net_fill_checksum(o, u->packet, len);
     else if (!net_join_segments(o, u->packet, len))
         return 0;
-    slirp_input(u->slirp, u->packet, (int)len);
+    library.slirp_input(u->slirp, u->packet, (int)len);
     flush_merge(u);
     work_soon(u);
     return 0;
@@ -340,7 +362,7 @@ static void user_close(struct net_backend *b)
 
     n->closing = true;
     if (n->slirp)
-        slirp_cleanup(n->slirp);
+        library.slirp_cleanup(n->slirp);
     for (size_t i = 0; i < n->nfds; i++)
         fd_forget(n, (int)i);
     event_loop_timer_remove(b->loop, &n->work);
@@ -392,7 +414,7 @@ static int add_forward(struct user_net *n, const char *text, struct error *err)
         !parse_endpoint(text + 4, dash, &host, &host_port) ||
         !parse_endpoint(dash + 1, text + strlen(text), &guest, &guest_port))
         return error_input(err, "hostfwd=%s: give tcp:[HOST]:PORT-[GUEST]:PORT, or udp:", text);
-    if (slirp_add_hostfwd(n->slirp, udp, host, host_port, guest, guest_port) < 0)
+    if (library.slirp_add_hostfwd(n->slirp, udp, host, host_port, guest, guest_port) < 0)
         return error_input(err, "hostfwd=%s: cannot listen there: %s", text, strerror(errno));
     return 0;
 }
@@ -417,7 +439,7 @@ static bool make_slirp(struct user_net *n, const struct net_options *o)
     inet_pton(AF_INET6, "fec0::", &config.vprefix_addr6);
     inet_pton(AF_INET6, "fec0::2", &config.vhost6);
     inet_pton(AF_INET6, "fec0::3", &config.vnameserver6);
-    n->slirp = slirp_new(&config, &callbacks, n);
+    n->slirp = library.slirp_new(&config, &callbacks, n);
     return n->slirp;
 }
 
@@ -430,6 +452,8 @@ struct net_backend *net_user_open(const struct net_options *o, struct event_loop
         error_input(err, "user takes no '=%s': options follow a comma", o->argument);
         return NULL;
     }
+    if (library_load("libslirp.so.0", symbols, ARRAY_SIZE(symbols), err))
+        return NULL;
     n = calloc(1, sizeof(*n));
     if (!n) {
         error_host(err, ENOMEM, "user network");
