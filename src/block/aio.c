@@ -1,6 +1,10 @@
 /*
  * Each side tells what it has done by an eventfd in the loop: the kernel for the ring, threads for the pool.
  *
+ * Transfers are gathered while the loop calls back, and submitted together at the end of its round, by a timer that is
+ * due at once. What was done within that system call, as what the host has in its cache is, is taken with it: its
+ * event in the eventfd comes for nothing.
+ *
  * A transfer that the ring did not do whole (a short one, at the end of the file; a kind of file that it can't)
  * is done again from its start by a thread, which does whole transfers: rare, and the same bytes.
  *
@@ -35,6 +39,7 @@ struct aio {
     struct io_uring ring;
     int ring_fd; /* eventfd */
     struct fd_watch ring_watch;
+    struct host_timer round_end;
 
     int pool_fd; /* eventfd */
     struct fd_watch pool_watch;
@@ -172,12 +177,8 @@ void aio_transfer(struct aio *a, struct aio_work *w)
     else
         io_uring_prep_readv(sqe, w->file->fd, w->iov, w->n, w->offset);
     io_uring_sqe_set_data(sqe, w);
-    /* What the kernel doesn't take now it takes with the next; it takes none only when short of memory. */
-    while (io_uring_submit(&a->ring) < 0) {
-        struct pollfd p = {.fd = a->ring_fd, .events = POLLIN};
-
-        poll(&p, 1, 1);
-    }
+    if (io_uring_sq_ready(&a->ring) == 1)
+        event_loop_timer_arm(a->loop, &a->round_end, 0);
 }
 
 static void ring_done(struct aio *a, struct aio_work *w, int result)
@@ -188,14 +189,10 @@ static void ring_done(struct aio *a, struct aio_work *w, int result)
         aio_run(a, w);
 }
 
-static void ring_ready(void *opaque, u32 events)
+static void take_completions(struct aio *a)
 {
-    struct aio *a = opaque;
     struct io_uring_cqe *cqe;
-    u64 count;
 
-    if (read(a->ring_fd, &count, sizeof(count)) < 0)
-        return;
     while (io_uring_peek_cqe(&a->ring, &cqe) == 0) {
         struct aio_work *w = io_uring_cqe_get_data(cqe);
         int result = cqe->res;
@@ -205,11 +202,40 @@ static void ring_ready(void *opaque, u32 events)
     }
 }
 
+/* What was done may have been waited for by more. */
+static void submit_gathered(void *opaque)
+{
+    struct aio *a = opaque;
+
+    while (io_uring_sq_ready(&a->ring)) {
+        /* It takes none only when the kernel is short of memory. */
+        if (io_uring_submit(&a->ring) <= 0) {
+            struct pollfd p = {.fd = a->ring_fd, .events = POLLIN};
+
+            poll(&p, 1, 1);
+        }
+        take_completions(a);
+    }
+}
+
+static void ring_ready(void *opaque, u32 events)
+{
+    struct aio *a = opaque;
+    u64 count;
+
+    if (read(a->ring_fd, &count, sizeof(count)) == sizeof(count))
+        take_completions(a);
+}
+
 void aio_wait(struct aio *a)
 {
     struct pollfd fds[] = {{.fd = a->pool_fd, .events = POLLIN},
                            {.fd = a->uring ? a->ring_fd : -1, .events = POLLIN}};
 
+    if (a->uring && io_uring_sq_ready(&a->ring)) {
+        submit_gathered(a);
+        return;
+    }
     if (poll(fds, ARRAY_SIZE(fds), -1) < 0)
         return;
     if (fds[0].revents)
@@ -248,6 +274,7 @@ static int open_ring(struct aio *a)
         return 0;
     }
     a->uring = true;
+    a->round_end = (struct host_timer){.fire = submit_gathered, .opaque = a};
     ret = watch(a, &a->ring_watch, &a->ring_fd, ring_ready);
     return ret ? ret : io_uring_register_eventfd(&a->ring, a->ring_fd);
 }
@@ -290,8 +317,10 @@ void aio_destroy(struct aio *a)
         pthread_join(a->threads[i], NULL);
     unwatch(a, &a->ring_watch, a->ring_fd);
     unwatch(a, &a->pool_watch, a->pool_fd);
-    if (a->uring)
+    if (a->uring) {
+        event_loop_timer_remove(a->loop, &a->round_end);
         io_uring_queue_exit(&a->ring);
+    }
     pthread_cond_destroy(&a->wake);
     pthread_mutex_destroy(&a->lock);
     free(a);
