@@ -39,10 +39,10 @@ static bool may_wake(const struct soft_vcpu *v)
 
 /* --- HLT --- */
 
-/* Whether a vCPU may look for work without taking the processor from another. */
+/* Whether a vCPU may look for work without taking the processor from another, or from what makes the work. */
 static bool may_poll(const struct soft_vcpu *v)
 {
-    return v->engine->config.ncpus > 1 && v->engine->config.ncpus <= v->engine->host_cpus;
+    return v->engine->host_cpus > 1 && v->engine->config.ncpus <= v->engine->host_cpus;
 }
 
 /* True: woken. */
