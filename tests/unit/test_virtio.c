@@ -5,6 +5,7 @@
 #include "virtio_rig.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -195,6 +196,74 @@ static void msix_tells_about_used_buffers(void **state)
     add(d, one, 2, 2);
     notify(d);
     assert_int_equal(d->rig->messages, 1);
+}
+
+/* A device that has `n` chains more, and answers them when asked to. */
+static void give_kept(struct driver *d, unsigned n)
+{
+    d->toy->keep = d->toy->soon = true;
+    for (unsigned i = 0; i < n; i++) {
+        add(d, one, 2, (u16)(2 * i));
+        notify(d);
+    }
+}
+
+static void wait_for_messages(struct driver *d, unsigned n)
+{
+    for (unsigned i = 0; d->rig->messages < n; i++) {
+        if (i > 5000)
+            fail_msg("no interrupt");
+        run_loop(d);
+        poll(NULL, 0, 1);
+    }
+    assert_int_equal(d->rig->messages, n);
+}
+
+static void interrupts_that_may_wait_are_one(void **state)
+{
+    struct driver *d = *state;
+
+    enable_msix(d);
+    start_driver(d, 0, 8);
+    give_kept(d, 2);
+    toy_answer_kept(d->toy);
+    assert_int_equal(d->rig->messages, 0);
+    give_kept(d, 1); /* waiting is of use: the next waits, too */
+    wait_for_messages(d, 1);
+    toy_answer_kept(d->toy);
+    assert_int_equal(d->rig->messages, 1);
+    wait_for_messages(d, 2);
+}
+
+static void interrupts_wait_in_vain_once(void **state)
+{
+    struct driver *d = *state;
+
+    enable_msix(d);
+    start_driver(d, 0, 8);
+    give_kept(d, 1);
+    toy_answer_kept(d->toy);
+    wait_for_messages(d, 1);
+    give_kept(d, 1);
+    toy_answer_kept(d->toy);
+    assert_int_equal(d->rig->messages, 2);
+}
+
+static void a_stopped_machine_has_no_interrupt_waiting(void **state)
+{
+    struct driver *d = *state;
+    struct device *dev = &d->toy->v.pci.dev;
+
+    enable_msix(d);
+    start_driver(d, 0, 8);
+    give_kept(d, 2);
+    toy_answer(&d->toy->v, 0, d->toy->kept[--d->toy->nkept]);
+    assert_int_equal(d->rig->messages, 0);
+    dev->ops->stop(dev); /* which brings in the other */
+    assert_int_equal(d->rig->messages, 2);
+    dev->ops->start(dev);
+    run_loop(d);
+    assert_int_equal(d->rig->messages, 2);
 }
 
 static void the_event_index_suppresses_interrupts(void **state)
@@ -571,6 +640,9 @@ int main(void)
         TEST(writes_to_memory_are_told),
         TEST(nothing_is_read_without_bus_mastering),
         TEST(msix_tells_about_used_buffers),
+        TEST(interrupts_that_may_wait_are_one),
+        TEST(interrupts_wait_in_vain_once),
+        TEST(a_stopped_machine_has_no_interrupt_waiting),
         TEST(the_event_index_suppresses_interrupts),
         TEST(packed_events_suppress_interrupts),
         TEST(intx_is_for_drivers_without_msix),

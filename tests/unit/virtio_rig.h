@@ -25,7 +25,7 @@
 struct toy {
     struct virtio v;
     u8 config[16];
-    bool keep;
+    bool keep, soon; /* soon: interrupts may wait */
     struct virtq_chain *kept[TOY_KEPT_MAX];
     unsigned nkept, resets;
 };
@@ -42,7 +42,10 @@ static inline void toy_answer(struct virtio *v, unsigned q, struct virtq_chain *
 
     n = virtq_chain_write(chain, 0, bytes, n);
     virtio_complete(v, q, chain, (u32)n);
-    virtio_signal(v, q);
+    if (toy_of(v)->soon)
+        virtio_signal_soon(v, q);
+    else
+        virtio_signal(v, q);
 }
 
 static void toy_ready(struct virtio *v, unsigned q)
@@ -87,6 +90,7 @@ static const struct state_field toy_fields[] = {
     STATE_STRUCTS(struct toy, v, &virtio_state),
     STATE_FIELD(struct toy, config),
     STATE_HOST(struct toy, keep),
+    STATE_HOST(struct toy, soon),
     STATE_HOST(struct toy, kept),
     STATE_HOST(struct toy, nkept),
     STATE_HOST(struct toy, resets),

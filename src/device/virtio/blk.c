@@ -95,7 +95,7 @@ static void finish(struct blk_request *q, enum blk_status status)
 
     virtq_chain_write(q->chain, last, &byte, 1);
     virtio_complete(v, q->queue, q->chain, (u32)(last + 1));
-    virtio_signal(v, q->queue);
+    virtio_signal_soon(v, q->queue);
     free(q);
 }
 

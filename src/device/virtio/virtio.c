@@ -14,6 +14,10 @@
 #define VIRTIO_PCI_DEVICE 0x1040 /* plus the type (4.1.2) */
 #define VIRTIO_PCI_SUBSYSTEM 0x1100
 
+/* How long an interrupt may wait for more to tell; and how many don't, after one has waited in vain. */
+#define HOLD_NS 100000
+#define PROMPT_SIGNALS 100
+
 #define ISR_QUEUE 1
 #define ISR_CONFIG 2
 
@@ -37,6 +41,42 @@ void virtio_signal(struct virtio *v, unsigned q)
 {
     if (virtq_should_signal(&v->queues[q], v->env.memory))
         interrupt(v, ISR_QUEUE, v->queues[q].vector);
+}
+
+void virtio_signal_soon(struct virtio *v, unsigned q)
+{
+    if (v->held & BIT(q))
+        return;
+    if (v->stopped || v->prompt[q]) {
+        v->prompt[q] -= !!v->prompt[q];
+        virtio_signal(v, q);
+        return;
+    }
+    if (!v->held)
+        event_loop_timer_arm(v->env.loop, &v->hold, host_clock_ns() + HOLD_NS);
+    v->held |= BIT(q);
+    v->came &= ~BIT(q);
+}
+
+/* The lock is held. */
+static void signal_held(struct virtio *v)
+{
+    for (; v->held; v->held &= v->held - 1) {
+        unsigned q = (unsigned)__builtin_ctzll(v->held);
+
+        virtio_signal(v, q);
+        if (!(v->came & BIT(q)))
+            v->prompt[q] = PROMPT_SIGNALS;
+    }
+}
+
+static void hold_ended(void *opaque)
+{
+    struct virtio *v = opaque;
+
+    device_lock(&v->pci.dev);
+    signal_held(v);
+    device_unlock(&v->pci.dev);
 }
 
 void virtio_config_changed(struct virtio *v)
@@ -106,6 +146,7 @@ int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **out)
     if (ret == 1) {
         v->in_flight++;
         v->queue_in_flight[q]++;
+        v->came |= BIT(q);
         *out = chain;
         return 1;
     }
@@ -127,6 +168,7 @@ static void finish_reset(struct virtio *v)
     v->isr = 0;
     v->resetting = false;
     v->queue_resetting = 0;
+    v->held = 0;
     pci_intx_set(&v->pci, false);
     if (v->ops->reset)
         v->ops->reset(v);
@@ -246,6 +288,7 @@ static void virtio_stop(struct device *dev)
 
     device_lock(dev);
     v->stopped = true;
+    signal_held(v);
     device_unlock(dev);
     if (v->ops->drain)
         v->ops->drain(v);
@@ -333,6 +376,7 @@ static void virtio_destroy(struct device *dev)
     struct virtio *v = container_of(dev, struct virtio, pci.dev);
 
     bring_in(v);
+    event_loop_timer_remove(v->env.loop, &v->hold);
     pci_device_fini(&v->pci);
     close_notifiers(v, v->config.queues);
     v->ops->destroy(v);
@@ -366,6 +410,7 @@ int virtio_init(struct virtio *v, const struct virtio_ops *ops, const struct vir
     v->config = *config;
     v->env = *env;
     v->offered = config->features | COMMON_FEATURES;
+    v->hold = (struct host_timer){.fire = hold_ended, .opaque = v};
     ret = open_notifiers(v, err);
     if (ret)
         return ret;
@@ -428,6 +473,10 @@ static const struct state_field virtio_fields[] = {
     STATE_HOST(struct virtio, doorbells),
     STATE_HOST(struct virtio, kicked),
     STATE_HOST(struct virtio, stopped),
+    STATE_HOST(struct virtio, held),
+    STATE_HOST(struct virtio, came),
+    STATE_HOST(struct virtio, hold),
+    STATE_HOST(struct virtio, prompt),
     STATE_HOST(struct virtio, in_flight),
     STATE_HOST(struct virtio, queue_in_flight),
     STATE_HOST(struct virtio, cfg_cap),

@@ -107,6 +107,10 @@ struct virtio {
     struct pci_doorbell doorbells[VIRTIO_QUEUES_MAX]; /* the notifiers' eventfds */
     _Atomic u64 kicked; /* queues that virtio_kick has told the loop of */
     bool stopped;       /* by the machine */
+    u64 held;           /* queues whose interrupt waits for `hold` */
+    u64 came;           /* those of them that got chains since */
+    struct host_timer hold;
+    u8 prompt[VIRTIO_QUEUES_MAX]; /* interrupts that don't wait, as waiting was no use */
     unsigned in_flight;
     unsigned queue_in_flight[VIRTIO_QUEUES_MAX];
     u8 cfg_cap; /* offset of the PCI configuration access capability */
@@ -138,6 +142,11 @@ void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain);
 /* Gives a popped chain back and frees it. Then virtio_signal once for all that were given back. */
 void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written);
 void virtio_signal(struct virtio *v, unsigned q);
+/*
+ * As virtio_signal, but a driver that goes on giving work meanwhile hears of several answers at once, up to 0.1 ms
+ * later. On the loop's thread.
+ */
+void virtio_signal_soon(struct virtio *v, unsigned q);
 /* Asks for notifications (virtq_set_notify). */
 void virtio_set_notify(struct virtio *v, unsigned q, bool on);
 /*
