@@ -385,6 +385,37 @@ static void test_pv_state(u32 offered)
     rig_destroy(r);
 }
 
+/* ---- vector registers ---- */
+
+/* Of those that XSAVE has a component of its own for, each byte has a value of its own. */
+static void test_vectors(void)
+{
+    struct rig *r = rig_create(0);
+    u64 xcr0 = XCR0_X87 | (cpuid_model_xcr0(r->cpuid) & (XCR0_SSE | XCR0_AVX));
+    unsigned bytes = xcr0 & XCR0_AVX ? 32 : 16;
+    struct lapic_state apic;
+    struct cpu cpu, back;
+    bool same = true;
+
+    get_state(r, END_OF_ALL, &cpu, &apic);
+    cpu.xcr0 = xcr0;
+    for (unsigned i = 0; i < 16; i++) {
+        for (unsigned n = 0; n < bytes; n++)
+            cpu.vec[i][n] = (u8)(i * 32 + n + 1);
+    }
+    check(set_state(r, &cpu, &apic), "vectors-are-taken");
+    engine_kvm.vcpu_get_state(r->vcpu, &back, &apic);
+    for (unsigned i = 0; i < 16; i++)
+        same &= !memcmp(cpu.vec[i], back.vec[i], bytes);
+    check(same && back.xcr0 == xcr0, "vectors-come-back");
+    run(r);
+    engine_kvm.vcpu_get_state(r->vcpu, &back, &apic);
+    for (unsigned i = 0; i < 16; i++)
+        same &= !memcmp(cpu.vec[i], back.vec[i], bytes);
+    check(same, "vectors-outlive-a-run");
+    rig_destroy(r);
+}
+
 int main(void)
 {
     struct error err;
@@ -401,6 +432,7 @@ int main(void)
     test_loaded(false);
     test_loaded(true);
     test_irqfd();
+    test_vectors();
     test_pv_cpuid(offered);
     test_pv_state(offered);
     return failures ? 1 : 0;
