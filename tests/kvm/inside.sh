@@ -71,10 +71,11 @@ stat()
     sed -n 's/^ *"'"$1"'": \([0-9]*\),*$/\1/p' /tmp/stats | head -n 1
 }
 
-# cpu_of COMMAND...: its CPU time in hundredths of a second.
+# cpu_of COMMAND...: its CPU time in hundredths of a second; much, when it hangs.
 cpu_of()
 {
-    time -f 'cpu %U %S' "$@" 2>&1 >/dev/null </dev/null | awk '/^cpu/ { printf "%d", 100 * ($2 + $3) }'
+    time -f 'cpu %U %S' timeout 60 "$@" 2>&1 >/dev/null </dev/null |
+        awk '/terminated by signal/ { hung = 1 } /^cpu/ { printf "%d", hung ? 10000 : 100 * ($2 + $3) }'
 }
 
 # least A B: the smaller one.
