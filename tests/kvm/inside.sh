@@ -75,7 +75,8 @@ stat()
 cpu_of()
 {
     time -f 'cpu %U %S' timeout 60 "$@" 2>&1 >/dev/null </dev/null |
-        awk '/terminated by signal/ { hung = 1 } /^cpu/ { printf "%d", hung ? 10000 : 100 * ($2 + $3) }'
+        awk -v what="$1" '/terminated by signal/ { hung = 1; print what " hung" >"/dev/stderr" }
+            /^cpu/ { printf "%d", hung ? 10000 : 100 * ($2 + $3) }'
 }
 
 # least A B: the smaller one.
