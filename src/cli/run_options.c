@@ -291,7 +291,15 @@ static int set_machine_serial(struct vm_config *config, const char *value, struc
 
 static int set_boot(struct vm_config *config, const char *value, struct error *err)
 {
-    return parse_choice("--boot", value, "cdrom", "disk", &config->firmware.cdrom_first, err);
+    static const char *const names[] = {"disk", "cdrom", "network"}; /* enum firmware_boot */
+
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++) {
+        if (!strcmp(value, names[i])) {
+            config->firmware.boot_first = (enum firmware_boot)i;
+            return 0;
+        }
+    }
+    return error_input(err, "'%s': give disk, cdrom or network", value);
 }
 
 /* The one option that some have, and without a value. */
@@ -470,7 +478,7 @@ static const struct option options[] = {
     {"--pmem", "FILE[,readonly]", "a file as memory of the guest's (/dev/pmem0), by virtio-pmem",
      set_pmem},
     {"--cdrom", "FILE", "an ISO image, in an IDE CD-ROM drive", set_cdrom},
-    {"--boot", "WHICH", "what firmware boots first, disk or cdrom (default: disk)", set_boot},
+    {"--boot", "WHICH", "what firmware boots first: disk (default), cdrom or network", set_boot},
     {"--uuid", "UUID", "the machine's, in SMBIOS", set_uuid},
     {"--product", "NAME", "its product name there (default: doppel)", set_product},
     {"--serial-number", "TEXT", "its serial number there", set_machine_serial},
@@ -578,6 +586,9 @@ int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, s
         return error_input(err, "--screenshot: a screen comes with --firmware only");
     if (config->vnc && !config->firmware.what)
         return error_input(err, "--vnc: a screen comes with --firmware only");
+    if (config->firmware.boot_first == FIRMWARE_BOOT_NETWORK && !config->nnets)
+        return error_input(err, "--boot network: give --net user,tftp=DIR,bootfile=FILE too, or "
+                                "another network");
     if (!config->kernel && !config->firmware.what)
         return error_input(err, "nothing to boot: give --kernel FILE or --firmware bios");
     if (!config->kernel && (config->initrd || *config->append))
@@ -616,11 +627,12 @@ void cli_run_help(FILE *out)
         "keeps them in FILE, vars=none forgets them at the end. With --kernel, uefi boots the "
         "kernel\n"
         "before it looks at disks.\n"
-        "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...: a network of the guest's own, "
-        "whose\n"
-        "packets leave as this process's connections. The guest is 10.0.2.15 by DHCP, the host is\n"
-        "10.0.2.2, DNS is 10.0.2.3. hostfwd (tcp or udp) lets the host in, by its loopback "
-        "address\n"
+        "--net user[,hostfwd=tcp:[HOST]:PORT-[GUEST]:PORT]...[,tftp=DIR][,bootfile=FILE]: a\n"
+        "network of the guest's own, whose packets leave as this process's connections. The\n"
+        "guest is 10.0.2.15 by DHCP, the host is 10.0.2.2, DNS is 10.0.2.3. tftp=DIR serves\n"
+        "the files in DIR to it, and bootfile=FILE is the one of them that --boot network loads:\n"
+        "by iPXE (Debian's ipxe-qemu) with bios, by itself with uefi.\n"
+        "hostfwd (tcp or udp) lets the host in, by its loopback address\n"
         "unless HOST is another.\n"
         "--net tap=IF[,queues=N]: a tap interface of the host's.\n"
         "--net socket=PATH: a cable to another doppel; the first one listens, the second "

@@ -103,6 +103,7 @@ struct board {
     u64 memory_end;                                        /* as firmware is told it */
     struct vga *vga;                                       /* with firmware */
     char boot_paths[MACHINE_DISKS_MAX][FIRMWARE_PATH_MAX]; /* of each disk, as firmware names it */
+    char net_boot_paths[MACHINE_NETS_MAX][FIRMWARE_PATH_MAX];
     u8 *no_rom; /* what reads as ones where neither RAM nor ROM is */
     struct sysport *sysport;
     struct virtio_balloon *balloon;
@@ -858,10 +859,15 @@ static struct virtio *create_net_at(struct board *b, struct net_backend *net, u1
 {
     struct vhost_user_config vhost = {
         .kind = VHOST_USER_NET, .path = net_vhost_user_path(net), .mac = net_info(net)->mac};
+    struct virtio_net_config config = {.backend = net};
 
     if (vhost.path)
         return create_vhost_user(b, &vhost, place, err);
-    return virtio_net_create(&b->config.env, net, b->pci, place, err);
+    if (b->config.firmware) {
+        config.rom = b->config.firmware->net_rom;
+        config.rom_size = b->config.firmware->net_rom_size;
+    }
+    return virtio_net_create(&b->config.env, &config, b->pci, place, err);
 }
 
 static int create_net(struct board *b, unsigned i, struct error *err)
@@ -874,6 +880,8 @@ static int create_net(struct board *b, unsigned i, struct error *err)
         return -EIO;
     if (!net_vhost_user_path(net))
         virtio_device(v)->instance = i;
+    snprintf(b->net_boot_paths[i], FIRMWARE_PATH_MAX, "/pci@i0cf8/ethernet@%x/ethernet-phy@0",
+             PCI_SLOT((unsigned)devfn));
     return add(b, virtio_device(v));
 }
 
@@ -1061,7 +1069,8 @@ static int add_firmware_files(struct board *b, struct error *err)
         .vga = true,
     };
     const struct machine_disks *disks = b->config.disks;
-    struct firmware_boot_device devices[MACHINE_DISKS_MAX];
+    const struct machine_nets *nets = b->config.nets;
+    struct firmware_boot_device devices[MACHINE_DISKS_MAX + MACHINE_NETS_MAX];
     struct apic_ids ids;
     unsigned n = 0;
     int ret;
@@ -1070,7 +1079,10 @@ static int add_firmware_files(struct board *b, struct error *err)
         return 0;
     describe_processors(b, &ids, &config);
     for (; disks && n < disks->count; n++)
-        devices[n] = (struct firmware_boot_device){b->boot_paths[n], disks->disk[n].cdrom};
+        devices[n] = (struct firmware_boot_device){
+            b->boot_paths[n], disks->disk[n].cdrom ? FIRMWARE_BOOT_CDROM : FIRMWARE_BOOT_DISK};
+    for (unsigned i = 0; nets && i < nets->count; i++)
+        devices[n++] = (struct firmware_boot_device){b->net_boot_paths[i], FIRMWARE_BOOT_NETWORK};
 
     pci_window64(b, &config);
     ret = firmware_add_files(b->config.firmware, b->fw_cfg, b->config.e820, &config, err);

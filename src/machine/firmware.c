@@ -2,6 +2,7 @@
 #include "machine/firmware.h"
 
 #include "device/pflash.h"
+#include "device/virtio/virtio.h"
 #include "machine/image.h"
 #include "machine/layout.h"
 
@@ -18,6 +19,8 @@
 #define UEFI_VARS_PATH "/usr/share/OVMF/OVMF_VARS_4M.fd"
 #define VGA_BIOS_PATH "/usr/share/seabios/vgabios-stdvga.bin"
 #define VGA_BIOS_MAX KIB(128)
+#define NET_BOOT_PATH "/usr/lib/ipxe/qemu/pxe-virtio.rom"
+#define NET_BOOT_MAX KIB(512)
 
 /* A file of up to max bytes, in whole units: *data is to be freed. */
 static int read_image(const char *path, u64 max, u64 unit, u8 **data, u64 *size, struct error *err)
@@ -61,6 +64,55 @@ static int read_vga_rom(struct firmware *fw, struct error *err)
     ret = read_image(VGA_BIOS_PATH, VGA_BIOS_MAX, 512, &fw->vga_rom, &size, err);
     if (!ret)
         fw->vga_rom_size = (u32)size;
+    return ret;
+}
+
+/* ---- the card's ROM: iPXE, which boots from networks under BIOS; UEFI brings what it needs ---- */
+
+/* The header of an expansion ROM (PCI Firmware 3.0, 5.1.1 and 5.1.2). */
+#define ROM_SIGNATURE 0xaa55
+#define ROM_UNITS 2      /* length, in units of 512 bytes */
+#define ROM_CHECKSUM 6   /* where iPXE has the byte that makes the sum 0 */
+#define ROM_PCIR 0x18    /* offset of the PCI data structure */
+#define PCIR_DEVICE 6    /* from there */
+#define PCIR_LENGTH 0x18 /* of the part that counts here */
+
+static u16 rom_get16(const u8 *rom, u32 at)
+{
+    return (u16)(rom[at] | rom[at + 1] << 8);
+}
+
+/*
+ * A BIOS runs a ROM only if it is for the device's ID. iPXE's is for the virtio-net of before VIRTIO 1.0; the driver in it
+ * knows both.
+ */
+static int address_rom(u8 *rom, u32 size, u16 device, struct error *err)
+{
+    u32 pcir = size > ROM_PCIR + 1 ? rom_get16(rom, ROM_PCIR) : 0;
+    u8 *id = rom + pcir + PCIR_DEVICE, sum = 0;
+
+    if (!pcir || rom_get16(rom, 0) != ROM_SIGNATURE || rom[ROM_UNITS] * 512u > size ||
+        pcir + PCIR_LENGTH > size || memcmp(rom + pcir, "PCIR", 4) != 0)
+        return error_input(err, "'%s' is no PCI expansion ROM: install the package ipxe-qemu",
+                           NET_BOOT_PATH);
+    id[0] = (u8)device;
+    id[1] = (u8)(device >> 8);
+    for (u32 i = 0; i < rom[ROM_UNITS] * 512u; i++)
+        sum += rom[i];
+    rom[ROM_CHECKSUM] -= sum;
+    return 0;
+}
+
+static int read_net_rom(struct firmware *fw, struct error *err)
+{
+    int ret = check_package(NET_BOOT_PATH, "ipxe-qemu", err);
+    u64 size = 0;
+
+    if (!ret)
+        ret = read_image(NET_BOOT_PATH, NET_BOOT_MAX, 512, &fw->net_rom, &size, err);
+    if (!ret)
+        ret = address_rom(fw->net_rom, (u32)size, VIRTIO_PCI_DEVICE + VIRTIO_TYPE_NET, err);
+    fw->net_rom_size = (u32)size;
     return ret;
 }
 
@@ -147,6 +199,8 @@ static int open_images(struct firmware *fw, const struct firmware_config *config
         ret = read_image(path, LAYOUT_ROM_MAX, GUEST_PAGE_SIZE, &fw->rom, &fw->rom_size, err);
     if (!ret)
         ret = read_vga_rom(fw, err);
+    if (!ret && config->boot_first == FIRMWARE_BOOT_NETWORK)
+        ret = read_net_rom(fw, err);
     return ret;
 }
 
@@ -155,7 +209,7 @@ int firmware_open(struct firmware *fw, const struct firmware_config *config, str
     int ret;
 
     *fw = (struct firmware){
-        .cdrom_first = config->cdrom_first,
+        .boot_first = config->boot_first,
         .vars_fd = -1,
         .smbios_config = {.product = config->product,
                           .serial = config->serial,
@@ -177,6 +231,7 @@ void firmware_close(struct firmware *fw)
     firmware_kernel_close(&fw->kernel);
     free(fw->rom);
     free(fw->vga_rom);
+    free(fw->net_rom);
     free(fw->vars);
     free(fw->boot_order);
     if (fw->vars_fd >= 0)
@@ -184,7 +239,7 @@ void firmware_close(struct firmware *fw)
     fw->vars_fd = -1;
     fw->vars = NULL;
     fw->boot_order = NULL;
-    fw->rom = fw->vga_rom = NULL;
+    fw->rom = fw->vga_rom = fw->net_rom = NULL;
 }
 
 static int add_blob(struct fw_cfg *cfg, const char *name, const struct acpi_blob *blob,
@@ -226,19 +281,19 @@ int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,
                             const struct firmware_boot_device *devices, unsigned n,
                             struct error *err)
 {
+    const enum firmware_boot order[] = {fw->boot_first, FIRMWARE_BOOT_DISK, FIRMWARE_BOOT_CDROM};
     size_t len = 0;
 
-    if (!n)
-        return 0;
-    fw->boot_order = calloc(n, FIRMWARE_PATH_MAX + 1);
+    fw->boot_order = calloc(n + 1, FIRMWARE_PATH_MAX + 1);
     if (!fw->boot_order)
         return error_host(err, ENOMEM, "the boot order");
-    for (unsigned pass = 0; pass < 2; pass++) {
-        for (unsigned i = 0; i < n; i++) {
-            if (devices[i].cdrom == ((pass == 0) == fw->cdrom_first))
+    for (unsigned pass = 0; pass < ARRAY_SIZE(order); pass++) {
+        for (unsigned i = 0; i < n && (!pass || order[pass] != order[0]); i++) {
+            if (devices[i].kind == order[pass])
                 len +=
                     (size_t)sprintf(fw->boot_order + len, "%s%s", len ? "\n" : "", devices[i].path);
         }
     }
-    return fw_cfg_add_file(cfg, "bootorder", fw->boot_order, (u32)len + 1, FW_CFG_BORROW, err);
+    return len ? fw_cfg_add_file(cfg, "bootorder", fw->boot_order, (u32)len + 1, FW_CFG_BORROW, err)
+               : 0;
 }

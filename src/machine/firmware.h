@@ -13,6 +13,9 @@
 #include "machine/loader.h"
 #include "machine/smbios.h"
 
+/* What it may boot from. */
+enum firmware_boot { FIRMWARE_BOOT_DISK, FIRMWARE_BOOT_CDROM, FIRMWARE_BOOT_NETWORK };
+
 /* What the user asked for. Strings are borrowed. */
 struct firmware_config {
     const char *what; /* "bios", "uefi" or a file; NULL: none, a direct boot */
@@ -20,8 +23,8 @@ struct firmware_config {
     const char *vars;
     /* What uefi boots, before any disk; kernel is NULL: nothing. cmdline is not, with a kernel. */
     const char *kernel, *initrd, *cmdline;
-    bool cdrom_first;             /* boot from CD-ROMs before disks */
-    const char *product, *serial; /* for SMBIOS, as in struct smbios_config */
+    enum firmware_boot boot_first; /* disks come next; networks, only when they come first */
+    const char *product, *serial;  /* for SMBIOS, as in struct smbios_config */
     u8 uuid[16];
     bool has_uuid;
 };
@@ -29,7 +32,7 @@ struct firmware_config {
 #define FIRMWARE_PATH_MAX 64
 
 struct firmware {
-    bool cdrom_first;
+    enum firmware_boot boot_first;
     char *boot_order;                   /* owned */
     struct smbios_config smbios_config; /* memory and cpus are filled in by who knows them */
     struct smbios smbios;
@@ -40,6 +43,8 @@ struct firmware {
     int vars_fd; /* -1: no file */
     u8 *vga_rom; /* owned; NULL: none */
     u32 vga_rom_size;
+    u8 *net_rom; /* owned; NULL: none. It is for virtio-net */
+    u32 net_rom_size;
     struct firmware_kernel kernel;
     struct acpi_blobs acpi; /* lent to fw_cfg, as the map is */
     struct firmware_e820 {
@@ -59,7 +64,7 @@ int firmware_add_files(struct firmware *fw, struct fw_cfg *cfg, const struct e82
 /* What firmware may boot from, best first: Open Firmware's path, as the firmware forms it itself. */
 struct firmware_boot_device {
     const char *path;
-    bool cdrom;
+    enum firmware_boot kind;
 };
 int firmware_add_boot_order(struct firmware *fw, struct fw_cfg *cfg,
                             const struct firmware_boot_device *devices, unsigned n,

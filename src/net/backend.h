@@ -17,6 +17,7 @@ struct net_options {
     const char *pcap;
     const char *forwards[NET_FORWARDS_MAX];
     unsigned nforwards;
+    const char *tftp, *bootfile; /* NULL: none */
     bool have_mac, have_mtu, have_queues;
     u8 mac[NET_MAC_SIZE];
     u16 mtu;

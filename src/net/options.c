@@ -77,8 +77,12 @@ static int parse_key(struct net_options *o, const char *key, const char *value, 
         o->forwards[o->nforwards++] = value;
         return 0;
     }
+    if (user && (!strcmp(key, "tftp") || !strcmp(key, "bootfile"))) {
+        *(key[0] == 't' ? &o->tftp : &o->bootfile) = value;
+        return 0;
+    }
     return error_input(err, "%s has no option '%s'%s", o->kind, key,
-                       user  ? ": hostfwd, mac, mtu and pcap"
+                       user  ? ": hostfwd, tftp, bootfile, mac, mtu and pcap"
                        : tap ? ": queues, mac, mtu and pcap"
                              : ": mac, mtu and pcap");
 }

@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/stat.h>
 
 #define NS_PER_MS 1000000ULL
 
@@ -419,6 +420,23 @@ static int add_forward(struct user_net *n, const char *text, struct error *err)
     return 0;
 }
 
+/* DHCP has a field of this size for the file's name. */
+#define BOOTFILE_MAX 127
+
+static int check_boot(const struct net_options *o, struct error *err)
+{
+    struct stat st;
+
+    if (o->tftp && stat(o->tftp, &st) < 0)
+        return error_input(err, "tftp=%s: %s", o->tftp, strerror(errno));
+    if (o->tftp && !S_ISDIR(st.st_mode))
+        return error_input(err, "tftp=%s: give a directory", o->tftp);
+    if (o->bootfile && strlen(o->bootfile) > BOOTFILE_MAX)
+        return error_input(err, "bootfile= has %zu characters: give up to %d", strlen(o->bootfile),
+                           BOOTFILE_MAX);
+    return 0;
+}
+
 static bool make_slirp(struct user_net *n, const struct net_options *o)
 {
     SlirpConfig config = {
@@ -432,6 +450,8 @@ static bool make_slirp(struct user_net *n, const struct net_options *o)
         .in6_enabled = true,
         .vprefix_len = 64,
         .vhostname = "doppel",
+        .tftp_path = o->tftp,
+        .bootfile = o->bootfile,
         .if_mtu = o->have_mtu ? o->mtu : NET_MTU_DEFAULT,
         .if_mru = o->have_mtu ? o->mtu : NET_MTU_DEFAULT,
     };
@@ -452,7 +472,7 @@ struct net_backend *net_user_open(const struct net_options *o, struct event_loop
         error_input(err, "user takes no '=%s': options follow a comma", o->argument);
         return NULL;
     }
-    if (library_load("libslirp.so.0", symbols, ARRAY_SIZE(symbols), err))
+    if (check_boot(o, err) || library_load("libslirp.so.0", symbols, ARRAY_SIZE(symbols), err))
         return NULL;
     n = calloc(1, sizeof(*n));
     if (!n) {

@@ -104,7 +104,8 @@ static inline struct net_rig *net_rig_create(void)
     r->env.loop = event_loop_create(&r->err);
     n->d.host = rig_pci_host(r);
     n->player = player_create(r->env.loop);
-    n->card = virtio_net_create(&r->env, &n->player->b, n->d.host, TOY_DEVFN, &r->err);
+    n->card = virtio_net_create(&r->env, &(struct virtio_net_config){.backend = &n->player->b},
+                                n->d.host, TOY_DEVFN, &r->err);
     if (!n->card)
         abort();
     config_write(r, TOY_DEVFN, PCI_BASE_ADDRESS_0 + 4 * VIRTIO_MSIX_BAR, TOY_MSIX, 4);

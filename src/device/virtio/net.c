@@ -633,10 +633,10 @@ static u64 features_of(const struct net_info *info)
     return features;
 }
 
-struct virtio *virtio_net_create(const struct device_env *env, struct net_backend *backend,
+struct virtio *virtio_net_create(const struct device_env *env, const struct virtio_net_config *cfg,
                                  struct pci_host *host, u16 place, struct error *err)
 {
-    const struct net_info *info = net_info(backend);
+    const struct net_info *info = net_info(cfg->backend);
     struct virtio_net *n = calloc(1, sizeof(*n));
     struct net_card card = {net_card_receive, net_card_sendable, net_card_link_changed, n};
     struct virtio_config config = {
@@ -652,7 +652,7 @@ struct virtio *virtio_net_create(const struct device_env *env, struct net_backen
         error_host(err, ENOMEM, "virtio-net");
         return NULL;
     }
-    n->backend = backend;
+    n->backend = cfg->backend;
     n->config.status = info->link_up ? NET_S_LINK_UP : 0;
     n->config.max_pairs = (u16)info->queues;
     n->config.mtu = info->mtu;
@@ -661,10 +661,12 @@ struct virtio *virtio_net_create(const struct device_env *env, struct net_backen
         free(n);
         return NULL;
     }
+    if (cfg->rom)
+        pci_add_rom(&n->v.pci, cfg->rom, cfg->rom_size);
     if (virtio_add(&n->v, host, place, err)) {
         virtio_device(&n->v)->ops->destroy(virtio_device(&n->v));
         return NULL;
     }
-    net_attach(backend, &card);
+    net_attach(cfg->backend, &card);
     return &n->v;
 }

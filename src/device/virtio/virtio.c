@@ -11,7 +11,6 @@
 #include <string.h>
 
 #define VIRTIO_PCI_VENDOR 0x1af4
-#define VIRTIO_PCI_DEVICE 0x1040 /* plus the type (4.1.2) */
 #define VIRTIO_PCI_SUBSYSTEM 0x1100
 
 /* How long an interrupt may wait for more to tell; and how many don't, after one has waited in vain. */

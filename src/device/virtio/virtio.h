@@ -25,6 +25,8 @@
 #include <stdatomic.h>
 
 #define VIRTIO_QUEUES_MAX 40
+/* The PCI device ID is this and the type (4.1.2). */
+#define VIRTIO_PCI_DEVICE 0x1040
 
 enum virtio_type { /* chapter 5 */
                    VIRTIO_TYPE_NET = 1,
