@@ -190,7 +190,7 @@ static void auto_takes_another_engine_then(void **state)
 
     run_mode = RUN_HANGS;
     assert_ptr_equal(engine_choose("auto", &checks, &err), &engine_bt);
-    assert_int_equal(runs, 1); /* one try, of 15 ms */
+    assert_int_equal(runs, 1); /* one try, of 10 ms */
     open_error = EACCES;
     assert_ptr_equal(engine_choose("auto", &checks, &err), &engine_bt);
     assert_null(engine_choose("kvm", &checks, &err));

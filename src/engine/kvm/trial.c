@@ -26,7 +26,7 @@
 #endif
 
 #define ITERATIONS 100000u
-#define TIMEOUT_NS (15 * 1000 * 1000)
+#define TIMEOUT_NS (10 * 1000 * 1000)
 #define TIMEOUT_REPEAT_NS (1000 * 1000) /* a signal that comes just before KVM_RUN is missed */
 
 /* The guest may take this many times the computation's native time, entry and faults included. */
