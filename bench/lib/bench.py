@@ -72,17 +72,17 @@ def make_initramfs(directory, script, *programs):
     return path
 
 
-def doppel_command(engine, memory, kernel, initramfs):
+def doppel_command(engine, memory, kernel, initramfs, cpus=1):
     """doppel, booting Linux with its console on stdout."""
-    return [DOPPEL, "run", "--engine", engine, "--memory", memory, "--kernel", kernel,
-            "--initrd", initramfs, "--append", APPEND]
+    return [DOPPEL, "run", "--engine", engine, "--cpus", str(cpus), "--memory", memory,
+            "--kernel", kernel, "--initrd", initramfs, "--append", APPEND]
 
 
-def qemu_command(memory, kernel, initramfs):
-    """The same by QEMU's TCG, with no device that this doesn't need."""
-    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", memory, "-nodefaults",
-            "-display", "none", "-serial", "stdio", "-kernel", kernel, "-initrd", initramfs,
-            "-append", APPEND]
+def qemu_command(memory, kernel, initramfs, cpus=1):
+    """The same by QEMU's TCG, a thread for each processor, with no device that this doesn't need."""
+    return ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus),
+            "-m", memory, "-nodefaults", "-display", "none", "-serial", "stdio",
+            "-kernel", kernel, "-initrd", initramfs, "-append", APPEND]
 
 
 def _cpu_seconds(pid):

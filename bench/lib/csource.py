@@ -128,9 +128,9 @@ int main(int argc, char **argv)
 """
 
 
-def c_source(lines):
+def c_source(lines, seed=1972):
     """The text of a program of about so many lines."""
-    rng = random.Random(1972)
+    rng = random.Random(seed)
     parts = [HEAD]
     count = 0
     length = HEAD.count("\n")
