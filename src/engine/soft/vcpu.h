@@ -252,8 +252,9 @@ struct soft_engine {
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     struct code_lock code_locks[SOFT_CODE_LOCKS];
     _Atomic bool dirty_logging;
-    bool bt;            /* vCPUs translate */
-    unsigned host_cpus; /* that the vCPUs may run on */
+    bool bt;                   /* vCPUs translate */
+    unsigned host_cpus;        /* that the vCPUs may run on */
+    _Atomic unsigned sleeping; /* vCPUs, in HLT; those that wait for a start-up IPI, too */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */
     _Atomic unsigned exclusive; /* number, from 1, of the vCPU that alone may run: posts.h */

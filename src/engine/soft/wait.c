@@ -2,8 +2,8 @@
  * Waiting.
  *
  * Sleeping and being woken costs two system calls and the scheduler's decisions, many times what an interrupt
- * between processors takes. So HLT looks for a while first, where there are processors enough to do so: for as
- * long as the last waits make it likely that it pays (v->poll_ns).
+ * between processors takes. So HLT looks for a while first, while there is a processor for each vCPU that doesn't
+ * sleep: for as long as the last waits make it likely that it pays (v->poll_ns).
  *
  * A guest spins for a lock in the belief that its owner is running. Where there are more vCPUs than processors
  * for them, the owner may be waiting for the very processor. The guest's loops say by PAUSE that they are
@@ -42,7 +42,10 @@ static bool may_wake(const struct soft_vcpu *v)
 /* Whether a vCPU may look for work without taking the processor from another, or from what makes the work. */
 static bool may_poll(const struct soft_vcpu *v)
 {
-    return v->engine->host_cpus > 1 && v->engine->config.ncpus <= v->engine->host_cpus;
+    const struct soft_engine *e = v->engine;
+
+    return e->host_cpus > 1 &&
+           e->config.ncpus - atomic_load_explicit(&e->sleeping, memory_order_relaxed) <= e->host_cpus;
 }
 
 /* True: woken. */
@@ -53,7 +56,7 @@ static bool poll_for_attention(struct soft_vcpu *v, u64 start)
     while (!may_wake(v)) {
         for (unsigned n = 0; n < 8; n++)
             __builtin_ia32_pause();
-        if (now(v) >= end)
+        if (now(v) >= end || !may_poll(v))
             return false;
     }
     return true;
@@ -74,6 +77,7 @@ static void sleep_until_attention(struct soft_vcpu *v)
 {
     struct vm_clock *clock = v->engine->config.clock;
 
+    atomic_fetch_add_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
     pthread_mutex_lock(&v->wait_lock);
     v->waiting = true;
     while (!may_wake(v)) {
@@ -92,6 +96,7 @@ static void sleep_until_attention(struct soft_vcpu *v)
     }
     v->waiting = false;
     pthread_mutex_unlock(&v->wait_lock);
+    atomic_fetch_sub_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
 }
 
 void soft_wait_for_attention(struct soft_vcpu *v)
