@@ -23,6 +23,7 @@
 #define LVT_MASKED (1u << 16)
 #define MSR_APIC_BASE 0x1b
 #define MSR_TSC_DEADLINE 0x6e0
+#define MSR_PV_EOI 0x4b564d04
 #define IOAPIC 0xfec00000UL
 #define HPET 0xfed00000UL
 #define LOW 0x51
@@ -65,6 +66,19 @@ static void on_pic(struct frame *f)
     if (f->vector >= 0x28)
         outb(0xa0, 0x20);
     outb(0x20, 0x20);
+}
+
+/* KVM's word (Linux, Documentation/virt/kvm/x86/msr.rst, MSR_KVM_PV_EOI_EN): bit 0 set, clearing it is the EOI. */
+static volatile u32 eoi_word __attribute__((aligned(4)));
+
+static void on_pv(struct frame *f)
+{
+    bool pending;
+
+    count[f->vector]++;
+    __asm__ volatile("btrl $0, %0" : "+m"(eoi_word), "=@ccc"(pending));
+    if (!pending)
+        apic_write(APIC_EOI, 0);
 }
 
 /* To its own ID: an NMI by the self shorthand is not valid. */
@@ -330,6 +344,35 @@ static void rates(void)
     hpet[2] = 0;
 }
 
+/* Interrupts that end by the word, one by one and two at once: each must let the next one come. */
+static void pv_eoi(void)
+{
+    if (cpuid(0x40000000, 0).b != 0x4b4d564b || !(cpuid(0x40000001, 0).a & BIT(6))) {
+        skip("pv-eoi", "not there");
+        return;
+    }
+    FAULTS("pv-eoi-reserved", GP, 0, "wrmsr", : : "c"(MSR_PV_EOI), "a"(2), "d"(0));
+    trap_handlers[LOW] = trap_handlers[HIGH] = on_pv;
+    wrmsr(MSR_PV_EOI, (word)&eoi_word | 1);
+    check_equal("pv-eoi-msr", rdmsr(MSR_PV_EOI), (word)&eoi_word | 1);
+    count[LOW] = count[HIGH] = 0;
+    for (unsigned i = 1; i <= 100; i++) {
+        send(LOW);
+        wait_for(LOW, i);
+    }
+    check_equal("pv-eoi-one-by-one", count[LOW], 100);
+    send(LOW);
+    send(HIGH);
+    check("pv-eoi-two-at-once", wait_for(HIGH, 1) && wait_for(LOW, 101));
+    check_equal("pv-eoi-none-in-service", apic_read(APIC_ISR + LOW / 32 * 16), 0);
+    wrmsr(MSR_PV_EOI, 0);
+    eoi_word = 0;
+    send(LOW);
+    check("pv-eoi-off", wait_for(LOW, 102));
+    check_equal("pv-eoi-off-word", eoi_word, 0);
+    trap_handlers[LOW] = trap_handlers[HIGH] = on_apic;
+}
+
 static void x2apic_mode(void)
 {
     if (!(cpuid(1, 0).c & BIT(21))) {
@@ -370,6 +413,7 @@ void guest_main(void)
     legacy();
     ioapic();
     rates();
+    pv_eoi();
     check_group = "x2-";
     x2apic_mode();
 }

@@ -94,8 +94,8 @@ static const u8 synthetic[] = {
 };
 /* In every model, where the engine has them: KVM's paravirtual interface beyond its clock. */
 static const u8 paravirtual[] = {
-    FEATURE_KVM_STEAL_TIME, FEATURE_KVM_PV_UNHALT, FEATURE_KVM_PV_TLB_FLUSH, FEATURE_KVM_PV_SEND_IPI,
-    FEATURE_KVM_PV_SCHED_YIELD,
+    FEATURE_KVM_STEAL_TIME, FEATURE_KVM_PV_EOI, FEATURE_KVM_PV_UNHALT, FEATURE_KVM_PV_TLB_FLUSH,
+    FEATURE_KVM_PV_SEND_IPI, FEATURE_KVM_PV_SCHED_YIELD,
 };
 static const u8 synthetic_amd[] = {
     FEATURE_TOPOEXT, FEATURE_LFENCE_SERIALIZING, FEATURE_NULL_SEL_CLEARS_BASE,
@@ -456,6 +456,11 @@ static unsigned bits_for(unsigned n)
     while ((1u << bits) < n)
         bits++;
     return bits;
+}
+
+struct cpu_topology cpuid_model_topology(const struct cpuid_model *m)
+{
+    return m->topology;
 }
 
 void cpuid_model_set_topology(struct cpuid_model *m, const struct cpu_topology *t)

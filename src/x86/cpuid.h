@@ -62,6 +62,7 @@ void cpuid_model_drop_pv(struct cpuid_model *m, u32 bits);
 /* Before the model is used: the product of the three is its number of CPUs. Without it they are the cores
  * of one socket. */
 void cpuid_model_set_topology(struct cpuid_model *m, const struct cpu_topology *t);
+struct cpu_topology cpuid_model_topology(const struct cpuid_model *m);
 /* The APIC ID of a CPU: its thread, core and socket, each in bits of its own (SDM vol. 3, 9.9.1). Less than 256
  * for up to 64 CPUs. */
 u32 cpuid_model_apic_id(const struct cpuid_model *m, unsigned index);

@@ -17,6 +17,7 @@ static const struct state_field fields[] = {
     STATE_FIELD(struct lapic_state, irr),
     STATE_FIELD(struct lapic_state, icr),
     STATE_FIELD(struct lapic_state, lvt),
+    STATE_FIELD(struct lapic_state, extint),
     STATE_FIELD(struct lapic_state, timer_initial),
     STATE_FIELD(struct lapic_state, timer_divide),
     STATE_FIELD(struct lapic_state, timer_start_ns),
@@ -24,4 +25,4 @@ static const struct state_field fields[] = {
     STATE_FIELD(struct lapic_state, tsc_deadline),
 };
 
-const struct state_desc lapic_state_desc = STATE_DESC("lapic", 1, struct lapic_state, fields);
+const struct state_desc lapic_state_desc = STATE_DESC("lapic", 2, struct lapic_state, fields);

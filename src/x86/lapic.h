@@ -34,6 +34,7 @@ struct lapic_state {
     u32 isr[8], tmr[8], irr[8];
     u64 icr;
     u32 lvt[LVT_COUNT];
+    u32 extint; /* an ExtINT message has come and wasn't taken: 0 or 1 */
     u32 timer_initial, timer_divide;
     u64 timer_start_ns;    /* VM ns at which the current countdown began */
     u64 timer_deadline_ns; /* VM ns of the next expiry; UINT64_MAX: none */

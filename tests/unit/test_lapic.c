@@ -4,6 +4,7 @@
  */
 #include "engine/soft/lapic.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -24,6 +25,8 @@ struct rig {
         u8 sipi_vector;
         u8 eoi_vector;
         unsigned eois;
+        bool ended; /* by the guest, in memory */
+        unsigned asked;
     } end[CPUS];
     u64 now;
     atomic_uint senders; /* threads that still send */
@@ -46,12 +49,21 @@ static void on_eoi(void *opaque, u8 vector)
     e->eois++;
 }
 
+static bool on_take_eoi(void *opaque)
+{
+    struct cpu_end *e = opaque;
+
+    e->asked++;
+    return e->ended;
+}
+
 static u64 get_now(void *opaque)
 {
     return ((struct cpu_end *)opaque)->rig->now;
 }
 
-static const struct lapic_ops ops = {.wake = on_wake, .eoi_broadcast = on_eoi, .now = get_now};
+static const struct lapic_ops ops = {
+    .wake = on_wake, .eoi_broadcast = on_eoi, .take_eoi = on_take_eoi, .now = get_now};
 
 static int rig_up(void **state)
 {
@@ -454,6 +466,84 @@ static void pic_line_comes_through_lint0(void **state)
     assert_true(lapic_has_extint(l));
 }
 
+static void extint_messages_wait_to_be_taken(void **state)
+{
+    struct rig *r = *state;
+    struct lapic_state s;
+    struct error err;
+
+    lapic_bus_deliver(r->bus, MSI | 2 << 12, 0x700);
+    assert_false(lapic_has_extint(r->apic[0]));
+    assert_true(lapic_has_extint(r->apic[2])); /* whatever LINT0 says */
+    assert_int_equal(r->end[2].events[LAPIC_EVENT_EXTINT], 1);
+    lapic_save(r->apic[2], &s);
+    lapic_ack_extint(r->apic[2]);
+    assert_false(lapic_has_extint(r->apic[2]));
+    assert_int_equal(lapic_load(r->apic[2], &s, &err), 0);
+    assert_true(lapic_has_extint(r->apic[2]));
+    s.extint = 2;
+    assert_int_equal(lapic_load(r->apic[2], &s, &err), -EINVAL);
+    ipi(r->apic[0], 3, 0x700); /* no mode of an IPI */
+    assert_false(lapic_has_extint(r->apic[3]));
+}
+
+/* Takes the vector that must be there, and leaves its end to the guest's memory if that may be. */
+static bool take_deferred(struct lapic *l, u8 vector)
+{
+    assert_int_equal(lapic_ack(l), vector);
+    return lapic_defer_eoi(l);
+}
+
+static void deferred_ends_of_interrupts(void **state)
+{
+    struct rig *r = *state;
+    struct lapic *l = r->apic[0];
+    struct cpu_end *e = &r->end[0];
+
+    ipi(r->apic[1], 0, 0x50);
+    assert_true(take_deferred(l, 0x50));
+    e->ended = true;
+    e->events[LAPIC_EVENT_INTERRUPT] = 0;
+    ipi(r->apic[1], 0, 0x51); /* no higher priority: told all the same */
+    assert_int_equal(e->events[LAPIC_EVENT_INTERRUPT], 1);
+    assert_false(lapic_has_interrupt(l));
+    lapic_sync_eoi(l);
+    assert_int_equal(lapic_deliverable(l), 0x51);
+    assert_int_equal(e->asked, 1);
+    lapic_sync_eoi(l); /* asked once */
+    assert_int_equal(e->asked, 1);
+
+    assert_true(take_deferred(l, 0x51));
+    e->ended = false;
+    assert_int_equal(rd(l, 0x120), BIT(0x51 - 0x40)); /* a look at ISR asks */
+    assert_int_equal(e->asked, 2);
+    wr(l, 0xb0, 0);
+    assert_int_equal(rd(l, 0x120), 0);
+
+    ipi(l, 0, 0x52);
+    assert_true(take_deferred(l, 0x52));
+    e->ended = true;
+    assert_int_equal(rd(l, 0x120), 0);
+}
+
+static void ends_that_others_wait_for_are_not_deferred(void **state)
+{
+    struct rig *r = *state;
+    struct lapic *l = r->apic[0];
+
+    lapic_bus_deliver(r->bus, MSI, 0xc060); /* level: the IOAPIC wants to hear of its end */
+    assert_false(take_deferred(l, 0x60));
+    wr(l, 0xb0, 0);
+    ipi(r->apic[1], 0, 0x50);
+    ipi(r->apic[1], 0, 0x61);
+    assert_false(take_deferred(l, 0x61)); /* 0x50 waits for it */
+    wr(l, 0xb0, 0);
+    assert_true(take_deferred(l, 0x50));
+    lapic_init(l);
+    lapic_sync_eoi(l);
+    assert_int_equal(r->end[0].asked, 0);
+}
+
 static void state_goes_round_and_bad_state_is_refused(void **state)
 {
     struct rig *r = *state;
@@ -572,6 +662,9 @@ int main(void)
         RIGGED(base_transitions),
         RIGGED(x2apic_registers),
         RIGGED(pic_line_comes_through_lint0),
+        RIGGED(extint_messages_wait_to_be_taken),
+        RIGGED(deferred_ends_of_interrupts),
+        RIGGED(ends_that_others_wait_for_are_not_deferred),
         RIGGED(state_goes_round_and_bad_state_is_refused),
         RIGGED(odd_accesses_do_no_harm),
         RIGGED(messages_of_many_threads_all_arrive),

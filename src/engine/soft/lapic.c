@@ -8,7 +8,9 @@
  *     (update), and read without it;
  *  2. whoever makes it change to another vector than 0 tells the owner (LAPIC_EVENT_INTERRUPT)
  *     after the lock is released: `struct events` collects what is to be told;
- *  3. the same holds for extint, of LINT0's level, its LVT and the enable bit.
+ *  3. the same holds for extint, of LINT0's level, its LVT, the enable bit, and ExtINT messages;
+ *  4. while eoi_deferred is set, ISR may hold an interrupt that the guest has ended already, so whatever is
+ *     in IRR is told, deliverable or not.
  *
  * An IPI is decoded under the sender's lock and delivered without it, so a lock is never taken
  * while another is held.
@@ -18,7 +20,7 @@
  *
  * An APIC's ID doesn't change. Deliberate limits: the register at 0x20 is
  * read-only, as on recent processors; an IPI's focus processor is ignored (as the manual allows);
- * SMI and ExtINT messages are dropped.
+ * SMI messages are dropped, as there is no SMM; ExtINT can't be sent as an IPI (table 11-3).
  *
  * References: Intel SDM vol. 3, chapter 11 (section numbers below are of that chapter).
  */
@@ -116,6 +118,8 @@ struct lapic {
     bool lint0;
     /* Answers kept for the vCPU; see above. */
     _Atomic u8 deliverable;
+    _Atomic bool
+        eoi_deferred; /* the guest may have ended what is in service; changed by the owner */
     _Atomic bool extint;
     _Atomic u64 base; /* s.base_msr */
     _Atomic u32 tpr;  /* s.tpr */
@@ -209,13 +213,15 @@ static bool extint_passes(const struct lapic *l)
     return !is_enabled(l) || (!(lint0 & LVT_MASKED) && (lint0 & LVT_MODE) == DELIVER_EXTINT << 8);
 }
 
-/* Invariants 1 to 3: after every change, before the lock is released. */
+/* Invariants 1 to 4: after every change, before the lock is released. */
 static void update(struct lapic *l, struct events *ev)
 {
     u8 vector = find_deliverable(l);
-    bool extint = l->lint0 && extint_passes(l);
+    bool extint = (l->lint0 && extint_passes(l)) || l->s.extint;
 
     if (vector && vector != atomic_load_explicit(&l->deliverable, memory_order_relaxed))
+        ev->set |= 1u << LAPIC_EVENT_INTERRUPT;
+    if (atomic_load_explicit(&l->eoi_deferred, memory_order_relaxed) && vector_highest(l->s.irr))
         ev->set |= 1u << LAPIC_EVENT_INTERRUPT;
     if (extint && !atomic_load_explicit(&l->extint, memory_order_relaxed))
         ev->set |= 1u << LAPIC_EVENT_EXTINT;
@@ -290,7 +296,10 @@ static void accept(struct lapic *l, u8 mode, u8 vector, bool level, struct event
         ev->set |= 1u << LAPIC_EVENT_SIPI;
         ev->sipi_vector = vector;
         break;
-    default: /* SMI: there is no SMM. ExtINT: only by the LINT0 pin. */
+    case DELIVER_EXTINT: /* whoever sends it has the vector, as over the pin */
+        l->s.extint = 1;
+        break;
+    default: /* SMI: there is no SMM */
         log_once(LOG_DEBUG, "local APIC: message with delivery mode %u dropped", mode);
         break;
     }
@@ -720,6 +729,21 @@ static void end_of_interrupt(struct lapic *l, struct events *ev)
         ev->eoi_vector = vector;
 }
 
+void lapic_sync_eoi(struct lapic *l)
+{
+    struct events ev = {0};
+
+    if (!atomic_load_explicit(&l->eoi_deferred, memory_order_relaxed))
+        return;
+    /* Should an interrupt come now: the guest's own EOI, or the one below, makes it deliverable. */
+    atomic_store(&l->eoi_deferred, false);
+    if (!l->config.ops->take_eoi(l->config.opaque))
+        return;
+    lapic_lock(l);
+    end_of_interrupt(l, &ev);
+    lapic_unlock(l, &ev);
+}
+
 /* Reads a register that both modes have. False: there is none, or it can't be read. */
 static bool read_common(struct lapic *l, u32 reg, u32 *value)
 {
@@ -822,6 +846,7 @@ u64 lapic_mmio_read(struct lapic *l, u32 offset, unsigned size)
     struct events ev = {0};
     u32 reg = (offset >> 4) & 0xff, value = 0, shift = (offset & 0xf) * 8;
 
+    lapic_sync_eoi(l);
     lapic_lock(l);
     switch (reg) {
     case REG_APR: /* history: no bus arbitrates by it any more */
@@ -858,6 +883,7 @@ void lapic_mmio_write(struct lapic *l, u32 offset, u64 value, unsigned size)
 
     if ((offset & 0xf) || size < 4)
         return;
+    lapic_sync_eoi(l);
     lapic_lock(l);
     switch (reg) {
     case REG_LDR:
@@ -897,6 +923,7 @@ bool lapic_msr_read(struct lapic *l, u32 msr, u64 *value)
     u32 reg = msr - 0x800, low = 0;
     bool ok = false;
 
+    lapic_sync_eoi(l);
     lapic_lock(l);
     if (is_x2apic(l)) {
         ok = read_common(l, reg, &low);
@@ -942,6 +969,7 @@ bool lapic_msr_write(struct lapic *l, u32 msr, u64 value)
     u32 reg = msr - 0x800;
     bool ok, sending = false;
 
+    lapic_sync_eoi(l);
     lapic_lock(l);
     ok = is_x2apic(l) && x2apic_value_ok(l, reg, value);
     if (ok && reg == REG_ICR) {
@@ -1003,6 +1031,7 @@ static void reset_registers(struct lapic *l, struct events *ev)
     for (unsigned i = 0; i < LVT_COUNT; i++)
         s->lvt[i] = LVT_MASKED;
     s->timer_deadline_ns = UINT64_MAX;
+    atomic_store(&l->eoi_deferred, false);
     ev->set |= 1u << LAPIC_EVENT_TIMER;
 }
 
@@ -1020,6 +1049,7 @@ bool lapic_set_base(struct lapic *l, u64 value)
     u64 from, to = value & mode_bits;
     bool ok = false;
 
+    lapic_sync_eoi(l);
     lapic_lock(l);
     from = l->s.base_msr & mode_bits;
     if (value & base_reserved(l))
@@ -1091,7 +1121,8 @@ static int check_state(const struct lapic *l, const struct lapic_state *in, stru
         if (in->lvt[i] & ~(lvt_mask(l, i) | LVT_MASKED | LVT_STATUS | LVT_REMOTE_IRR))
             return error_input(err, "local APIC %u: LVT entry %u holds %#x", index, i, in->lvt[i]);
     }
-    if ((in->tpr & ~0xffu) || (in->svr & ~SVR_WRITABLE) || (in->timer_divide & ~0xbu))
+    if (in->extint > 1 || (in->tpr & ~0xffu) || (in->svr & ~SVR_WRITABLE) ||
+        (in->timer_divide & ~0xbu))
         return error_input(err, "local APIC %u: a register has reserved bits set", index);
     return 0;
 }
@@ -1105,6 +1136,7 @@ int lapic_load(struct lapic *l, const struct lapic_state *in, struct error *err)
     ret = check_state(l, in, err);
     if (ret == 0) {
         l->s = *in;
+        atomic_store(&l->eoi_deferred, false);
         ev.set |= 1u << LAPIC_EVENT_TIMER;
     }
     lapic_unlock(l, &ev);
@@ -1135,6 +1167,20 @@ u8 lapic_ack(struct lapic *l)
     return vector;
 }
 
+bool lapic_defer_eoi(struct lapic *l)
+{
+    struct events ev = {0};
+    u8 vector;
+    bool defer;
+
+    lapic_lock(l);
+    vector = vector_highest(l->s.isr);
+    defer = vector && !vector_test(l->s.tmr, vector) && !vector_highest(l->s.irr);
+    atomic_store(&l->eoi_deferred, defer);
+    lapic_unlock(l, &ev);
+    return defer;
+}
+
 void lapic_set_lint0(struct lapic *l, bool level)
 {
     struct events ev = {0};
@@ -1151,6 +1197,15 @@ void lapic_set_lint0(struct lapic *l, bool level)
 bool lapic_has_extint(const struct lapic *l)
 {
     return atomic_load_explicit(&l->extint, memory_order_acquire);
+}
+
+void lapic_ack_extint(struct lapic *l)
+{
+    struct events ev = {0};
+
+    lapic_lock(l);
+    l->s.extint = 0;
+    lapic_unlock(l, &ev);
 }
 
 /* --- Life --- */

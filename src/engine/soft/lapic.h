@@ -34,6 +34,8 @@ struct lapic_ops {
     void (*wake)(void *opaque, enum lapic_event event, u8 vector);
     /* A level-triggered interrupt was ended: tell the IOAPICs. On the vCPU's thread. */
     void (*eoi_broadcast)(void *opaque, u8 vector);
+    /* For lapic_sync_eoi: whether the guest has ended the interrupt; it is told no more. */
+    bool (*take_eoi)(void *opaque);
     /* The VM clock, in ns. */
     u64 (*now)(void *opaque);
 };
@@ -75,10 +77,21 @@ static inline bool lapic_has_interrupt(const struct lapic *l)
 /* Takes that interrupt: from IRR to ISR. When it is gone meanwhile, the spurious vector. */
 u8 lapic_ack(struct lapic *l);
 
+/*
+ * A guest may end an interrupt without an access to the APIC, in memory that it shares with us (pv.h). True: the
+ * interrupt that was just taken may be ended so: it is edge-triggered, and no other waits. From then on every new
+ * interrupt tells LAPIC_EVENT_INTERRUPT, and lapic_sync_eoi asks take_eoi what the guest did and does it here,
+ * before registers are looked at and interrupts taken. On the vCPU's thread.
+ */
+bool lapic_defer_eoi(struct lapic *l);
+void lapic_sync_eoi(struct lapic *l);
+
 /* The 8259 pair's INTR, wired to LINT0. Edges matter when LVT LINT0 isn't in ExtINT mode. */
 void lapic_set_lint0(struct lapic *l, bool level);
-/* The line is up and reaches the processor: ExtINT mode, unmasked; or the APIC is disabled. */
+/* The line is up and reaches the processor (ExtINT mode, unmasked; or the APIC is disabled), or an ExtINT
+ * message has come, which the acknowledgement takes. */
 bool lapic_has_extint(const struct lapic *l);
+void lapic_ack_extint(struct lapic *l);
 
 /* CR8: the task priority's upper four bits. */
 u8 lapic_cr8(const struct lapic *l);

@@ -133,6 +133,9 @@ static bool read_special(struct soft_vcpu *v, u32 msr, u64 *value)
     case MSR_KVM_STEAL_TIME:
         *value = v->cpu.msr.kvm_steal_time;
         return true;
+    case MSR_KVM_PV_EOI_EN:
+        *value = v->cpu.msr.kvm_pv_eoi;
+        return true;
     default: /* the ones that can only be written */
         return false;
     }
@@ -230,6 +233,8 @@ static bool write_special(struct soft_vcpu *v, u32 msr, u64 value)
         return pvclock_set_system_time(v, value);
     case MSR_KVM_STEAL_TIME:
         return pv_set_steal_time(v, value);
+    case MSR_KVM_PV_EOI_EN:
+        return pv_set_eoi(v, value);
     default: /* the ones that can only be read */
         return false;
     }

@@ -1,5 +1,6 @@
 #include "engine/soft/pv.h"
 
+#include "engine/soft/lapic.h"
 #include "engine/soft/mmu.h"
 
 #include <fcntl.h>
@@ -8,6 +9,10 @@
 
 #define STEAL_ENABLE BIT(0)
 #define STEAL_RESERVED 0x3eull
+#define EOI_ENABLE BIT(0)
+#define EOI_RESERVED 0x2ull
+#define EOI_WORD 4 /* bytes, on 4 */
+#define EOI_PENDING 0x01u
 /* Reading the host's account takes a microsecond or two. */
 #define STEAL_INTERVAL_NS 2000000
 
@@ -113,6 +118,55 @@ void pv_end_sleep(struct soft_vcpu *v)
         soft_tlb_flush(v);
     tell_written(v);
     pv_update_steal(v);
+}
+
+/* --- EOI --- */
+
+/* Bit 0: the interrupt in service may be ended by clearing it. NULL: the guest has no such word. */
+static u8 *eoi_word(const struct soft_vcpu *v)
+{
+    u64 value = v->cpu.msr.kvm_pv_eoi;
+
+    if (!(value & EOI_ENABLE) || !soft_has(v, FEATURE_KVM_PV_EOI))
+        return NULL;
+    return memory_host(v->engine->config.memory, value & ~EOI_ENABLE, EOI_WORD);
+}
+
+static void set_eoi_word(struct soft_vcpu *v, u8 *word, u8 value)
+{
+    *word = value;
+    memory_tell_written(v->engine->config.memory, v->cpu.msr.kvm_pv_eoi & ~EOI_ENABLE, EOI_WORD);
+}
+
+bool pv_set_eoi(struct soft_vcpu *v, u64 value)
+{
+    if ((value & EOI_RESERVED) ||
+        ((value & EOI_ENABLE) &&
+         !memory_host(v->engine->config.memory, value & ~EOI_ENABLE, EOI_WORD)))
+        return false;
+    lapic_sync_eoi(v->lapic);
+    v->cpu.msr.kvm_pv_eoi = value;
+    return true;
+}
+
+void pv_offer_eoi(struct soft_vcpu *v)
+{
+    u8 *word = eoi_word(v);
+
+    if (word && lapic_defer_eoi(v->lapic))
+        set_eoi_word(v, word, *word | EOI_PENDING);
+}
+
+bool pv_take_eoi(struct soft_vcpu *v)
+{
+    u8 *word = eoi_word(v);
+
+    if (!word)
+        return false;
+    if (!(*word & EOI_PENDING))
+        return true;
+    set_eoi_word(v, word, *word & ~EOI_PENDING);
+    return false;
 }
 
 void pv_destroy(struct soft_vcpu *v)

@@ -108,6 +108,7 @@ void soft_set_signature(struct soft_vcpu *v)
 static void take_init(struct soft_vcpu *v)
 {
     cpu_init(&v->cpu);
+    v->cpu.msr.kvm_pv_eoi = 0;
     soft_set_signature(v);
     lapic_init(v->lapic);
     v->aflags = aflags_from_eflags(v->cpu.rflags);
@@ -144,6 +145,7 @@ static bool take_interrupt(struct soft_vcpu *v)
     bool extint = lapic_has_extint(v->lapic);
     int vector = -1;
 
+    lapic_sync_eoi(v->lapic);
     if (!extint && !lapic_has_interrupt(v->lapic)) {
         v->irq_waiting = false;
         return false;
@@ -153,10 +155,14 @@ static bool take_interrupt(struct soft_vcpu *v)
         return false;
     }
     v->irq_waiting = false;
-    if (extint)
+    if (extint) {
+        lapic_ack_extint(v->lapic);
         vector = machine->ack_extint(machine->machine);
-    if (vector < 0 && lapic_has_interrupt(v->lapic))
+    }
+    if (vector < 0 && lapic_has_interrupt(v->lapic)) {
         vector = lapic_ack(v->lapic);
+        pv_offer_eoi(v);
+    }
     /* There may be another behind it. */
     atomic_fetch_or(&v->attention, ATTN_INTERRUPT);
     if (vector < 0)
@@ -371,5 +377,6 @@ void soft_run(struct soft_vcpu *v)
         v->cpu.rflags |= EFLAGS_RF; /* for whoever goes on from the saved state */
     soft_vectors_sync(v);
     soft_fpu_sync(v);
+    lapic_sync_eoi(v->lapic); /* memory may be saved before the processor is */
     soft_posts_begin_sleep(v);
 }

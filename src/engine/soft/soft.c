@@ -154,13 +154,17 @@ static void lapic_eoi(void *opaque, u8 vector)
 
     machine->eoi_broadcast(machine->machine, vector);
 }
+static bool lapic_take_eoi(void *opaque)
+{
+    return pv_take_eoi(opaque);
+}
 static u64 lapic_now(void *opaque)
 {
     struct soft_vcpu *v = opaque;
 
     return vm_clock_now(v->engine->config.clock);
 }
-static const struct lapic_ops lapic_callbacks = {lapic_wake, lapic_eoi, lapic_now};
+static const struct lapic_ops lapic_callbacks = {lapic_wake, lapic_eoi, lapic_take_eoi, lapic_now};
 
 static void soft_vcpu_destroy(struct vcpu *vcpu)
 {
