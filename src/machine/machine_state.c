@@ -22,27 +22,34 @@ struct machine_state {
     u64 memory; /* bytes */
     u64 tsc_hz;
     u32 cpus;
-    char cpu[16]; /* the CPUID model's name */
-    u64 clock_ns; /* VM time */
+    u32 sockets, cores, threads; /* as they are arranged: cores a socket, threads a core */
+    char cpu[16];                /* the CPUID model's name */
+    u64 clock_ns;                /* VM time */
 };
 
 static const struct state_field machine_fields[] = {
-    STATE_FIELD(struct machine_state, memory),   STATE_FIELD(struct machine_state, tsc_hz),
-    STATE_FIELD(struct machine_state, cpus),     STATE_BYTES(struct machine_state, cpu),
-    STATE_FIELD(struct machine_state, clock_ns),
+    STATE_FIELD(struct machine_state, memory),  STATE_FIELD(struct machine_state, tsc_hz),
+    STATE_FIELD(struct machine_state, cpus),    STATE_BYTES(struct machine_state, cpu),
+    STATE_FIELD(struct machine_state, sockets), STATE_FIELD(struct machine_state, cores),
+    STATE_FIELD(struct machine_state, threads), STATE_FIELD(struct machine_state, clock_ns),
 };
 static const struct state_desc machine_desc =
-    STATE_DESC("machine", 1, struct machine_state, machine_fields);
+    STATE_DESC("machine", 2, struct machine_state, machine_fields);
 
 /* More than this a VM can't have run: 146 years. What is reckoned from it doesn't overflow. */
 #define CLOCK_MAX_NS BIT(62)
 
 static void describe(struct machine *m, struct machine_state *s)
 {
+    struct cpu_topology topology = cpuid_model_topology(m->cpuid);
+
     memset(s, 0, sizeof(*s));
     s->memory = m->config.memory;
     s->tsc_hz = cpuid_model_tsc_hz(m->cpuid);
     s->cpus = m->config.cpus;
+    s->sockets = topology.sockets;
+    s->cores = topology.cores;
+    s->threads = topology.threads;
     memcpy(s->cpu, m->config.cpu, strnlen(m->config.cpu, sizeof(s->cpu)));
     s->clock_ns = vm_clock_now(m->clock);
 }
@@ -58,6 +65,12 @@ static int check_kind(struct machine *m, const struct machine_state *s, struct e
     if (s->cpus != own.cpus)
         return error_input(err, "the state is of a machine with %u processors, not %u", s->cpus,
                            own.cpus);
+    if (s->sockets != own.sockets || s->cores != own.cores || s->threads != own.threads)
+        return error_input(
+            err,
+            "the state is of a machine whose processors are %u sockets of %u cores of %u threads, "
+            "not %u of %u of %u",
+            s->sockets, s->cores, s->threads, own.sockets, own.cores, own.threads);
     if (memcmp(s->cpu, own.cpu, sizeof(s->cpu)) != 0)
         return error_input(err, "the state is of another processor model than %s", m->config.cpu);
     if (s->tsc_hz != own.tsc_hz)

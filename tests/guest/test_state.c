@@ -177,17 +177,21 @@ static void console_path(char *buf, size_t len, unsigned n)
     snprintf(buf, len, "%s/console.%u", directory, n);
 }
 
+static const struct cpu_topology one_cpu = {1, 1, 1};
+
 /*
  * The kernel is told the speed of its TSC: what it makes of it by the PIT is wrong by as much as a busy
  * host keeps the vCPU waiting in the midst of it.
  */
-static struct machine *create_machine(struct chardev *console, u64 memory)
+static struct machine *create_machine(struct chardev *console, u64 memory,
+                                      struct cpu_topology topology)
 {
     struct machine_config config = {
         .engine = random_below(2) ? &engine_bt : &engine_interp,
         .cpu = "host",
         .memory = memory,
-        .cpus = 1,
+        .cpus = topology.sockets * topology.cores * topology.threads,
+        .topology = topology,
         .kernel = kernel,
         .initrd = initrd,
         .cmdline = "console=ttyS0 quiet",
@@ -216,7 +220,7 @@ static void next_machine(struct guest *g, struct machine **machine, struct chard
     *console = chardev_open(path, loop, &nobody, &err);
     if (!*console)
         die(err.text);
-    *machine = create_machine(*console, MIB(128));
+    *machine = create_machine(*console, MIB(128), one_cpu);
 }
 
 static void leave_machine(struct machine *machine, struct chardev *console)
@@ -426,7 +430,7 @@ static int load(struct machine *m, const u8 *data, size_t len, struct error *err
 /* A state that was cut off, or that goes on, ends the machine with what is wrong with it. */
 static void test_damage(const struct state_writer *w, size_t len, const char *name)
 {
-    struct machine *m = create_machine(NULL, MIB(128));
+    struct machine *m = create_machine(NULL, MIB(128), one_cpu);
     u8 *data = calloc(1, MAX(len, w->len));
     struct machine_end end = {0};
     struct error err = {0};
@@ -455,7 +459,7 @@ static void test_refusals(void)
         test_damage(&w, w.len - 2000, "cut-in-cpu");
         test_damage(&w, w.len / 2, "cut-in-memory");
         test_damage(&w, w.len + 100, "goes-on");
-        other = create_machine(NULL, MIB(96));
+        other = create_machine(NULL, MIB(96), one_cpu);
         check(load(other, w.data, w.len, &err) < 0 && strstr(err.text, "bytes of memory"),
               "other-memory", "%s", err.text);
         machine_start(other);
@@ -466,6 +470,23 @@ static void test_refusals(void)
     state_writer_free(&w);
     leave_machine(g.machine, g.console);
     free(console_text(&g));
+}
+
+/* A guest has read from CPUID and ACPI how its processors are arranged. */
+static void test_topology(void)
+{
+    struct machine *cores = create_machine(NULL, MIB(128), (struct cpu_topology){1, 2, 1});
+    struct machine *sockets = create_machine(NULL, MIB(128), (struct cpu_topology){2, 1, 1});
+    struct state_writer w = {0};
+    struct error err = {0};
+
+    check(machine_save(cores, &w, &err) == 0, "save-two-cores", "%s", err.text);
+    check(load(sockets, w.data, w.len, &err) < 0 &&
+              strstr(err.text, "1 sockets of 2 cores of 1 threads, not 2 of 1 of 1"),
+          "other-topology", "%s", err.text);
+    state_writer_free(&w);
+    machine_destroy(cores);
+    machine_destroy(sockets);
 }
 
 int main(int argc, char **argv)
@@ -486,6 +507,7 @@ int main(int argc, char **argv)
     create_disk(MACHINE_DISK_VIRTIO);
     create_disk(MACHINE_DISK_NVME);
     test_refusals();
+    test_topology();
     test_pauses(expected);
     test_hints(expected);
     test_moves("moves-while-booting", 10, 60, expected);
