@@ -1,7 +1,9 @@
 #!/usr/bin/python3
 """Boots Debian's kernel with several processors and runs smp.sh in it.
 
-    smp.py ENGINE CPUS [SOCKETS CORES_A_SOCKET]
+    smp.py PARALLEL ENGINE CPUS [SOCKETS CORES_A_SOCKET]
+
+PARALLEL is the program of guests/parallel.
 """
 
 import os
@@ -13,10 +15,10 @@ import guest
 
 def main():
     """One boot, many cases."""
-    engine, cpus = sys.argv[1:3]
+    parallel, engine, cpus = sys.argv[1:4]
     option, sockets, cores = cpus, 1, int(cpus)
-    if len(sys.argv) > 3:
-        sockets, cores = map(int, sys.argv[3:])
+    if len(sys.argv) > 4:
+        sockets, cores = map(int, sys.argv[4:])
         option = f"{cpus},sockets={sockets},cores={cores},threads={int(cpus) // (sockets * cores)}"
     cases = guest.Cases()
     with open(os.path.join(os.path.dirname(__file__), "smp.sh"), encoding="ascii") as file:
@@ -25,7 +27,7 @@ def main():
         # A starved host must not look like a hang: its guest waits longer before it complains.
         append = "console=ttyS0 quiet rcupdate.rcu_cpu_stall_timeout=200 watchdog_thresh=60"
         vm = guest.Guest("--engine", engine, "--cpus", option, "--kernel", guest.kernel(),
-                         "--initrd", guest.initramfs(directory, script),
+                         "--initrd", guest.initramfs(directory, script, parallel),
                          "--append", append, "--memory", "512M")
         status = vm.finish()
 

@@ -38,6 +38,19 @@ check all-worked "$(cat /tmp/idle)" ""
 check pipes "$(seq 1 30000 | sort -rn | sort -n | tac | sort -n | tail -n 1)" 30000
 check processes "$(for n in $(seq 1 60); do (true | cat; echo "$n") & done | wc -l; wait)" 60
 
+# Threads that wait for each other, signals, timers, processes that execute another program.
+result() {
+    parallel "$1" "$2" "$3" | cut -d ' ' -f 4
+}
+check compute "$(result compute $((2 * CPUS)) 64)" "$(result compute 1 64)"
+check pipe "$(result pipe 2 2000)" 1024032768
+check trips "$(result trips 2 500)" 62530
+check futex "$(result futex $((2 * CPUS)) 4096)" 1
+check fork "$(result fork "$CPUS" 200)" 9900
+check exec "$(result exec "$CPUS" 100)" 100
+check signal "$(result signal "$CPUS" 960)" 1
+check timers "$(result timers $((2 * CPUS)) 200)" 200
+
 # Processors go and come back, while there is work.
 (while [ ! -e /tmp/stop ]; do work; done >/tmp/works) &
 for round in 1 2 3; do
