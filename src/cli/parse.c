@@ -153,6 +153,53 @@ int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, 
     return 0;
 }
 
+/* The number at *text, which is moved behind it. False: there is none, or it is too large. */
+static bool parse_processor(const char **text, unsigned long *number)
+{
+    char *end;
+
+    if (!isdigit((unsigned char)**text))
+        return false;
+    *number = strtoul(*text, &end, 10);
+    *text = end;
+    return *number <= PROCESSOR_NUMBER_MAX;
+}
+
+/* A number or a range, into the list. */
+static int parse_range(const char **text, struct processor_list *list)
+{
+    unsigned long first, last;
+
+    if (!parse_processor(text, &first))
+        return -EINVAL;
+    last = first;
+    if (**text == '-') {
+        (*text)++;
+        if (!parse_processor(text, &last) || last < first)
+            return -EINVAL;
+    }
+    if (last - first >= PROCESSOR_LIST_MAX - list->count)
+        return -EINVAL;
+    while (first <= last)
+        list->number[list->count++] = (u16)first++;
+    return 0;
+}
+
+int parse_processors(const char *text, struct processor_list *list, struct error *err)
+{
+    const char *at = text;
+
+    list->count = 0;
+    while (parse_range(&at, list) == 0) {
+        if (!*at)
+            return 0;
+        if (*at++ != ',')
+            break;
+    }
+    return error_input(err, "'%s': give up to %d processors of the host's, such as 0-3,8", text,
+                       PROCESSOR_LIST_MAX);
+}
+
 int parse_pv_features(const char *text, u32 *bits, struct error *err)
 {
     static const struct {

@@ -5,6 +5,7 @@
 #define DOPPEL_CLI_PARSE_H
 
 #include "host/error.h"
+#include "host/processors.h"
 #include "host/types.h"
 #include "x86/cpuid.h"
 
@@ -29,6 +30,9 @@ int parse_next_option(const char **options, char *key, size_t key_size, char *va
  * what the others leave it to be: cores before sockets, threads 1. 0, or -EINVAL when they don't multiply to N.
  */
 int parse_cpus(const char *text, unsigned *cpus, struct cpu_topology *topology, struct error *err);
+
+/* Numbers of the host's processors and ranges of them, between commas: "0-3,8". 0 or -EINVAL. */
+int parse_processors(const char *text, struct processor_list *list, struct error *err);
 
 /* Names of KVM's paravirtual features, between commas, as bits of EAX in CPUID leaf 0x40000001. 0 or -EINVAL. */
 int parse_pv_features(const char *text, u32 *bits, struct error *err);

@@ -2,6 +2,7 @@
 
 #include "cli/parse.h"
 #include "control/screenshot.h"
+#include "host/cgroup.h"
 #include "machine/cards.h"
 
 #include <ctype.h>
@@ -88,6 +89,41 @@ static int set_memory(struct vm_config *config, const char *value, struct error 
 static int set_cpus(struct vm_config *config, const char *value, struct error *err)
 {
     return parse_cpus(value, &config->cpus, &config->topology, err);
+}
+
+static int set_pin(struct vm_config *config, const char *value, struct error *err)
+{
+    return parse_processors(value, &config->pin, err);
+}
+
+static int set_weight(struct vm_config *config, const char *value, struct error *err)
+{
+    u64 weight;
+    int ret = parse_number(value, 1, CGROUP_WEIGHT_MAX, &weight, err);
+
+    if (!ret)
+        config->weight = (unsigned)weight;
+    return ret;
+}
+
+/* In hundredths of a processor, with "%" or without. */
+static int set_cap(struct vm_config *config, const char *value, struct error *err)
+{
+    size_t len = strlen(value);
+    char number[16];
+    u64 cap;
+    int ret;
+
+    if (len && value[len - 1] == '%')
+        len--;
+    if (len >= sizeof(number))
+        return error_input(err, "'%s': give a share of processors such as 150%%", value);
+    memcpy(number, value, len);
+    number[len] = '\0';
+    ret = parse_number(number, 1, PROCESSOR_LIST_MAX * 100, &cap, err);
+    if (!ret)
+        config->cap = (unsigned)cap;
+    return ret;
 }
 
 static int set_no_pv(struct vm_config *config, const char *value, struct error *err)
@@ -472,6 +508,11 @@ static const struct option options[] = {
      set_no_pv},
     {"--cpus", "N[,...]",
      "processors (default: 1); sockets=S,cores=C,threads=T: C a socket, T a core", set_cpus},
+    {"--pin", "LIST", "host processors, such as 0-3,8, that the vCPUs run on, one after the other",
+     set_pin},
+    {"--weight", "N", "share of the host's processors, 1 to 10000, where others have 100",
+     set_weight},
+    {"--cap", "PERCENT", "processor time at most: 150% is one and a half processors'", set_cap},
     {"--firmware", "WHAT", "bios (Debian's seabios), uefi[,vars=...] (its ovmf), or an image FILE",
      set_firmware},
     {"--disk", "FILE[,...]", "a disk; see below", set_disk},
@@ -518,7 +559,7 @@ static const struct option *find_option(const char *arg, size_t len)
 }
 
 /* One option at argv[*i], with its value there ("--memory=1G") or in the next ("--memory 1G"). */
-static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_config *config,
+static int parse_option(int argc, char **argv, int *i, u64 *seen, struct vm_config *config,
                         struct error *err)
 {
     const char *arg = argv[*i];
@@ -555,7 +596,7 @@ static int parse_option(int argc, char **argv, int *i, u32 *seen, struct vm_conf
 
 int cli_run_parse(int argc, char **argv, struct vm_config *config, bool *help, struct error *err)
 {
-    u32 seen = 0;
+    u64 seen = 0;
 
     *config = (struct vm_config){
         .name = "doppel",
@@ -615,6 +656,10 @@ void cli_run_help(FILE *out)
         "--memory SIZE[,hugepages=on][,locked=on][,mergeable=on]: of the host's reserved huge "
         "pages\n"
         "(engines kvm and interp); kept in RAM; given up to KSM, which merges equal pages.\n"
+        "\n"
+        "--weight and --cap put the machine into a control group of its own (cgroup v2), which "
+        "ends\n"
+        "with it.\n"
         "\n"
         "--disk FILE[,format=raw|qcow2][,bus=virtio|nvme|ide][,readonly=on][,serial=TEXT]\n"
         "[,werror=report|stop]: a raw or qcow2 image or a block device, as a virtio disk, an NVMe\n"

@@ -9,6 +9,7 @@
 #include "control/vnc.h"
 #include "engine/engine.h"
 #include "engine/perf_map.h"
+#include "host/cgroup.h"
 #include "host/event_loop.h"
 #include "host/log.h"
 #include "machine/machine.h"
@@ -30,6 +31,7 @@ struct vm {
     const struct engine_ops *engine;
     struct engine_checks checks;
     struct perf_map *perf_map;
+    struct cgroup *cgroup; /* for --weight and --cap, or NULL */
     struct event_loop *loop;
     struct chardev *serial;
     struct machine_disks disks;
@@ -115,6 +117,19 @@ static int open_signals(struct vm *vm, struct error *err)
         .fd = vm->signal_fd, .events = EPOLLIN, .ready = signal_ready, .opaque = vm};
     ret = event_loop_watch(vm->loop, &vm->signal_watch);
     return ret ? error_host(err, -ret, "cannot watch a signalfd") : 0;
+}
+
+static int enter_cgroup(struct vm *vm, struct error *err)
+{
+    const struct vm_config *c = vm->config;
+
+    if (!c->weight && !c->cap)
+        return 0;
+    vm->cgroup = cgroup_enter(c->weight, c->cap, err);
+    if (vm->cgroup)
+        return 0;
+    error_prefix(err, "%s", c->weight ? "--weight" : "--cap");
+    return -EIO;
 }
 
 static int open_loop(struct vm *vm, struct error *err)
@@ -334,6 +349,7 @@ static int create_machine(struct vm *vm, struct error *err)
         .memory = c->memory,
         .memory_options = c->memory_options,
         .cpus = c->cpus,
+        .pin = c->pin,
         .topology = c->topology,
         .pv_off = c->pv_off,
         .kernel = c->kernel,
@@ -441,14 +457,15 @@ static void close_all(struct vm *vm)
     }
     if (vm->loop)
         event_loop_destroy(vm->loop);
+    cgroup_leave(vm->cgroup);
 }
 
 int vm_run(const struct vm_config *config)
 {
     static int (*const steps[])(struct vm * vm, struct error * err) = {
-        choose_engine, open_loop,  open_signals, open_stats,     open_perf_map,
-        open_disks,    open_nets,  open_vsock,   open_shares,    open_serial,
-        open_consoles, open_pmems, open_control, create_machine, open_vnc,
+        enter_cgroup, choose_engine, open_loop,      open_signals, open_stats,  open_perf_map,
+        open_disks,   open_nets,     open_vsock,     open_shares,  open_serial, open_consoles,
+        open_pmems,   open_control,  create_machine, open_vnc,
     };
     struct vm vm = {.config = config, .begin_ns = host_clock_ns(), .signal_fd = -1};
     struct machine_end end = {.reason = MACHINE_END_NONE};

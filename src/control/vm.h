@@ -5,6 +5,7 @@
 #define DOPPEL_CONTROL_VM_H
 
 #include "host/error.h"
+#include "host/processors.h"
 #include "host/types.h"
 #include "machine/cards.h"
 #include "machine/firmware.h"
@@ -70,6 +71,8 @@ struct vm_config {
     u64 memory;         /* bytes */
     struct memory_options memory_options;
     unsigned cpus;
+    struct processor_list pin;    /* as in struct machine_config */
+    unsigned weight, cap;         /* as cgroup_enter takes them */
     u32 pv_off;                   /* as in struct engine_config */
     struct cpu_topology topology; /* as in struct machine_config */
     const char *kernel;           /* path */

@@ -63,6 +63,7 @@ struct engine_config {
     struct engine_machine_ops machine;
     const struct cpuid_model *cpuid;
     unsigned ncpus;
+    unsigned host_cpus; /* processors of the host that the vCPUs may run on */
     struct engine_checks checks;
     u32 pv_off; /* of KVM's paravirtual features, bits of EAX in CPUID leaf 0x40000001: not offered */
     struct perf_map *perf_map; /* bt: where translated code is told to perf; NULL: nowhere */

@@ -279,6 +279,7 @@ static int create_engine(struct machine *m, struct error *err)
         .machine = {engine_ack_extint, engine_eoi_broadcast, m},
         .cpuid = m->cpuid,
         .ncpus = m->config.cpus,
+        .host_cpus = processors_usable(&m->config.pin),
         .checks = m->config.checks,
         .pv_off = m->config.pv_off,
         .perf_map = m->config.perf_map,
@@ -343,6 +344,9 @@ static int create_cpus(struct machine *m, struct error *err)
         if (ret)
             return ret;
         m->ncpus++;
+        ret = processors_pin(m->cpus[m->ncpus - 1].thread, &m->config.pin, m->ncpus - 1, err);
+        if (ret)
+            return ret;
     }
     return 0;
 }

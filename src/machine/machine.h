@@ -11,6 +11,7 @@
 #include "engine/engine.h"
 #include "host/error.h"
 #include "host/event_loop.h"
+#include "host/processors.h"
 #include "machine/cards.h"
 #include "machine/firmware.h"
 
@@ -32,6 +33,7 @@ struct machine_config {
     u64 memory;                /* bytes */
     struct memory_options memory_options;
     unsigned cpus;
+    struct processor_list pin;               /* where they run on the host */
     u32 pv_off;                              /* as in struct engine_config */
     struct cpu_topology topology;            /* of the cpus; all 0: cores of one socket */
     const char *kernel, *initrd, *cmdline;   /* as in struct loader_request */

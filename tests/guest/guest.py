@@ -93,6 +93,13 @@ def initramfs(directory, script=None, *files):
     return out
 
 
+def libraries(program):
+    """The shared libraries of a program, and its loader, as ldd tells."""
+    out = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                         text=True, check=False).stdout
+    return set(re.findall(r"(/\S+)", out))
+
+
 def tool(*command):
     """Runs a program of the host's; (status, output)."""
     result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

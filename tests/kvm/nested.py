@@ -127,13 +127,11 @@ def host_kernel():
 
 
 def libraries(program):
-    """The shared libraries of a program, and its loader, as ldd tells; of doppel those too that it loads itself."""
-    out = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                         text=True, check=False).stdout
-    found = set(re.findall(r"(/\S+)", out))
+    """As guest.libraries; of doppel those too that it loads itself."""
+    found = guest.libraries(program)
     for name in LOADED if program == guest.DOPPEL else ():
         path = next(filter(os.path.exists, (os.path.join(os.path.dirname(other), name) for other in found)))
-        found |= {path} | libraries(path)
+        found |= {path} | guest.libraries(path)
     return found
 
 

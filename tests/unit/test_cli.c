@@ -110,6 +110,25 @@ static void test_processors(void **state)
     }
 }
 
+static void test_processor_lists(void **state)
+{
+    static const char *const bad[] = {"",    ",",  "x",   "-1",   "1-",
+                                      "2-1", "0,", "0 1", "1024", "0-256"};
+    struct processor_list list;
+    struct error err = {0};
+
+    assert_int_equal(parse_processors("3", &list, &err), 0);
+    assert_int_equal(list.count, 1);
+    assert_int_equal(list.number[0], 3);
+    assert_int_equal(parse_processors("8,0-2,8", &list, &err), 0);
+    assert_int_equal(list.count, 5);
+    assert_memory_equal(list.number, ((u16[]){8, 0, 1, 2, 8}), 5 * sizeof(u16));
+    assert_int_equal(parse_processors("0-255", &list, &err), 0);
+    assert_int_equal(list.count, PROCESSOR_LIST_MAX);
+    for (size_t i = 0; i < ARRAY_SIZE(bad); i++)
+        assert_int_not_equal(parse_processors(bad[i], &list, &err), 0);
+}
+
 static void test_pv_features(void **state)
 {
     struct error err = {0};
@@ -260,6 +279,7 @@ int main(void)
         cmocka_unit_test(test_sizes),
         cmocka_unit_test(test_numbers),
         cmocka_unit_test(test_processors),
+        cmocka_unit_test(test_processor_lists),
         cmocka_unit_test(test_pv_features),
         cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_both_forms_of_an_option),

@@ -86,7 +86,6 @@ static struct engine *soft_create(const struct engine_config *config, struct err
         return NULL;
     }
     e->config = *config;
-    e->host_cpus = (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1);
     e->tsc_hz = cpuid_model_tsc_hz(config->cpuid);
     atomic_init(&e->a20, true);
     for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)

@@ -253,7 +253,6 @@ struct soft_engine {
     struct code_lock code_locks[SOFT_CODE_LOCKS];
     _Atomic bool dirty_logging;
     bool bt;                   /* vCPUs translate */
-    unsigned host_cpus;        /* that the vCPUs may run on */
     _Atomic unsigned sleeping; /* vCPUs, in HLT; those that wait for a start-up IPI, too */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */

@@ -44,8 +44,9 @@ static bool may_poll(const struct soft_vcpu *v)
 {
     const struct soft_engine *e = v->engine;
 
-    return e->host_cpus > 1 &&
-           e->config.ncpus - atomic_load_explicit(&e->sleeping, memory_order_relaxed) <= e->host_cpus;
+    return e->config.host_cpus > 1 &&
+           e->config.ncpus - atomic_load_explicit(&e->sleeping, memory_order_relaxed) <=
+               e->config.host_cpus;
 }
 
 /* True: woken. */
