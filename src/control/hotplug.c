@@ -28,8 +28,8 @@ static int add_disk(struct hotplug *h, struct hotplug_card *card, const char *wh
 
     if (ret)
         return ret;
-    if (card->disk.bus != MACHINE_DISK_VIRTIO)
-        return error_input(err, "only a virtio disk can be added: leave bus= out");
+    if (card->disk.bus == MACHINE_DISK_IDE)
+        return error_input(err, "an IDE disk can't be added: give bus=nvme, or leave bus= out");
     ret = cards_open_disk(&card->disk, h->config.loop, &card->machine_disk, err);
     return ret ? ret
                : machine_plug_disk(h->machine, (unsigned)(card - h->cards), &card->machine_disk,

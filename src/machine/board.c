@@ -798,11 +798,11 @@ static int create_disks(struct board *b, struct error *err)
     return ret;
 }
 
-/* The serial number of the controller that a disk is a namespace of. */
-static void nvme_serial(const struct machine_disks *disks, unsigned i, char *out)
+/* The serial number of the controller that a disk, the nth, is a namespace of. */
+static void nvme_serial(const struct machine_disk *disk, unsigned i, char *out)
 {
-    if (disks->disk[i].serial)
-        snprintf(out, NVME_SERIAL_SIZE + 1, "%s", disks->disk[i].serial);
+    if (disk->serial)
+        snprintf(out, NVME_SERIAL_SIZE + 1, "%s", disk->serial);
     else
         snprintf(out, NVME_SERIAL_SIZE + 1, "DOPPEL%u", i);
 }
@@ -818,11 +818,11 @@ static int create_nvme_controller(struct board *b, unsigned first, u32 *left, st
 
     if (devfn < 0)
         return devfn;
-    nvme_serial(disks, first, serial);
+    nvme_serial(&disks->disk[first], first, serial);
     for (u32 rest = *left; rest; rest &= rest - 1) {
         unsigned i = (unsigned)__builtin_ctz(rest);
 
-        nvme_serial(disks, i, other);
+        nvme_serial(&disks->disk[i], i, other);
         if (strcmp(serial, other))
             continue;
         *left &= ~BIT32(i);
@@ -972,20 +972,42 @@ static int create_slots(struct board *b, struct error *err)
     return 0;
 }
 
+/* A controller with one namespace, in a slot. */
+static struct device *create_nvme_at(struct board *b, const struct machine_disk *disk,
+                                     unsigned slot, u16 place, struct error *err)
+{
+    char serial[NVME_SERIAL_SIZE + 1];
+    struct nvme_config config = {.serial = serial, .namespaces = {disk->backend}, .count = 1};
+    struct nvme *nvme;
+
+    nvme_serial(disk, MACHINE_DISKS_MAX + slot, serial);
+    nvme = nvme_create(&b->config.env, &config, b->pci, place, err);
+    if (!nvme)
+        return NULL;
+    nvme_device(nvme)->instance = MACHINE_DISKS_MAX + slot;
+    return nvme_device(nvme);
+}
+
 int board_plug_disk(struct board *b, unsigned slot, const struct machine_disk *disk,
                     struct error *err)
 {
     int place = slots_place(&b->slots, slot, err);
-    struct virtio *v;
+    struct device *card;
 
     if (place < 0)
         return place;
     if (disk->stop_on_error)
         block_stop_on_error(disk->backend, disk_stop, b);
-    v = create_disk_at(b, disk, (u16)place, err);
-    if (!v)
+    if (disk->bus == MACHINE_DISK_NVME) {
+        card = create_nvme_at(b, disk, slot, (u16)place, err);
+    } else {
+        struct virtio *v = create_disk_at(b, disk, (u16)place, err);
+
+        card = v ? virtio_device(v) : NULL;
+    }
+    if (!card)
         return -EIO;
-    slots_insert(&b->slots, slot, virtio_device(v), disk->backend);
+    slots_insert(&b->slots, slot, card, disk->backend);
     return 0;
 }
 

@@ -3,6 +3,7 @@
 writes to it, lets it go, and finds what it wrote when the disk comes back; a network card; a disk that is pulled out
 in the midst of writes; and a guest that doesn't answer."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -47,6 +48,16 @@ until_gone /dev/vda
 echo "plug: pulled"
 for slot in /sys/bus/pci/slots/*; do echo "plug: adapter ${slot##*/} $(cat $slot/adapter)"; done
 echo "plug: end"
+"""
+
+
+COME_AND_GO = "".join(f"insmod /lib/{name}.ko\n" for name in MODULES) + r"""
+until_there() { until [ -e $1 ]; do sleep 0.1; done; }
+echo "plug: ready"
+until_there DEVICE
+echo "plug: read $(md5sum <DEVICE | cut -c1-32)"
+echo "plug: take it"
+while [ -e DEVICE ]; do sleep 0.1; done
 """
 
 
@@ -153,11 +164,31 @@ def play(cases, directory, engine):
     cases.check(f"{engine}-image", status == 0, output)
 
 
+def come_and_go(cases, directory, name, device, option, *options):
+    """A disk comes, is read, and goes."""
+    disk = os.path.join(directory, name)
+    with open(disk, "wb") as file:
+        file.write(os.urandom(1 << 20))
+    with open(disk, "rb") as file:
+        want = hashlib.md5(file.read()).hexdigest()
+    vm, control = run(directory, "bt", options, COME_AND_GO.replace("DEVICE", device))
+    vm.read_until("plug: ready")
+    cases.equal(f"{name}-add", control.ask(f"device_add a disk {disk},format=raw{option}"), "ok")
+    vm.read_until("plug: take it")
+    cases.equal(f"{name}-read", said(vm, "read"), want)
+    cases.equal(f"{name}-remove", control.ask("device_del a"), "ok")
+    cases.equal(f"{name}-removed", control.event(), "removed a")
+    if not cases.equal(f"{name}-end", vm.finish(), 0) or cases.failed:
+        vm.show()
+
+
 def main():
-    """Each engine in turn."""
+    """The whole script; a disk of the other kind; slots as firmware leaves them."""
     cases = guest.Cases()
     with guest.temporary() as directory:
         play(cases, directory, "bt")
+        come_and_go(cases, directory, "nvme", "/dev/nvme0n1", ",bus=nvme")
+        come_and_go(cases, directory, "uefi", "/dev/vda", "", "--firmware", "uefi,vars=none")
     cases.done()
 
 

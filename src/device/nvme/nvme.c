@@ -454,7 +454,7 @@ static void set_up_namespaces(struct nvme *n)
 }
 
 struct nvme *nvme_create(const struct device_env *env, const struct nvme_config *cfg,
-                         struct pci_host *host, u8 devfn, struct error *err)
+                         struct pci_host *host, u16 place, struct error *err)
 {
     static const struct pci_identity identity = {
         .vendor = NVME_PCI_VENDOR,
@@ -479,7 +479,7 @@ struct nvme *nvme_create(const struct device_env *env, const struct nvme_config 
     pci_add_bar(&n->pci, BAR_REGISTERS, PCI_BAR_MEM64, BAR_SIZE, &bar_ops, n);
     pci_add_msix(&n->pci, NVME_QUEUES, BAR_MSIX);
     if (loop_kick_open(&n->kick, env->loop, serve_kicked, n, "nvme", err) ||
-        pci_host_add(host, &n->pci, devfn, err)) {
+        pci_host_add(host, &n->pci, place, err)) {
         nvme_destroy(&n->pci.dev);
         return NULL;
     }

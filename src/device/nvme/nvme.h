@@ -18,9 +18,9 @@ struct nvme_config {
     unsigned count;                                        /* 1 or more; the first is NSID 1 */
 };
 
-/* The controller, on the bus at devfn. NULL with err set. */
+/* The controller, on the bus at a place (pci.h). NULL with err set. */
 struct nvme *nvme_create(const struct device_env *env, const struct nvme_config *cfg,
-                         struct pci_host *host, u8 devfn, struct error *err);
+                         struct pci_host *host, u16 place, struct error *err);
 struct device *nvme_device(struct nvme *n);
 
 #endif
