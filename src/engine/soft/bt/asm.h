@@ -124,6 +124,19 @@ static inline void put_mov_rr(u8 **p, unsigned to, unsigned from)
 {
     put_op_rr(p, true, OP_MOV, to, from);
 }
+/* mov reg, imm */
+static inline void put_mov_imm(u8 **p, unsigned reg, u64 imm)
+{
+    bool wide = imm > UINT32_MAX;
+
+    if (wide || reg >= 8)
+        put_rex(p, wide, 0, 0, reg);
+    put8(p, 0xb8 | (reg & 7));
+    if (wide)
+        put64(p, imm);
+    else
+        put32(p, (u32)imm);
+}
 /* op rm, imm (sign-extended) */
 static inline void put_op_ri(u8 **p, bool w, unsigned ext, unsigned rm, s32 imm)
 {

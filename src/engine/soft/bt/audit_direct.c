@@ -6,8 +6,9 @@
  *     the other. PUSH and POP are accesses off RSP, LEAVE off RBP.
  *  2. That holds until a register that the address is made of changes, but by a constant (LEA off itself, ADD, SUB,
  *     PUSH, POP).
- *  3. What is loaded to S1 from the vCPU (a register that is in memory, ip_page, a segment's base) is known by
- *     where it came from, until something is stored there.
+ *  3. What is loaded to S1 from the vCPU (a register that is in memory, a segment's base) is known by where it came
+ *     from, until something is stored there.
+ *  4. An address that is a number, in the operand or moved to S1, is looked up by a CMP of its chunk's byte and JE.
  */
 #include "engine/soft/bt/audit_direct.h"
 
@@ -18,6 +19,8 @@ void direct_known_clear(struct direct_known *k)
     k->step = DIRECT_NOTHING;
     k->s2 = none;
     k->s1_slot = 0;
+    k->s1_is_number = false;
+    k->s1_number = 0;
     k->s2_copy = NO_VALUE;
     k->s2_away = false;
     k->next = 0;
@@ -58,6 +61,8 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
     }
     if (k->s1_slot != other->s1_slot)
         k->s1_slot = 0;
+    if (!other->s1_is_number || k->s1_number != other->s1_number)
+        k->s1_is_number = false;
     if (k->s2_copy != other->s2_copy || k->s2_away != other->s2_away) {
         k->s2_copy = NO_VALUE;
         k->s2_away = false;
@@ -71,6 +76,7 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
 bool direct_known_same(const struct direct_known *k, const struct direct_known *other)
 {
     if (k->step != other->step || !same_value(&k->s2, &other->s2) || k->s1_slot != other->s1_slot ||
+        k->s1_is_number != other->s1_is_number || k->s1_number != other->s1_number ||
         k->s2_copy != other->s2_copy || k->s2_away != other->s2_away ||
         k->next % DIRECT_CHECKED != other->next % DIRECT_CHECKED)
         return false;
@@ -101,7 +107,21 @@ static struct direct_value operand_value(const struct direct_known *k,
 
     x.scale = x.index == NO_VALUE ? 0 : m->scale;
     x.disp = m->disp.has_displacement ? m->disp.value : 0;
+    if (is_none(&x)) {
+        x.base = NUMBER_VALUE;
+    } else if (x.base == S1 && x.index == NO_VALUE && k->s1_is_number) {
+        x.base = NUMBER_VALUE;
+        x.disp += k->s1_number;
+    }
     return x;
+}
+
+/* How far an address may be from one that was looked up. */
+static bool is_within_reach(const struct direct_value *c, s64 from)
+{
+    s64 chunk = c->base == NUMBER_VALUE ? (s64)BIT(DIRECT_SHIFT) - 1 : 0;
+
+    return from >= -DIRECT_REACH && from <= chunk + DIRECT_REACH;
 }
 
 static bool is_near(const struct direct_known *k, const struct direct_value *x)
@@ -111,7 +131,7 @@ static bool is_near(const struct direct_known *k, const struct direct_value *x)
         s64 from = x->disp - c->disp;
 
         if (!is_none(c) && c->base == x->base && c->index == x->index && c->scale == x->scale &&
-            from >= -DIRECT_REACH && from <= DIRECT_REACH)
+            is_within_reach(c, from))
             return true;
     }
     return false;
@@ -121,7 +141,7 @@ bool direct_allows(const struct direct_known *k, const ZydisDecodedOperandMem *m
 {
     struct direct_value x = operand_value(k, m);
 
-    return !is_none(&x) && is_near(k, &x);
+    return is_near(k, &x);
 }
 
 bool direct_allows_leave(const struct direct_known *k)
@@ -129,9 +149,20 @@ bool direct_allows_leave(const struct direct_known *k)
     return is_near(k, &(struct direct_value){RBP, NO_VALUE, 0, 0});
 }
 
+/* Whether it is the byte of a chunk that is known. */
+static bool is_known_chunk(const ZydisDecodedOperandMem *m)
+{
+    s64 chunk = m->disp.value - (s64)GS_OFFSET(direct_map);
+
+    return m->segment == ZYDIS_REGISTER_GS && m->base == ZYDIS_REGISTER_NONE &&
+           m->index == ZYDIS_REGISTER_NONE && chunk >= 0 && chunk < (s64)DIRECT_CHUNKS;
+}
+
 bool direct_is_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
                     const ZydisDecodedOperandMem *m)
 {
+    if (zi->mnemonic == ZYDIS_MNEMONIC_CMP && is_known_chunk(m))
+        return true;
     return k->step == DIRECT_CHUNK && zi->mnemonic == ZYDIS_MNEMONIC_CMP &&
            m->segment == ZYDIS_REGISTER_GS && m->base == ZYDIS_REGISTER_R15 &&
            m->index == ZYDIS_REGISTER_NONE && m->disp.value == (s64)GS_OFFSET(direct_map);
@@ -252,8 +283,11 @@ static void change_registers(struct direct_known *k, const ZydisDecodedInstructi
             shift_value(k, reg, by);
         else
             forget_value(k, reg);
-        if (reg == S1)
+        if (reg == S1) {
             k->s1_slot = 0;
+            k->s1_is_number = false;
+            k->s1_number = 0;
+        }
         if (reg == S2) {
             forget_value(k, S2_VALUE);
             k->s2_copy = NO_VALUE;
@@ -299,26 +333,36 @@ static void take_steps(struct direct_known *k, const ZydisDecodedInstruction *zi
     } else if (zi->mnemonic == ZYDIS_MNEMONIC_LEA && is_reg64(&ops[0], S2) &&
                zi->address_width == 64) {
         k->s2 = operand_value(k, &ops[1].mem);
-        k->step = DIRECT_ADDRESS;
+        k->step = k->s2.base == NUMBER_VALUE ? DIRECT_NOTHING : DIRECT_ADDRESS;
     } else if (step == DIRECT_ADDRESS && k->s2.base != S2 && k->s2.index != S2 &&
                zi->mnemonic == ZYDIS_MNEMONIC_SHR && is_reg64(&ops[0], S2) &&
                ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && ops[1].imm.value.u == DIRECT_SHIFT) {
         k->step = DIRECT_CHUNK;
-    } else if (step == DIRECT_CHUNK && zi->mnemonic == ZYDIS_MNEMONIC_CMP &&
-               ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY && ops[0].size == 8 &&
-               ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && !ops[1].imm.value.u) {
+    } else if (zi->mnemonic == ZYDIS_MNEMONIC_CMP && ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY &&
+               ops[0].size == 8 && ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE &&
+               !ops[1].imm.value.u && (step == DIRECT_CHUNK || is_known_chunk(&ops[0].mem))) {
         k->step = DIRECT_COMPARED; /* direct_is_look saw where */
+        if (is_known_chunk(&ops[0].mem))
+            k->s2 = (struct direct_value){
+                .base = NUMBER_VALUE,
+                .index = NO_VALUE,
+                .disp = (ops[0].mem.disp.value - (s64)GS_OFFSET(direct_map)) << DIRECT_SHIFT};
     } else if (step == DIRECT_COMPARED && zi->mnemonic == ZYDIS_MNEMONIC_JZ) {
         add_checked(k, &k->s2);
     }
 }
 
-/* Registers go to the vCPU and come back. */
+/* Registers go to the vCPU and come back; a number to S1. */
 static void take_copies(struct direct_known *k, const ZydisDecodedInstruction *zi,
                         const ZydisDecodedOperand *ops)
 {
     if (zi->mnemonic != ZYDIS_MNEMONIC_MOV)
         return;
+    if (ops[0].type == ZYDIS_OPERAND_TYPE_REGISTER && ops[0].size >= 32 &&
+        is_written(zi, ops, S1) && ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
+        k->s1_is_number = true;
+        k->s1_number = ops[0].size == 32 ? (s64)(u32)ops[1].imm.value.u : ops[1].imm.value.s;
+    }
     for (unsigned reg = 0; reg <= S2; reg++) {
         if (is_reg64(&ops[1], reg) && is_gs(&ops[0]))
             copy_value(k, register_value(k, ops[1].reg.value),

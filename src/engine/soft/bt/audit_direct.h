@@ -10,9 +10,11 @@
 
 /*
  * A value: base + index * scale + disp. Each is NO_VALUE, a register's number, SLOT_VALUE(offset in the vCPU), or
- * S2_VALUE: what S2 keeps of a register (s2_copy) that is something else for a while.
+ * S2_VALUE: what S2 keeps of a register (s2_copy) that is something else for a while. Off NUMBER_VALUE, disp is the
+ * address itself; of one that was looked up, the first one of its chunk.
  */
 #define NO_VALUE UINT32_MAX
+#define NUMBER_VALUE 0x20000000u
 #define S2_VALUE 0x40000000u
 #define SLOT_VALUE(offset) (0x80000000u | (offset))
 struct direct_value {
@@ -30,7 +32,9 @@ enum direct_step { DIRECT_NOTHING, DIRECT_ADDRESS, DIRECT_CHUNK, DIRECT_COMPARED
 struct direct_known {
     u8 step; /* enum direct_step: how far a look into the map has come, of the address in `s2` */
     struct direct_value s2;
-    u32 s1_slot;  /* S1 holds what is there in the vCPU; 0: nobody knows */
+    u32 s1_slot; /* S1 holds what is there in the vCPU; 0: nobody knows */
+    bool s1_is_number;
+    s64 s1_number;
     u32 s2_copy;  /* the register that S2 is, or was, a copy of; NO_VALUE: of none */
     bool s2_away; /* the register is something else now */
     struct direct_value checked[DIRECT_CHECKED];

@@ -114,6 +114,11 @@ void bt_direct_tick(struct soft_vcpu *v);
 bool bt_direct_want(struct soft_vcpu *v, u64 number);
 /* An access of direct code to lin met the host's page fault. */
 void bt_direct_fault(struct soft_vcpu *v, gva_t lin);
+/*
+ * A link from another page to placed block b is about to be made. False: it must not. Such links are undone
+ * (bt_cut_links) when the owner's page tables have something else there, or when there is another owner.
+ */
+bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b);
 int bt_direct_create(struct soft_vcpu *v, struct error *err);
 void bt_direct_destroy(struct soft_vcpu *v);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */

@@ -135,9 +135,14 @@ fail:
 
 /* --- Finding --- */
 
-static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, u32 mode)
+gva_t bt_place(gva_t lin, u32 mode)
 {
-    u64 key = (gpa ^ ((u64)mode << 44)) * 0x9e3779b97f4a7c15ULL;
+    return mode & BT_MODE_DIRECT ? lin & ~(GUEST_PAGE_SIZE - 1) : 0;
+}
+
+static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, gva_t page, u32 mode)
+{
+    u64 key = (gpa ^ page << 3 ^ ((u64)mode << 44)) * 0x9e3779b97f4a7c15ULL;
 
     return (struct bt_block **)&bt->hash[key >> (64 - BT_HASH_BITS)];
 }
@@ -156,17 +161,19 @@ static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
     return &bt->crossing[page_hash(gpa)];
 }
 
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode)
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, gva_t lin, u32 mode)
 {
-    for (struct bt_block *b = *hash_slot(v->bt, gpa, mode); b; b = b->hash_next)
-        if (b->gpa == gpa && b->mode == mode)
+    gva_t page = bt_place(lin, mode);
+
+    for (struct bt_block *b = *hash_slot(v->bt, gpa, page, mode); b; b = b->hash_next)
+        if (b->gpa == gpa && b->mode == mode && b->page == page)
             return b;
     return NULL;
 }
 
 void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
 {
-    struct bt_block **slot = hash_slot(v->bt, b->gpa, b->mode);
+    struct bt_block **slot = hash_slot(v->bt, b->gpa, b->page, b->mode);
 
     b->hash_next = *slot;
     *slot = b;
@@ -245,6 +252,27 @@ static void exit_unlink(struct bt_exit *e)
     e->to = NULL;
 }
 
+void bt_cut_links(struct bt *bt, gpa_t gpa, gva_t lin)
+{
+    for (struct bt_block *b = *page_slot(bt, gpa); b; b = b->page_next) {
+        struct bt_exit **link = &b->incoming;
+
+        if (b->dropped || b->page != lin || ((b->gpa ^ gpa) & ~(GUEST_PAGE_SIZE - 1)))
+            continue;
+        while (*link) {
+            struct bt_exit *e = *link;
+
+            if (!bt_exit_is_across(e)) {
+                link = &e->next_in;
+                continue;
+            }
+            *link = e->next_in;
+            e->to = NULL;
+            bt_exit_detach(bt, e);
+        }
+    }
+}
+
 /* --- The jump cache --- */
 
 static unsigned filter_bit(gva_t lin)
@@ -283,12 +311,19 @@ void bt_jump_clear(struct soft_vcpu *v)
     memset(v->bt->filter, 0, sizeof(v->bt->filter));
 }
 
-/* The block's entries in the jump cache, which may be many, lead to its jump entry: from now on that leaves. */
-static void jump_forget(struct bt *bt, const struct bt_block *b)
+/*
+ * The block's entries in the jump cache, which may be many, lead to its jump entry: from now on that leaves. A
+ * placed block has one at most.
+ */
+static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
 {
+    struct bt *bt = v->bt;
     u8 *p = bt_write_at(bt, b->jump_entry);
 
-    patch_rel32(put_jmp(&p), bt_write_at(bt, bt->glue[BT_JUMP]));
+    if (b->mode & BT_MODE_DIRECT)
+        jump_empty(v, bt_jump_slot(b->page | (b->gpa & (GUEST_PAGE_SIZE - 1))));
+    else
+        patch_rel32(put_jmp(&p), bt_write_at(bt, bt->glue[BT_JUMP]));
 }
 
 static u16 *context_of(struct soft_vcpu *v)
@@ -438,7 +473,7 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 static void block_drop(struct soft_vcpu *v, struct bt_block *b)
 {
     struct bt *bt = v->bt;
-    struct bt_block **link = hash_slot(bt, b->gpa, b->mode);
+    struct bt_block **link = hash_slot(bt, b->gpa, b->page, b->mode);
 
     while (*link != b)
         link = &(*link)->hash_next;
@@ -456,7 +491,7 @@ static void block_drop(struct soft_vcpu *v, struct bt_block *b)
             bt_exit_detach(bt, &bt->exits[n]);
         }
     }
-    jump_forget(bt, b);
+    jump_forget(v, b);
     b->dropped = true;
 }
 

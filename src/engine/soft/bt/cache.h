@@ -7,7 +7,9 @@
  *
  * A block is keyed by the guest-physical address of its first byte and the mode (v->bt_mode). It lies
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
- * the page shares it.
+ * the page shares it. Not so direct code (BT_MODE_DIRECT), which is what runs longest: its blocks are placed, that
+ * is, made for one linear address, which is part of their key. Theirs are the only exits that are linked to other
+ * pages, while direct.c knows what is mapped there.
  *
  * An instruction that lies across two pages is a block of its own. It is right only where both pages are
  * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
@@ -90,7 +92,7 @@ struct bt_exit {
     u32 bridge; /* of code behind it that brings the registers in default order ... */
     u32 at2;    /* and of the displacement at its end; 0: they are in order */
     u32 stub;   /* code offset of where all that leads when not linked */
-    u16 target; /* offset in the page */
+    s32 target; /* offset from the page's start; outside of the page in placed blocks only */
     u8 flags;   /* enum exit_flags */
     u8 misses;  /* BT_NARROW: how often it was taken before it was linked */
     u32 resume; /* BT_NARROW: code offset of the check */
@@ -103,6 +105,7 @@ struct bt_exit {
 struct bt_block {
     gpa_t gpa;
     gpa_t gpa2; /* of the second page, when its one instruction lies across; else 0 */
+    gva_t page; /* a placed block's: linear address of the page that it begins in; else 0 */
     u32 mode;
     u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
@@ -226,14 +229,23 @@ static inline const u8 *bt_run_at(const struct bt *bt, u32 offset)
     return bt->executable + offset;
 }
 
-/* The block of a mode at gpa, or NULL. */
-struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, u32 mode);
+/* The block of a mode at gpa, or NULL. lin: where that is mapped. */
+struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, gva_t lin, u32 mode);
+/* The page of bt_block.page for code at lin. */
+gva_t bt_place(gva_t lin, u32 mode);
 /* Makes a finished block known; its bytes' lines are protected by the caller. */
 void bt_block_insert(struct soft_vcpu *v, struct bt_block *b);
 /* The block that a host address lies in, or NULL. Async-signal-safe. */
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc);
 
+/* Whether the exit, which isn't one of a dropped block, leads to another page. */
+static inline bool bt_exit_is_across(const struct bt_exit *e)
+{
+    return e->target < 0 || e->target >= (s32)GUEST_PAGE_SIZE;
+}
 void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to);
+/* Undoes the links from other pages to the placed blocks of the page that is mapped at lin. */
+void bt_cut_links(struct bt *bt, gpa_t gpa, gva_t lin);
 /* Makes an exit lead to its stub, or to its block again; who links to whom stays. */
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e);
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e);

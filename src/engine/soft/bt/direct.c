@@ -23,6 +23,9 @@
  *     dropped, all bytes (or one page's chunk's) become 0, until the page tables are read anew, when user code is
  *     entered next: that is cheap if little has changed.
  *
+ *  4. A link from one page's code to another's (bt_direct_link) is there while the page tables of the owner, as of
+ *     its last flush, let user code be fetched from the page that the link's target was made of.
+ *
  * A host's page fault of direct code costs some 4 us, a mapping 5 us or more. So there is a budget for both, from one
  * tick to the next; when it is spent, chunks that aren't mapped are left to the TLB. A chunk with a fault gets its
  * byte back when it's wanted next, with the pages that are there by then.
@@ -74,11 +77,13 @@ enum chunk_state {
 struct chunk {
     u32 number;
     u8 state; /* enum chunk_state */
+    bool linked,
+        links_stale; /* some page has links; translations were dropped since they were right */
 };
 
 struct direct {
     bool owned, current; /* there is an owner; it's the current address space */
-    bool stale;          /* some chunk is */
+    bool stale;          /* some chunk is, or its links */
     bool possible; /* the first chunk is reserved, and the host always did what it was asked */
     u64 base;      /* the owner's CR3, without PCID */
     unsigned pcid;
@@ -92,6 +97,8 @@ struct direct {
     struct chunk *chunks;
     u64 (*pages)
         [CHUNK_PAGES]; /* of each: what is mapped, guest-physical address | PAGE_*; 0: nothing */
+    u64 (*links)
+        [CHUNK_PAGES]; /* pages with links from others: guest-physical address | PAGE_MAPPED; or 0 */
     unsigned nchunks;
 };
 
@@ -164,7 +171,7 @@ static void set_state(struct soft_vcpu *v, struct chunk *c, enum chunk_state sta
 struct upper {
     gpa_t table; /* of entries for pages */
     u64 large;   /* or the entry of a page of 2 MiB; 0: none */
-    bool writable;
+    bool writable, executable;
 };
 
 static const struct memory_slot *ram_at(const struct soft_vcpu *v, gpa_t gpa)
@@ -194,7 +201,7 @@ static bool walk_upper(const struct soft_vcpu *v, gva_t lin, struct upper *u)
     const u64 used = PTE_P | PTE_U | PTE_A;
     u64 address = PTE_ADDR_MASK & (BIT(v->phys_bits) - 1);
 
-    *u = (struct upper){.table = v->cpu.cr3 & address, .writable = true};
+    *u = (struct upper){.table = v->cpu.cr3 & address, .writable = true, .executable = true};
     for (unsigned shift = 39; shift >= DIRECT_SHIFT; shift -= 9) {
         const _Atomic u64 *table = table_at(v, u->table);
         u64 entry;
@@ -205,6 +212,7 @@ static bool walk_upper(const struct soft_vcpu *v, gva_t lin, struct upper *u)
         if ((entry & used) != used || (entry & reserved_bits(v)))
             return false;
         u->writable &= !!(entry & PTE_W);
+        u->executable &= !(entry & PTE_NX);
         u->table = entry & address;
         if (entry & PTE_PS) {
             u->large = entry;
@@ -251,28 +259,122 @@ static bool can_map(gva_t lin)
     return lin >= LOWEST && lin < HIGHEST;
 }
 
+/* The entries of a chunk's pages. */
+struct entries {
+    struct upper upper;
+    const _Atomic u64 *table; /* NULL: upper.large is all of them */
+    bool there;
+};
+
+static struct entries find_entries(const struct soft_vcpu *v, const struct chunk *c)
+{
+    struct entries e = {.there = false};
+
+    e.there = walk_upper(v, (gva_t)c->number << DIRECT_SHIFT, &e.upper);
+    if (e.there && !e.upper.large) {
+        e.table = table_at(v, e.upper.table);
+        e.there = e.table;
+    }
+    return e;
+}
+
+/* The n'th page's entry, and where that leads; 0: there is none. */
+static u64 entry_of(const struct soft_vcpu *v, const struct entries *e, unsigned n, gpa_t *gpa)
+{
+    u64 address = PTE_ADDR_MASK & (BIT(v->phys_bits) - 1), entry = e->upper.large;
+
+    if (!e->there)
+        return 0;
+    *gpa = (entry & address & ~(CHUNK_SIZE - 1)) + n * GUEST_PAGE_SIZE;
+    if (e->table) {
+        entry = atomic_load_explicit(&e->table[n], memory_order_relaxed);
+        *gpa = entry & address;
+    }
+    *gpa &= v->a20_mask;
+    return entry;
+}
+
 static void read_tables(struct soft_vcpu *v, const struct chunk *c, u64 want[CHUNK_PAGES])
 {
-    u64 address = PTE_ADDR_MASK & (BIT(v->phys_bits) - 1);
     gva_t lin = (gva_t)c->number << DIRECT_SHIFT;
-    const _Atomic u64 *table = NULL;
-    struct upper u;
-    bool there = walk_upper(v, lin, &u);
+    struct entries e = find_entries(v, c);
 
-    if (there && !u.large)
-        table = table_at(v, u.table);
     for (unsigned n = 0; n < CHUNK_PAGES; n++) {
-        u64 entry = u.large;
-        gpa_t gpa = (u.large & address & ~(CHUNK_SIZE - 1)) + n * GUEST_PAGE_SIZE;
+        gpa_t gpa = 0;
+        u64 entry = entry_of(v, &e, n, &gpa);
 
-        if (table) {
-            entry = atomic_load_explicit(&table[n], memory_order_relaxed);
-            gpa = entry & address;
-        }
-        want[n] = there && (table || u.large) && can_map(lin + n * GUEST_PAGE_SIZE)
-                      ? wanted(v, &u, entry, gpa & v->a20_mask)
-                      : 0;
+        want[n] = entry && can_map(lin + n * GUEST_PAGE_SIZE) ? wanted(v, &e.upper, entry, gpa) : 0;
     }
+}
+
+/* --- Links between pages --- */
+
+static u64 *links_of(const struct direct *d, const struct chunk *c)
+{
+    return d->links[c - d->chunks];
+}
+
+static void cut_link(struct soft_vcpu *v, const struct chunk *c, unsigned n)
+{
+    u64 *link = &links_of(v->bt->direct, c)[n];
+
+    if (*link)
+        bt_cut_links(v->bt, *link & ~(GUEST_PAGE_SIZE - 1),
+                     ((gva_t)c->number << DIRECT_SHIFT) + n * GUEST_PAGE_SIZE);
+    *link = 0;
+}
+
+static void cut_all_links(struct soft_vcpu *v)
+{
+    struct direct *d = v->bt->direct;
+
+    for (unsigned k = 0; k < d->nchunks; k++) {
+        struct chunk *c = &d->chunks[k];
+
+        for (unsigned n = 0; c->linked && n < CHUNK_PAGES; n++)
+            cut_link(v, c, n);
+        c->linked = c->links_stale = false;
+    }
+}
+
+/* Links stay where user code may still be fetched from the same page. */
+static void check_links(struct soft_vcpu *v, struct chunk *c)
+{
+    const u64 *links = links_of(v->bt->direct, c), used = PTE_P | PTE_U | PTE_A;
+    struct entries e = find_entries(v, c);
+
+    for (unsigned n = 0; n < CHUNK_PAGES; n++) {
+        gpa_t gpa = 0;
+        u64 entry;
+
+        if (!links[n])
+            continue;
+        entry = entry_of(v, &e, n, &gpa);
+        if ((entry & used) != used || (entry & (PTE_NX | reserved_bits(v))) ||
+            !e.upper.executable || links[n] != (gpa | PAGE_MAPPED))
+            cut_link(v, c, n);
+    }
+    c->links_stale = false;
+}
+
+bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b)
+{
+    struct direct *d = v->bt->direct;
+    u64 number = b->page >> DIRECT_SHIFT, link = (b->gpa & ~(GUEST_PAGE_SIZE - 1)) | PAGE_MAPPED;
+    unsigned n = (b->page >> GUEST_PAGE_SHIFT) % CHUNK_PAGES;
+    struct chunk *c;
+
+    if (!d->current || number >= DIRECT_CHUNKS)
+        return false;
+    reserve(d, (u32)number); /* code may be where data can't be mapped */
+    c = find_chunk(d, b->page);
+    if (!c)
+        return false;
+    if (links_of(d, c)[n] != link)
+        cut_link(v, c, n);
+    links_of(d, c)[n] = link;
+    c->linked = true;
+    return true;
 }
 
 /* --- Mapping --- */
@@ -287,6 +389,7 @@ static void give_up(struct soft_vcpu *v)
 
     for (unsigned n = 0; n < d->nchunks; n++)
         set_state(v, &d->chunks[n], CHUNK_FOREIGN);
+    cut_all_links(v);
     d->possible = d->owned = d->current = false;
 }
 
@@ -395,17 +498,16 @@ static void unmap_all(struct soft_vcpu *v)
             clear_chunk(v, &d->chunks[n]);
     }
     d->nmaps = 0;
-    d->stale = false;
 }
 
 /* --- What the rest of the processor tells --- */
 
 static void make_stale(struct soft_vcpu *v, struct chunk *c)
 {
-    if (c->state != CHUNK_ACTIVE && c->state != CHUNK_RESTING)
-        return;
-    set_state(v, c, CHUNK_STALE);
-    v->bt->direct->stale = true;
+    if (c->state == CHUNK_ACTIVE || c->state == CHUNK_RESTING)
+        set_state(v, c, CHUNK_STALE);
+    c->links_stale = c->linked;
+    v->bt->direct->stale |= c->linked || c->state == CHUNK_STALE;
 }
 
 /* The vCPU's direct mappings; NULL: it has none. */
@@ -471,6 +573,7 @@ void bt_direct_drop(struct soft_vcpu *v)
     if (!d)
         return;
     unmap_all(v);
+    cut_all_links(v);
     d->owned = d->current = false;
     bt_mode_changed(v);
 }
@@ -531,6 +634,7 @@ static void take_over(struct soft_vcpu *v)
     struct direct *d = v->bt->direct;
 
     unmap_all(v);
+    cut_all_links(v);
     d->owned = d->current = d->possible;
     d->base = table_base(v);
     d->pcid = v->cpu.cr4 & CR4_PCIDE ? (unsigned)(v->cpu.cr3 & CR3_PCID_MASK) : 0;
@@ -575,9 +679,12 @@ bool bt_direct_enter(struct soft_vcpu *v)
         return false;
     if (likely(!d->stale))
         return true;
-    for (unsigned n = 0; n < d->nchunks; n++)
+    for (unsigned n = 0; n < d->nchunks; n++) {
+        if (d->chunks[n].links_stale)
+            check_links(v, &d->chunks[n]);
         if (d->chunks[n].state == CHUNK_STALE)
             activate(v, &d->chunks[n], &maps);
+    }
     d->stale = false;
     return d->current;
 }
@@ -593,9 +700,10 @@ int bt_direct_create(struct soft_vcpu *v, struct error *err)
         d->index = pages_alloc(DIRECT_CHUNKS * sizeof(*d->index));
         d->chunks = pages_alloc(MAX_CHUNKS * sizeof(*d->chunks));
         d->pages = pages_alloc(MAX_CHUNKS * sizeof(*d->pages));
+        d->links = pages_alloc(MAX_CHUNKS * sizeof(*d->links));
         v->bt->direct = d;
     }
-    if (d && d->index && d->chunks && d->pages) {
+    if (d && d->index && d->chunks && d->pages && d->links) {
         d->possible = reserve(d, 0);
         return 0;
     }
@@ -615,6 +723,7 @@ void bt_direct_destroy(struct soft_vcpu *v)
     pages_free(d->index, DIRECT_CHUNKS * sizeof(*d->index));
     pages_free(d->chunks, MAX_CHUNKS * sizeof(*d->chunks));
     pages_free(d->pages, MAX_CHUNKS * sizeof(*d->pages));
+    pages_free(d->links, MAX_CHUNKS * sizeof(*d->links));
     pages_free(d, sizeof(*d));
     v->bt->direct = NULL;
 }

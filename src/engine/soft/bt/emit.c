@@ -390,6 +390,16 @@ static void put_operand_rex(struct translation *t, bool wide, unsigned reg)
             t->operand == NO_REG ? 0 : t->operand);
 }
 
+void put_page_address(struct translation *t, u8 reg, s64 offset, unsigned word)
+{
+    if (is_placed(t)) {
+        put_mov_imm(&t->p, reg, t->block->page + (u64)offset);
+        return;
+    }
+    put_load_gs(&t->p, reg, GS_OFFSET(bt_shared.ip_page));
+    put_lea_word(&t->p, word, reg, reg, (s32)offset);
+}
+
 /* A register for reading: the host's own, or `scratch` loaded from memory. */
 u8 read_reg(struct translation *t, u8 reg, u8 scratch)
 {
@@ -404,8 +414,7 @@ void emit_address(struct translation *t, const struct bt_insn *i, u8 to, u8 base
     u8 base, index;
 
     if (i->rip_relative && base_reg == NO_REG) {
-        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-        put_lea(&t->p, to, S1, i->offset + i->len + disp);
+        put_page_address(t, to, (s64)i->offset + i->len + disp, 8);
         return;
     }
     base = base_reg == NO_REG ? NO_REG : read_reg(t, base_reg, S1);
@@ -709,8 +718,7 @@ static s32 access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     if (i->op != BT_PLAIN) {
         put_lea_word(&t->p, i->word, S1, base, (s32)wide.lo); /* the stack */
     } else if (base == PAGE_BASE) {
-        put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-        put_lea(&t->p, S1, S1, (s32)wide.lo);
+        put_page_address(t, S1, wide.lo, 8);
     } else {
         emit_address(t, i, S1, base, (s32)wide.lo);
         if (i->seg != NO_REG)
@@ -910,8 +918,7 @@ static void emit_lea(struct translation *t, const struct bt_insn *i)
         return;
     }
     if (i->rip_relative) {
-        put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
-        put_lea(&t->p, to, S2, i->offset + i->len + i->disp);
+        put_page_address(t, to, (s64)i->offset + i->len + i->disp, 8);
         if (!wide)
             put_op_rr(&t->p, false, OP_MOV, to, to);
     } else {
@@ -1007,8 +1014,7 @@ void emit_push_return(struct translation *t, const struct bt_insn *i)
     }
     disp = access(t, i, RSP, -i->word, i->word, true);
     flags_before_write(t, BIT32(RSP));
-    put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
-    put_lea_word(&t->p, i->word, S2, S2, i->offset + i->len);
+    put_page_address(t, S2, i->offset + i->len, i->word);
     put_store_word(&t->p, i->word, t->operand, disp, S2);
     put_lea_word(&t->p, i->word, RSP, RSP, -i->word);
     t->groups[0].valid = false;

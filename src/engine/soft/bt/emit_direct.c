@@ -17,11 +17,20 @@
 
 /* --- Checks --- */
 
+static void put_narrow_branch(struct translation *t, const struct bt_insn *i, u32 chunk)
+{
+    struct stub *s = add_stub(t, STUB_NARROW, put_jcc(&t->p, CC_E));
+
+    s->target = i->offset;
+    s->number = chunk;
+    s->x87 = t->x87;
+    s->resume = t->check_start;
+}
+
 /* S2 = the address: goes on if its chunk is mapped. */
 static void put_direct_check(struct translation *t, const struct bt_insn *i)
 {
     u8 **p = &t->p;
-    struct stub *s;
 
     put_shift(p, true, 5, S2, DIRECT_SHIFT);
     add_point(t, i);
@@ -31,10 +40,21 @@ static void put_direct_check(struct translation *t, const struct bt_insn *i)
     put_modrm(p, 2, EXT_CMP, S2);
     put32(p, GS_OFFSET(direct_map));
     put8(p, 0);
-    s = add_stub(t, STUB_NARROW, put_jcc(p, CC_E));
-    s->target = i->offset;
-    s->x87 = t->x87;
-    s->resume = t->check_start;
+    put_narrow_branch(t, i, CHUNK_IN_S2);
+}
+
+/* The same for an address that is known. */
+static void put_known_check(struct translation *t, const struct bt_insn *i, u32 chunk)
+{
+    u8 **p = &t->p;
+
+    put8(p, 0x65); /* cmp byte gs:[direct_map + chunk], 0 */
+    put8(p, 0x80);
+    put_modrm(p, 0, EXT_CMP, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(direct_map) + chunk);
+    put8(p, 0);
+    put_narrow_branch(t, i, chunk);
 }
 
 static bool covers(const struct direct_group *g, const struct access *a)
@@ -150,15 +170,38 @@ static s32 lone_access(struct translation *t, const struct bt_insn *i, u8 base, 
     return use_operand(t, S1, NO_REG, 0, 0);
 }
 
-/* Off something that is in memory: the page that the code is in, or a segment's base. */
-static s32 based_access(struct translation *t, const struct bt_insn *i, u8 base, u32 slot, s32 disp)
+/* Off a segment's base. */
+static s32 segment_access(struct translation *t, const struct bt_insn *i, s32 disp)
 {
-    struct access a = {.base = base, .index = NO_REG, .disp = disp};
+    struct access a = {.base = SEG_BASE(i->seg), .index = NO_REG, .disp = disp};
 
     begin_check(t, &a);
-    put_load_gs(&t->p, S1, slot);
+    put_load_gs(&t->p, S1, GS_OFFSET(seg_base) + 8u * (u32)i->seg);
     cover(t, i, &a, S1, NO_REG);
     return use_operand(t, S1, NO_REG, 0, disp);
+}
+
+/* At an address that is known. False: it is none that is ever mapped. */
+static bool known_access(struct translation *t, const struct bt_insn *i, s64 offset, s32 *disp)
+{
+    struct access a = {.base = PAGE_BASE, .index = NO_REG, .disp = (s32)offset};
+    struct direct_group g = {true, a.base, a.index, 0, a.disp, 0};
+    gva_t lin = t->block->page + (u64)offset;
+
+    if (lin >> DIRECT_SHIFT >= DIRECT_CHUNKS || a.disp != offset)
+        return false;
+    begin_check(t, &a);
+    if (!is_covered(t, &a)) {
+        put_known_check(t, i, (u32)(lin >> DIRECT_SHIFT));
+        add_group(t, g);
+    }
+    if (lin <= INT32_MAX) {
+        *disp = use_operand(t, NO_REG, NO_REG, 0, (s32)lin);
+    } else {
+        put_mov_imm(&t->p, S1, lin);
+        *disp = use_operand(t, S1, NO_REG, 0, 0);
+    }
+    return true;
 }
 
 s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 disp)
@@ -166,17 +209,17 @@ s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
     bool plain = i->op == BT_PLAIN; /* else its index and segment are none of the stack's */
     struct access a = {.base = base, .index = NO_REG, .disp = disp};
     u8 host_base, host_index = NO_REG;
+    s32 known;
 
-    if (plain && i->rip_relative && !i->address32 && i->seg == NO_REG)
-        return based_access(t, i, PAGE_BASE, GS_OFFSET(bt_shared.ip_page),
-                            i->offset + i->len + disp);
+    if (plain && i->rip_relative && !i->address32 && i->seg == NO_REG &&
+        known_access(t, i, (s64)i->offset + i->len + disp, &known))
+        return known;
     if (plain) {
         a.index = i->index;
         a.scale = i->scale;
         if (i->seg != NO_REG && base == NO_REG && a.index == NO_REG && !i->address32 &&
             !i->rip_relative)
-            return based_access(t, i, SEG_BASE(i->seg), GS_OFFSET(seg_base) + 8u * (u32)i->seg,
-                                disp);
+            return segment_access(t, i, disp);
         if (i->seg != NO_REG || i->address32 || i->rip_relative ||
             (base == NO_REG && a.index == NO_REG) || (in_memory(t, base) && in_memory(t, a.index)))
             return lone_access(t, i, base, disp);
@@ -202,6 +245,12 @@ static void put_pop_reg(u8 **p, unsigned reg)
     if (reg >= 8)
         put8(p, 0x41);
     put8(p, 0x58 | (reg & 7));
+}
+
+static void put_push_imm(u8 **p, u32 imm)
+{
+    put8(p, 0x68);
+    put32(p, imm);
 }
 
 /* RSP, or RBP, is good for the stack's accesses. */
@@ -232,8 +281,7 @@ void direct_push(struct translation *t, const struct bt_insn *i)
         put_operand(t, 6, disp);
     } else if (i->rm == NO_REG) {
         add_point(t, i);
-        put8(p, 0x68);
-        put32(p, (u32)i->imm);
+        put_push_imm(p, (u32)i->imm);
     } else {
         reg = read_reg(t, i->rm, S2);
         add_point(t, i);
@@ -263,12 +311,18 @@ void direct_leave(struct translation *t, const struct bt_insn *i)
 
 void direct_push_return(struct translation *t, const struct bt_insn *i)
 {
+    gva_t address = t->block->page + i->offset + i->len;
+
     flags_before_write(t, BIT32(RSP));
     cover_stack(t, i, RSP);
-    put_load_gs(&t->p, S2, GS_OFFSET(bt_shared.ip_page));
-    put_lea(&t->p, S2, S2, i->offset + i->len);
-    add_point(t, i);
-    put_push_reg(&t->p, S2);
+    if (address <= INT32_MAX) {
+        add_point(t, i);
+        put_push_imm(&t->p, (u32)address);
+    } else {
+        put_mov_imm(&t->p, S2, address);
+        add_point(t, i);
+        put_push_reg(&t->p, S2);
+    }
 }
 
 void direct_pop_return(struct translation *t, const struct bt_insn *i)

@@ -86,8 +86,7 @@ void x87_store_pointers(struct translation *t)
         put_store_gs(p, GS_OFFSET(cpu.fdp), S2);
         put_selector(t, GS_OFFSET(cpu.fds), x->seg);
     }
-    put_load_gs(p, S2, GS_OFFSET(bt_shared.ip_page));
-    put_lea(p, S2, S2, x->offset);
+    put_page_address(t, S2, x->offset, 8);
     put_store_gs(p, GS_OFFSET(cpu.fip), S2);
     put8(p, 0x65); /* mov word gs:[fop], imm */
     put8(p, 0x66);

@@ -43,7 +43,7 @@ static struct bt_block *find_block(struct soft_vcpu *v)
 
     if (!fetch(v, &gpa))
         return NULL;
-    b = bt_block_find(v, gpa, v->bt_mode);
+    b = bt_block_find(v, gpa, lin, v->bt_mode);
     if (b && b->gpa2 && (!soft_fetch(v, next_page(lin), &gpa) || gpa != b->gpa2))
         return NULL;
     return b;
@@ -150,7 +150,7 @@ static struct bt_block *narrow_block(struct soft_vcpu *v)
     s.host = fetch(v, &s.gpa);
     if (!s.host || v->journal)
         return NULL;
-    b = bt_block_find(v, s.gpa, mode);
+    b = bt_block_find(v, s.gpa, v->cpu.gpr[GPR_RIP], mode);
     if (!b) {
         soft_vectors_sync(v);
         if (!bt_goes_across(v, s.gpa, s.host))
@@ -186,7 +186,7 @@ static const u8 *on_narrow(struct soft_vcpu *v)
     struct bt_exit *e = &v->bt->exits[v->bt_shared.site];
     struct bt_block *b = e->to;
 
-    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + (u64)(s64)e->target;
     if (!b && bt_direct_want(v, v->bt_shared.linear))
         return bt_run_at(v->bt, e->resume);
     if (!b && ++e->misses > NARROW_MISSES)
@@ -214,12 +214,13 @@ static const u8 *on_link(struct soft_vcpu *v)
     struct bt *bt = v->bt;
     struct bt_exit *e = &bt->exits[v->bt_shared.site];
 
-    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + e->target;
+    v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + (u64)(s64)e->target;
+    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     if (!e->to) {
         struct bt_block *b = find_block(v);
 
         bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
-        if (!b || b->gpa2 || v->journal)
+        if (!b || b->gpa2 || v->journal || (bt_exit_is_across(e) && !bt_direct_link(v, b)))
             return NULL;
         bt_exit_link(bt, e, b);
     }

@@ -24,11 +24,13 @@
  * flags in the host's register, and in memory.
  *
  * RIP. Code is shared by all mappings of its page, so it knows its offset in the page and
- * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left.
+ * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left. Direct code is made for one address, which it
+ * knows (placed, cache.h); it has ip_page right when it is left.
  *
  * Ways out of a block
  *  - a direct branch within the page: a jump that is patched to the target's code, once there is any. No
- *    check is needed: who runs in a page has its translation.
+ *    check is needed: who runs in a page has its translation. In direct code, branches to other pages likewise, for
+ *    as long as direct.c knows what is mapped there.
  *  - any other branch: the jump cache is asked for the linear address (put_jump).
  *  - the slow path of an access, and instructions that are not translated: back to C, which goes on
  *    by the interpreter at exactly that instruction.
@@ -80,6 +82,10 @@ static void put_jump(struct translation *t, enum bt_reason reason, u32 site)
 static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 {
     put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.site), number);
+    if (is_placed(t)) {
+        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page), (u32)t->block->page);
+        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page) + 4, (u32)(t->block->page >> 32));
+    }
     patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
 }
 
@@ -87,24 +93,24 @@ static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 static void put_far_jump(struct translation *t, s32 target)
 {
     leave_perm(t);
-    put_load_gs(&t->p, S1, GS_OFFSET(bt_shared.ip_page));
-    put_lea_word(&t->p, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8, S1, S1, target);
+    put_page_address(t, S1, target, t->v->bt_mode & BT_MODE_CODE32 ? 4 : 8);
     put_jump(t, BT_JUMP, 0);
 }
 
-static bool in_page(s64 target)
+/* Whether an exit to there may be linked: it isn't in another page, or the block is placed. */
+static bool can_link(const struct translation *t, s64 target)
 {
-    return target >= 0 && target < (s64)GUEST_PAGE_SIZE;
+    return is_placed(t) ? target == (s32)target : target >= 0 && target < (s64)GUEST_PAGE_SIZE;
 }
 
-/* The displacement at `from` leads to `target` in the page; the flags are as they are now. */
+/* The displacement at `from` leads to `target`, from the page's start; the flags are as they are now. */
 static void add_exit(struct translation *t, u8 *from, s64 target)
 {
     struct bt *bt = t->bt;
     u32 number = bt->nexits++;
 
     bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
-                                         .target = (u16)target,
+                                         .target = (s32)target,
                                          .flags = t->flags.memory ? EXIT_MEMORY
                                                   : t->pending    ? EXIT_RECIPE
                                                                   : EXIT_HOST,
@@ -135,7 +141,7 @@ static void put_pending(struct translation *t)
 
 static void put_direct(struct translation *t, s64 target)
 {
-    if (in_page(target)) {
+    if (can_link(t, target)) {
         if (!t->flags.memory)
             flags_need(t);
         put_pending(t);
@@ -153,7 +159,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
 
     x87_store_pointers(t);
     flags_need(t);
-    if (in_page(target)) {
+    if (can_link(t, target)) {
         put_pending(t);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
@@ -264,13 +270,18 @@ static void put_narrow_exit(struct translation *t, const struct stub *stub)
     u32 number = t->bt->nexits++;
     struct bt_exit *e = &t->bt->exits[number];
 
-    put_store_gs(&t->p, GS_OFFSET(bt_shared.linear), S2);
+    if (stub->number == CHUNK_IN_S2) {
+        put_store_gs(&t->p, GS_OFFSET(bt_shared.linear), S2);
+    } else {
+        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.linear), stub->number);
+        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.linear) + 4, 0);
+    }
     t->x87 = stub->x87;
     x87_store_pointers(t);
     flags_to_memory(t);
     leave_perm(t);
     *e = (struct bt_exit){
-        .target = (u16)stub->target, .flags = EXIT_MEMORY, .resume = code_offset(t, stub->resume)};
+        .target = stub->target, .flags = EXIT_MEMORY, .resume = code_offset(t, stub->resume)};
     memcpy(e->perm, t->perm, sizeof(e->perm));
     e->at = code_offset(t, put_jmp(&t->p));
     e->bridge = e->stub = code_offset(t, t->p);
@@ -385,12 +396,15 @@ static void find_kept_regs(const struct translation *t, struct bt_block *b)
 
 /*
  * From the jump cache: RIP is the block's own address. The store of ip_page is branched round when nothing
- * changes: else each call's return address would depend, through memory, on the last return's.
+ * changes: else each call's return address would depend, through memory, on the last return's. Placed blocks
+ * know their address.
  */
 static void put_jump_prefix(struct translation *t, gpa_t gpa)
 {
     u8 *skip;
 
+    if (is_placed(t))
+        return;
     put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
     put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
     put_op_gs(&t->p, true, OP_CMP, S1, GS_OFFSET(bt_shared.ip_page));
@@ -742,6 +756,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
+                           .page = bt_place(v->cpu.gpr[GPR_RIP], mode),
                            .mode = mode,
                            .hot = bt->hot,
                            .cold = bt->cold,

@@ -52,6 +52,8 @@ struct direct_group {
 };
 #define DIRECT_REACH ((s64)MIB(1))
 
+#define CHUNK_IN_S2 UINT32_MAX
+
 enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE, STUB_NARROW };
 
 /* Code that is emitted behind the block, in the cold half. */
@@ -59,7 +61,7 @@ struct stub {
     u8 kind;    /* enum stub_kind */
     u8 reason;  /* STUB_SITE: enum bt_reason */
     u8 *from;   /* the displacement that leads to it */
-    u32 number; /* of its site or exit */
+    u32 number; /* of its site or exit; STUB_NARROW: of the chunk, or CHUNK_IN_S2 */
     u32 x87;    /* STUB_NARROW: as in a site */
     s32 target; /* STUB_FAR: offset from the page's start; STUB_SLOW: of the TLB tags in the vCPU */
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
@@ -96,6 +98,12 @@ struct translation {
     unsigned nstubs;
 };
 
+/* The block knows its linear address (cache.h). */
+static inline bool is_placed(const struct translation *t)
+{
+    return t->block->mode & BT_MODE_DIRECT;
+}
+
 static inline u32 code_offset(const struct translation *t, const u8 *p)
 {
     return (u32)(p - t->bt->writable);
@@ -127,12 +135,14 @@ struct access {
     unsigned size;
     bool write;
 };
-/* Bases that are no registers: what RIP-relative operands are relative to (ip_page), and segments'. */
+/* Bases that are no registers: the start of the block's page, for RIP-relative operands, and segments'. */
 #define PAGE_BASE GPR_ZERO
 #define SEG_BASE(seg) ((u8)(0x20 + (seg)))
 /* Whether all that i does to `base` is to add *by. */
 bool adds_constant(const struct bt_insn *i, u8 base, s32 *by);
 bool in_memory(const struct translation *t, u8 reg);
+/* reg = the linear address of the byte that is `offset` from the start of the block's page, cut to `word` bytes. */
+void put_page_address(struct translation *t, u8 reg, s64 offset, unsigned word);
 /* op reg, the guest's register: its own host register, or `scratch` loaded from memory */
 u8 read_reg(struct translation *t, u8 reg, u8 scratch);
 /* lea reg, [base + index * scale + disp] of host registers; NO_REG: none */
