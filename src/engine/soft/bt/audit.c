@@ -11,7 +11,7 @@
  *      [U + n]             likewise, U being a borrowed register (perm[2], perm[3]) that was copied from S1
  *                          behind such a check, and not written since;
  *      gs:[kept_address]   moved to from the borrowed register that it is for, and from there to it.
- *     Anything else, implied operands too, is refused: so there is no CALL or string instruction, and PUSH in direct code only. A
+ *     Anything else, implied operands too, is refused: so there is no CALL, and PUSH and string instructions are in direct code only. A
  *     bit's number, which moves an operand, is S2 masked to be within it.
  *      [address]           in direct code, as audit_direct.c has it, and gs:[S2 + direct_map] with it.
  *  2. A check is: XOR of S1 with a tag, CMP of S1 with 4096 less the size, JA, and ADD of the host address
@@ -767,7 +767,8 @@ static bool audit_insn(struct audit *a, const ZydisDecodedInstruction *zi,
                        const ZydisDecodedOperand *ops, bool *goes_on)
 {
     *goes_on = true;
-    if (is_forbidden(zi) && !is_direct_stack(a, zi))
+    if (is_forbidden(zi) && !is_direct_stack(a, zi) &&
+        !(is_direct_block(a) && direct_allows_string(&a->known.direct, zi)))
         return refuse(a, "an instruction that code must not have");
     for (unsigned n = 0; n < zi->operand_count; n++) {
         if (ops[n].type == ZYDIS_OPERAND_TYPE_MEMORY && !audit_memory(a, zi, ops, &ops[n]))

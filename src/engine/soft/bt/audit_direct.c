@@ -8,7 +8,8 @@
  *     PUSH, POP).
  *  3. What is loaded to S1 from the vCPU (a register that is in memory, a segment's base) is known by where it came
  *     from, until something is stored there.
- *  4. An address that is a number, in the operand or moved to S1, is looked up by a CMP of its chunk's byte and JE.
+ *  4. MOVS and STOS begin at addresses that are checked, and RCX is compared by CMP and JA with what is within reach.
+ *  5. An address that is a number, in the operand or moved to S1, is looked up by a CMP of its chunk's byte and JE.
  */
 #include "engine/soft/bt/audit_direct.h"
 
@@ -24,6 +25,8 @@ void direct_known_clear(struct direct_known *k)
     k->s2_copy = NO_VALUE;
     k->s2_away = false;
     k->next = 0;
+    k->rcx_most = UINT64_MAX;
+    k->compared = 0;
     for (unsigned n = 0; n < DIRECT_CHECKED; n++)
         k->checked[n] = none;
 }
@@ -61,6 +64,9 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
     }
     if (k->s1_slot != other->s1_slot)
         k->s1_slot = 0;
+    k->rcx_most = MAX(k->rcx_most, other->rcx_most);
+    if (k->compared != other->compared)
+        k->step = DIRECT_NOTHING;
     if (!other->s1_is_number || k->s1_number != other->s1_number)
         k->s1_is_number = false;
     if (k->s2_copy != other->s2_copy || k->s2_away != other->s2_away) {
@@ -76,6 +82,7 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
 bool direct_known_same(const struct direct_known *k, const struct direct_known *other)
 {
     if (k->step != other->step || !same_value(&k->s2, &other->s2) || k->s1_slot != other->s1_slot ||
+        k->rcx_most != other->rcx_most || k->compared != other->compared ||
         k->s1_is_number != other->s1_is_number || k->s1_number != other->s1_number ||
         k->s2_copy != other->s2_copy || k->s2_away != other->s2_away ||
         k->next % DIRECT_CHECKED != other->next % DIRECT_CHECKED)
@@ -142,6 +149,33 @@ bool direct_allows(const struct direct_known *k, const ZydisDecodedOperandMem *m
     struct direct_value x = operand_value(k, m);
 
     return is_near(k, &x);
+}
+
+bool direct_allows_string(const struct direct_known *k, const ZydisDecodedInstruction *zi)
+{
+    u64 size;
+
+    switch (zi->mnemonic) {
+    case ZYDIS_MNEMONIC_MOVSB:
+    case ZYDIS_MNEMONIC_STOSB:
+        size = 1;
+        break;
+    case ZYDIS_MNEMONIC_MOVSW:
+    case ZYDIS_MNEMONIC_STOSW:
+        size = 2;
+        break;
+    case ZYDIS_MNEMONIC_MOVSD:
+    case ZYDIS_MNEMONIC_STOSD:
+        size = 4;
+        break;
+    case ZYDIS_MNEMONIC_MOVSQ:
+    case ZYDIS_MNEMONIC_STOSQ:
+        size = 8;
+        break;
+    default:
+        return false;
+    }
+    return !(zi->attributes & ZYDIS_ATTRIB_HAS_REP) || k->rcx_most <= (u64)DIRECT_REACH / size;
 }
 
 bool direct_allows_leave(const struct direct_known *k)
@@ -283,6 +317,8 @@ static void change_registers(struct direct_known *k, const ZydisDecodedInstructi
             shift_value(k, reg, by);
         else
             forget_value(k, reg);
+        if (reg == RCX)
+            k->rcx_most = UINT64_MAX;
         if (reg == S1) {
             k->s1_slot = 0;
             k->s1_is_number = false;
@@ -349,6 +385,12 @@ static void take_steps(struct direct_known *k, const ZydisDecodedInstruction *zi
                 .disp = (ops[0].mem.disp.value - (s64)GS_OFFSET(direct_map)) << DIRECT_SHIFT};
     } else if (step == DIRECT_COMPARED && zi->mnemonic == ZYDIS_MNEMONIC_JZ) {
         add_checked(k, &k->s2);
+    } else if (zi->mnemonic == ZYDIS_MNEMONIC_CMP && is_reg64(&ops[0], RCX) &&
+               ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && ops[1].imm.value.s >= 0) {
+        k->step = DIRECT_COUNTED;
+        k->compared = ops[1].imm.value.u;
+    } else if (step == DIRECT_COUNTED && zi->mnemonic == ZYDIS_MNEMONIC_JNBE) {
+        k->rcx_most = k->compared;
     }
 }
 

@@ -23,7 +23,13 @@ struct direct_value {
     s64 disp;
 };
 
-enum direct_step { DIRECT_NOTHING, DIRECT_ADDRESS, DIRECT_CHUNK, DIRECT_COMPARED };
+enum direct_step {
+    DIRECT_NOTHING,
+    DIRECT_ADDRESS,
+    DIRECT_CHUNK,
+    DIRECT_COMPARED,
+    DIRECT_COUNTED, /* RCX was compared */
+};
 
 /* Those that are known, the latest: more than the emitter uses at once. */
 #define DIRECT_CHECKED (4 * BT_DIRECT_GROUPS)
@@ -39,6 +45,8 @@ struct direct_known {
     bool s2_away; /* the register is something else now */
     struct direct_value checked[DIRECT_CHECKED];
     unsigned next; /* of these */
+    u64 rcx_most;  /* RCX is at most that; UINT64_MAX: nobody knows */
+    u64 compared;  /* DIRECT_COUNTED: what it was compared with */
 };
 
 /* Whether an operand is gs:[disp]. */
@@ -58,6 +66,8 @@ bool direct_known_same(const struct direct_known *k, const struct direct_known *
 bool direct_allows(const struct direct_known *k, const ZydisDecodedOperandMem *m);
 /* Whether LEAVE's is. */
 bool direct_allows_leave(const struct direct_known *k);
+/* Whether it is MOVS or STOS, of no more elements than are within reach of where it begins. */
+bool direct_allows_string(const struct direct_known *k, const ZydisDecodedInstruction *zi);
 /* Whether it is the look into direct_map, by a chunk's number. */
 bool direct_is_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
                     const ZydisDecodedOperandMem *m);

@@ -1190,6 +1190,8 @@ static void emit_string(struct translation *t, const struct bt_insn *i)
 {
     struct stub *s;
 
+    if (is_direct(t) && direct_string(t, i))
+        return;
     flags_before_write(t, i->written);
     flags_clobber(t);
     direct_forget(t);

@@ -9,6 +9,8 @@
  * only: direct.c has address space beside what it maps. So one check for each base is all that most blocks
  * need, and PUSH, POP and the like run as they are, RSP being the guest's.
  *
+ * MOVS and STOS run as they are too, behind a look for each pointer, if they go forward and RCX keeps them within reach.
+ *
  * A page that is not there, or not for writing, is met by the access as a page fault of the host; so is an
  * address that isn't canonical, by the look into the map or by the access. Both are points (add_point), at
  * which everything is as before the guest's instruction. audit.c checks that no access goes without its check.
@@ -334,4 +336,60 @@ void direct_pop_return(struct translation *t, const struct bt_insn *i)
     put_pop_reg(&t->p, S1);
     if (i->imm)
         put_lea(&t->p, RSP, RSP, (s32)i->imm);
+}
+
+/* --- Strings --- */
+
+/* If the flags, which were just made by a comparison, are `cc`, C does it. */
+static struct stub *put_string_by_c(struct translation *t, const struct bt_insn *i, unsigned cc)
+{
+    struct stub *s = add_stub(t, STUB_SITE, put_jcc(&t->p, cc));
+
+    s->reason = BT_STRING;
+    s->number = add_site(t, i);
+    t->bt->sites[s->number].string = i->string;
+    return s;
+}
+
+bool direct_string(struct translation *t, const struct bt_insn *i)
+{
+    const struct bt_string *string = &i->string;
+    struct stub *backward, *far = NULL;
+    u8 **p = &t->p;
+
+    if (!string->destination || in_memory(t, RDI) || in_memory(t, RSI) || in_memory(t, RCX))
+        return false;
+    flags_before_write(t, i->written);
+    flags_clobber(t);
+    t->check_start = t->p;
+    put8(p, 0x65); /* test byte gs:[rflags + 1], 4: DF */
+    put8(p, 0xf6);
+    put_modrm(p, 0, 0, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(cpu.rflags) + 1);
+    put8(p, EFLAGS_DF >> 8);
+    backward = put_string_by_c(t, i, CC_NE);
+    if (string->repeated) {
+        put_op_ri(p, true, EXT_CMP, RCX, (s32)(DIRECT_REACH / string->size));
+        far = put_string_by_c(t, i, CC_A);
+    }
+    put_mov_rr(p, S2, RDI);
+    put_direct_check(t, i);
+    if (string->source) {
+        put_mov_rr(p, S2, RSI);
+        put_direct_check(t, i);
+    }
+    add_point(t, i);
+    if (string->size == 2)
+        put8(p, 0x66);
+    if (string->repeated)
+        put8(p, 0xf3);
+    if (string->size == 8)
+        put_rex(p, true, 0, 0, 0);
+    put8(p, (string->source ? 0xa4u : 0xaau) | (string->size > 1)); /* movs, stos */
+    backward->resume = t->p;
+    if (far)
+        far->resume = t->p;
+    direct_forget(t);
+    return true;
 }

@@ -166,6 +166,8 @@ s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
 void direct_after(struct translation *t, const struct bt_insn *i);
 /* C is entered, and comes back. */
 void direct_forget(struct translation *t);
+/* MOVS or STOS. False: it can't be done so. */
+bool direct_string(struct translation *t, const struct bt_insn *i);
 void direct_push(struct translation *t, const struct bt_insn *i);
 void direct_pop(struct translation *t, const struct bt_insn *i);
 void direct_leave(struct translation *t, const struct bt_insn *i);
