@@ -183,7 +183,8 @@ static bool is_way_out(const struct audit *a, u32 at)
 /* The ways out whose sites have a resume. */
 static bool comes_back(const struct audit *a, u32 at)
 {
-    return at == a->bt->glue[BT_SLOW] || at == a->bt->glue[BT_FPU] || at == a->bt->glue[BT_STRING];
+    return at == a->bt->glue[BT_SLOW] || at == a->bt->glue[BT_FPU] || at == a->bt->glue[BT_FLAGS] ||
+           at == a->bt->glue[BT_STRING];
 }
 
 /* The host register that the block borrows as its k'th, or NO_REG. */

@@ -222,8 +222,10 @@ void bt_exit_detach(struct bt *bt, const struct bt_exit *e)
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e)
 {
     const struct bt_block *to = e->to;
-    bool memory = e->flags == EXIT_MEMORY || (e->flags == EXIT_RECIPE && to->takes_recipe &&
-                                              !(e->recipe_regs & to->kept_regs));
+    bool takes = e->recipe_regs == RECIPE_NO_REGS
+                     ? to->first_use == FLAGS_CLOBBERED
+                     : to->takes_recipe && !(e->recipe_regs & to->kept_regs);
+    bool memory = e->flags == EXIT_MEMORY || (e->flags == EXIT_RECIPE && takes);
 
     if (!memcmp(to->perm, e->perm, sizeof(to->perm)))
         patch_rel32(bt_write_at(bt, e->at),

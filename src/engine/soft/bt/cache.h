@@ -32,6 +32,7 @@ enum bt_reason {
     BT_BRANCH, /* as BT_JUMP, behind an indirect branch: site */
     BT_STOP,   /* at an instruction for the interpreter: site */
     BT_QUICK,  /* at one that the interpreter does without leaving: site, its resume the number */
+    BT_FLAGS,  /* at a load of flags that are a pending recipe: site, its resume where to go on */
     BT_FPU,    /* the x87 registers aren't live: site, its resume where to go on */
     BT_STRING, /* at a string instruction: site, its resume where to go on behind it */
     BT_NARROW, /* linear, a chunk's number, isn't mapped: site is the number of an exit to code that does
@@ -87,6 +88,8 @@ enum exit_flags {
     EXIT_RECIPE,
 };
 
+#define RECIPE_NO_REGS BIT32(31)
+
 struct bt_exit {
     u32 at;     /* code offset of the displacement to patch */
     u32 bridge; /* of code behind it that brings the registers in default order ... */
@@ -97,10 +100,13 @@ struct bt_exit {
     u8 misses;  /* BT_NARROW: how often it was taken before it was linked */
     u32 resume; /* BT_NARROW: code offset of the check */
     u8 perm[BT_PERM];
-    u32 recipe_regs;     /* EXIT_RECIPE: registers that it is made from */
+    u32 recipe_regs;     /* EXIT_RECIPE: registers that it is made from; RECIPE_NO_REGS: it isn't */
     struct bt_block *to; /* NULL: not linked */
     struct bt_exit *next_in;
 };
+
+/* What happens first to the flags that a block is entered with. */
+enum first_use { FLAGS_CLOBBERED, FLAGS_NEEDED, FLAGS_OVERWRITTEN };
 
 struct bt_block {
     gpa_t gpa;
@@ -112,7 +118,8 @@ struct bt_block {
     u32 hot, hot_end, cold, cold_end; /* code offsets */
     /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */
     u32 jump_entry, memory_entry, host_entry;
-    /* A recipe may be pending at memory_entry, if it needs none of kept_regs. */
+    u8 first_use; /* enum first_use */
+    /* A recipe of registers may be pending at memory_entry, if it needs none of kept_regs. */
     bool takes_recipe;
     u32 kept_regs;
     /* Registers in memory in the place of R14 and R15 (NO_REG: themselves), those that are borrowed for

@@ -93,12 +93,12 @@ void put_keep_addresses(struct translation *t, bool again)
     }
 }
 
+const u8 no_perm[BT_PERM] = {NO_REG, NO_REG, NO_REG, NO_REG};
+
 void leave_perm(struct translation *t)
 {
-    static const u8 none[BT_PERM] = {NO_REG, NO_REG, NO_REG, NO_REG};
-
     put_perm_out(t);
-    use_perm(t, none);
+    use_perm(t, no_perm);
     for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++)
         t->groups[n].valid = false;
 }
@@ -120,8 +120,33 @@ void emit_flags_save(u8 **p)
     put_mov_rr(p, RAX, S2);
 }
 
-void emit_flags_load(u8 **p)
+void flags_settle(struct translation *t)
 {
+    u8 **p = &t->p;
+    struct stub *s;
+
+    if (!t->flags.memory || t->flags.settled || t->flags.host || t->flags.recipe.kind)
+        return;
+    put8(p, 0x65); /* cmp word gs:[aflags + 2], 0 */
+    put8(p, 0x66);
+    put8(p, 0x83);
+    put_modrm(p, 0, EXT_CMP, 4);
+    put8(p, 0x25);
+    put32(p, GS_OFFSET(aflags) + 2);
+    put8(p, 0);
+    s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+    s->reason = BT_FLAGS;
+    s->number = add_site(t, &t->insns[t->at]);
+    s->resume = *p;
+    t->flags.settled = true;
+    t->groups[0].valid = false;
+    direct_forget(t);
+}
+
+void put_flags_load(struct translation *t)
+{
+    u8 **p = &t->p;
+
     put_mov_rr(p, S2, RAX);
     put_op_gs(p, false, OP_MOV, RAX, GS_OFFSET(aflags));
     put8(p, 0x04); /* add al, 0x7f: OF */
@@ -209,7 +234,7 @@ void flags_need(struct translation *t)
     if (t->flags.recipe.kind)
         emit_recipe(t, &t->flags.recipe);
     else
-        emit_flags_load(&t->p);
+        put_flags_load(t);
     t->flags.host = true;
 }
 
@@ -219,7 +244,31 @@ void flags_to_memory(struct translation *t)
         return;
     flags_need(t);
     emit_flags_save(&t->p);
-    t->flags.memory = true;
+    t->flags.memory = t->flags.settled = true;
+}
+
+void flags_put_away(struct translation *t)
+{
+    struct bt_recipe r = t->flags.recipe;
+    u16 number;
+
+    if (t->flags.memory)
+        return;
+    if (r.kind && r.b == NO_REG) {
+        u8 a = r.a;
+
+        r.a = NO_REG;
+        number = bt_recipe_number(t->bt, &r);
+        if (number) {
+            if (a != NO_REG)
+                put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), read_reg(t, a, S2));
+            put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
+            t->flags.memory = true;
+            t->flags.settled = false;
+            return;
+        }
+    }
+    flags_to_memory(t);
 }
 
 void flags_clobber(struct translation *t)
@@ -1030,7 +1079,7 @@ void emit_pop_return(struct translation *t, const struct bt_insn *i)
     }
     disp = access(t, i, RSP, 0, i->word, false);
     flags_before_write(t, BIT32(RSP));
-    flags_to_memory(t);
+    flags_put_away(t);
     put_load_word(&t->p, i->word, S1, t->operand, disp);
     put_lea_word(&t->p, i->word, RSP, RSP, i->word + (s32)i->imm);
     t->groups[0].valid = false;
@@ -1207,6 +1256,8 @@ static void emit_string(struct translation *t, const struct bt_insn *i)
 void emit_insn(struct translation *t, const struct bt_insn *i)
 {
     x87_before_write(t, insn_changed_regs(i));
+    if (i->flags_in || i->op == BT_PUSHF || i->op == BT_BIT_STRING)
+        flags_settle(t);
     switch (i->op) {
     case BT_PLAIN:
         emit_plain(t, i);

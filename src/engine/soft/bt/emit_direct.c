@@ -331,7 +331,7 @@ void direct_pop_return(struct translation *t, const struct bt_insn *i)
 {
     flags_before_write(t, BIT32(RSP));
     cover_stack(t, i, RSP);
-    flags_to_memory(t);
+    flags_put_away(t);
     add_point(t, i);
     put_pop_reg(&t->p, S1);
     if (i->imm)

@@ -293,6 +293,8 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
         return NULL;
     case BT_STRING:
         return on_string(v);
+    case BT_FLAGS: /* enter() saw to it */
+        return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
     case BT_FPU:
         fpu_make_live(v);
         return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
@@ -336,7 +338,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
         atomic_signal_fence(memory_order_seq_cst);
         if (unlikely(bt->nunlinked || v->bt_shared.jump_key == JUMP_KEY_NONE))
             bt_relink(v);
-        site = reason == BT_SLOW || reason == BT_FPU || reason == BT_STRING
+        site = reason == BT_SLOW || reason == BT_FPU || reason == BT_FLAGS || reason == BT_STRING
                    ? &bt->sites[v->bt_shared.site]
                    : NULL;
         code = came_back(v, reason);
@@ -369,7 +371,7 @@ static bool verify_block(struct soft_vcpu *v)
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
-    } while ((reason == BT_SLOW || reason == BT_FPU) && v->bt_shared.entry);
+    } while ((reason == BT_SLOW || reason == BT_FPU || reason == BT_FLAGS) && v->bt_shared.entry);
     bt_verify_end(v, b, reason == BT_FAULT);
     return true;
 }

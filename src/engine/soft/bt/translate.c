@@ -119,20 +119,32 @@ static void add_exit(struct translation *t, u8 *from, s64 target)
     add_stub(t, STUB_EXIT, from)->number = number;
 }
 
-/* Before a branch: lets its target have the flags as a recipe, for one store. */
-static void put_pending(struct translation *t)
+/* Whether the code at an offset from the page's start is known to make all flags anew, first. */
+static bool overwrites_flags(const struct translation *t, s64 target)
+{
+    const struct bt_block *b = t->block, *to = b;
+
+    if (target < 0 || target >= (s64)GUEST_PAGE_SIZE)
+        return false;
+    if (target != t->insns[0].offset)
+        to = bt_block_find(t->v, (b->gpa & ~(GUEST_PAGE_SIZE - 1)) + (u64)target, b->page, b->mode);
+    return to && to->first_use == FLAGS_OVERWRITTEN;
+}
+
+/* Before a branch to `target`: lets it have the flags as a recipe, for one store. */
+static void put_pending(struct translation *t, s64 target)
 {
     const struct bt_recipe *r = &t->flags.recipe;
     u16 number;
 
     t->pending = 0;
-    if (t->flags.memory || !r->kind)
+    if (t->flags.memory || !r->kind || overwrites_flags(t, target))
         return;
     number = bt_recipe_number(t->bt, r);
     if (!number)
         return;
     put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
-    t->pending = PENDING_NO_REGS;
+    t->pending = RECIPE_NO_REGS;
     if (r->a != NO_REG)
         t->pending |= BIT32(r->a);
     if (r->b != NO_REG)
@@ -144,7 +156,7 @@ static void put_direct(struct translation *t, s64 target)
     if (can_link(t, target)) {
         if (!t->flags.memory)
             flags_need(t);
-        put_pending(t);
+        put_pending(t, target);
         add_exit(t, put_jmp(&t->p), target);
     } else {
         flags_to_memory(t);
@@ -158,9 +170,10 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     struct stub *s;
 
     x87_store_pointers(t);
+    flags_settle(t);
     flags_need(t);
     if (can_link(t, target)) {
-        put_pending(t);
+        put_pending(t, target);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
         s = add_stub(t, STUB_FAR, put_jcc(&t->p, i->cc));
@@ -342,9 +355,6 @@ static void put_stub(struct translation *t, const struct stub *stub)
 
 /* --- Entries --- */
 
-enum first_use { FLAGS_CLOBBERED, FLAGS_NEEDED, FLAGS_OVERWRITTEN };
-
-/* What happens first to the flags that a block is entered with. */
 static enum first_use first_use(const struct translation *t)
 {
     for (unsigned n = 0; n < t->count; n++) {
@@ -417,9 +427,7 @@ static void put_jump_prefix(struct translation *t, gpa_t gpa)
 
 static void put_entries(struct translation *t, struct bt_block *b)
 {
-    enum first_use use = first_use(t);
-
-    if (use == FLAGS_CLOBBERED) {
+    if (b->first_use == FLAGS_CLOBBERED) {
         u8 *jump;
 
         b->host_entry = code_offset(t, t->p);
@@ -439,8 +447,13 @@ static void put_entries(struct translation *t, struct bt_block *b)
     b->jump_entry = code_offset(t, t->p);
     put_jump_prefix(t, b->gpa);
     b->memory_entry = code_offset(t, t->p);
-    if (use == FLAGS_NEEDED)
-        emit_flags_load(&t->p);
+    if (b->first_use == FLAGS_NEEDED) {
+        t->flags = (struct flag_state){.memory = true};
+        use_perm(t, no_perm); /* not yet */
+        flags_settle(t);
+        put_flags_load(t);
+        use_perm(t, b->perm);
+    }
     b->host_entry = code_offset(t, t->p);
     put_perm_in(t);
     b->host_native = code_offset(t, t->p);
@@ -458,13 +471,17 @@ static void put_cold_entries(struct translation *t, struct bt_block *b)
         b->host_native = code_offset(t, t->p);
         emit_flags_save(&t->p);
         patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->memory_native));
-    } else if (first_use(t) == FLAGS_OVERWRITTEN) {
+    } else if (b->first_use == FLAGS_OVERWRITTEN) {
         b->memory_native = b->host_native;
     } else if (!has_perm(t)) {
         b->memory_native = b->memory_entry;
     } else {
         b->memory_native = code_offset(t, t->p);
-        emit_flags_load(&t->p);
+        t->at = 0;
+        t->x87 = 0;
+        t->flags = (struct flag_state){.memory = true};
+        flags_settle(t);
+        put_flags_load(t);
         patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->host_native));
     }
     b->fault = t->bt->glue[BT_FAULT];
@@ -766,10 +783,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     if (!b->bytes || !protect_block(t, b, source))
         return NULL;
     settle_flags(t);
+    b->first_use = (u8)first_use(t);
     find_kept_regs(t, b);
     choose_perm(t, b);
     use_perm(t, b->perm);
     t->block = b;
+    t->at = 0;
     t->p = bt_write_at(bt, bt->hot);
     put_entries(t, b);
     last = &t->insns[t->count - 1];
@@ -794,9 +813,9 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     b->hot_end = code_offset(t, t->p);
 
     t->p = bt_write_at(bt, bt->cold);
+    put_cold_entries(t, b);
     for (unsigned n = 0; n < t->nstubs; n++)
         put_stub(t, &t->stubs[n]);
-    put_cold_entries(t, b);
     b->cold_end = code_offset(t, t->p);
 
     bt->hot = (b->hot_end + 15) & ~15u;

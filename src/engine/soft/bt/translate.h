@@ -15,16 +15,15 @@
 #define BT_DIRECT_GROUPS 8
 #define BT_DIRECT_TICKS 2
 #define BT_DIRECT_PERIOD 8000000 /* some 3 ms */
-#define PENDING_NO_REGS BIT32(31)
 
 /*
  * Where the guest's arithmetic flags are at a point of the code. At least one holds:
  *   host    in the host's flags register;
- *   memory  in v->aflags;
+ *   memory  in v->aflags, or, but if they are settled, as a pending recipe whose number is in its upper half;
  *   recipe  not kept, but to be had again from registers that haven't changed.
  */
 struct flag_state {
-    bool host, memory;
+    bool host, memory, settled;
     struct bt_recipe recipe; /* kind RECIPE_NONE: no recipe */
 };
 
@@ -92,7 +91,7 @@ struct translation {
     u32 x87;          /* as in a site */
     bool x87_live;    /* the x87 registers were made live in this block */
     struct bt_insn insns[BT_MAX_INSNS + 1];
-    u32 pending; /* registers of the recipe in v->aflags, and PENDING_NO_REGS; 0: none is there */
+    u32 pending; /* registers of the recipe in v->aflags, and RECIPE_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
     struct stub stubs[BT_MAX_STUBS];
     unsigned nstubs;
@@ -127,6 +126,7 @@ void put_perm_in(struct translation *t);
 void put_keep_addresses(struct translation *t, bool again);
 void put_perm_out(struct translation *t);
 void leave_perm(struct translation *t);
+extern const u8 no_perm[BT_PERM]; /* the default */
 
 /* A memory operand as base, index, displacement and size, where checks may serve several. */
 struct access {
@@ -176,10 +176,15 @@ void direct_pop_return(struct translation *t, const struct bt_insn *i);
 
 void flags_need(struct translation *t);
 void flags_to_memory(struct translation *t);
+/* For a return, behind which nobody is likely to ask: as a pending recipe of nothing that changes, if there is one. */
+void flags_put_away(struct translation *t);
+/* Before who asks for them: if all there is of them may be a recipe that is pending in memory, has C see to it. */
+void flags_settle(struct translation *t);
+/* The code that loads them from memory. */
+void put_flags_load(struct translation *t);
 /* Before something that changes the host's flags. */
 void flags_clobber(struct translation *t);
 void emit_flags_save(u8 **p);
-void emit_flags_load(u8 **p);
 
 /* --- emit_x87.c --- */
 
