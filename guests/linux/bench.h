@@ -20,6 +20,7 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
+typedef int32_t s32;
 
 struct benchmark {
     const char *name;
@@ -33,6 +34,7 @@ struct benchmark {
 /* Each list ends with an entry without a name. */
 extern const struct benchmark compute_benchmarks[]; /* integer code */
 extern const struct benchmark float_benchmarks[];   /* floating point and SIMD */
+extern const struct benchmark corner_benchmarks[];  /* not to be measured: see corners.c */
 extern const struct benchmark
     system_benchmarks[]; /* the kernel's work, asked for by system calls */
 

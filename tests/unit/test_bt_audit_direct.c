@@ -16,7 +16,7 @@
 
 #include <cmocka.h>
 
-#define MAX_LOOKS 4
+#define MAX_LOOKS 8
 #define UNCHECKED "an address that isn't S1's"
 #define FAR (s32)(DIRECT_REACH + 64)
 
@@ -266,11 +266,11 @@ static void another_scale(void **state)
     assert_refused(r, UNCHECKED);
 }
 
+/* RSP is good without a look, and so is what it is near to. */
 static void the_stack(void **state)
 {
     struct rig *r = *state;
 
-    put_look_of(r, RSP);
     PUT(r,
         "\x50\x41\x57\x68\x01\x02\x03\x04\x58\x41\x5e"); /* push rax; push r15; push 0x4030201; pops */
     put_look_of(r, RBP);
@@ -279,17 +279,164 @@ static void the_stack(void **state)
     assert_accepted(r);
 }
 
-static void the_stack_without_a_look(void **state)
+static void the_stack_out_of_reach(void **state)
 {
-    static const char *const cases[] = {"\x50", "\x58", "\xc9"};
     struct rig *r = *state;
 
-    for (unsigned n = 0; n < ARRAY_SIZE(cases); n++) {
+    for (unsigned n = 0; n < 4; n++) {
         r->p = r->start;
         r->nleave = 0;
-        put_look_of(r, RBX);
-        put_bytes(r, cases[n], 1);
-        assert_refused(r, n < 2 ? UNCHECKED : "an access without a check");
+        switch (n) {
+        case 0:
+            put_mov_rr(&r->p, RSP, RBX);
+            break;
+        case 1:
+            put_lea(&r->p, RSP, RSP, FAR);
+            break;
+        case 2:
+            put_look_of(r, RBX);
+            PUT(r, "\xc9"); /* leave */
+            break;
+        default:
+            put_load_word(&r->p, 8, RCX, RSP, -FAR);
+            break;
+        }
+        PUT(r, "\x58"); /* pop rax */
+        assert_refused(r, n == 2 ? "an access without a check" : UNCHECKED);
+    }
+}
+
+static void the_stack_behind_a_look(void **state)
+{
+    struct rig *r = *state;
+
+    put_mov_rr(&r->p, RSP, RBX);
+    put_look_of(r, RSP);
+    PUT(r, "\x58"); /* pop rax */
+    assert_refused(r, "a way out without a look at RSP");
+    r->p = r->start;
+    r->nleave = 0;
+    put_look_of(r, RSP);
+    PUT(r, "\x58\x50"); /* pop rax; push rax */
+    assert_accepted(r);
+}
+
+/* The next block takes RSP as it is. */
+static void ways_out_with_another_stack(void **state)
+{
+    struct rig *r = *state;
+
+    put_lea(&r->p, RSP, RSP, -64);
+    put_look_of(r, RBX);
+    assert_refused(r, "a way out without a look at RSP");
+    r->p = r->start;
+    r->nleave = 0;
+    put_lea(&r->p, RSP, RSP, -64);
+    put_load_word(&r->p, 8, S2, RSP, 0);
+    put_look_of(r, RBX);
+    assert_accepted(r);
+    r->p = r->start;
+    r->nleave = 0;
+    put_load_word(&r->p, 8, S2, RSP, 0);
+    put_lea(&r->p, RSP, RSP, -(s32)KIB(128));
+    put_look_of(r, RBX);
+    assert_refused(r, "a way out without a look at RSP");
+}
+
+static void put_known_look(struct rig *r, u32 chunk)
+{
+    PUT(r, "\x65\x80\x3c\x25"); /* cmp byte gs:[direct_map + chunk], 0 */
+    put32(&r->p, GS_OFFSET(direct_map) + chunk);
+    put8(&r->p, 0);
+    r->leave[r->nleave++] = put_jcc(&r->p, CC_E);
+}
+
+/* mov rcx, [address] */
+static void put_load_at(struct rig *r, u32 address)
+{
+    PUT(r, "\x48\x8b\x0c\x25");
+    put32(&r->p, address);
+}
+
+static void addresses_that_are_numbers(void **state)
+{
+    struct rig *r = *state;
+
+    put_known_look(r, 3);
+    put_load_at(r, 3u << DIRECT_SHIFT);
+    put_load_at(r, (4u << DIRECT_SHIFT) - 8);
+    put_mov_imm(&r->p, S1, 3u << DIRECT_SHIFT);
+    put_load_word(&r->p, 8, RCX, S1, 8);
+    put_known_look(r, 0x3fff000);
+    put_mov_imm(&r->p, S1, 0x3fff000ULL << DIRECT_SHIFT);
+    put_load_word(&r->p, 8, RCX, S1, 8);
+    assert_accepted(r);
+}
+
+static void other_numbers(void **state)
+{
+    struct rig *r = *state;
+
+    for (unsigned n = 0; n < 4; n++) {
+        r->p = r->start;
+        r->nleave = 0;
+        put_known_look(r, n == 3 ? DIRECT_CHUNKS : 3);
+        put_mov_imm(&r->p, S1, 3u << DIRECT_SHIFT);
+        if (n == 0)
+            put_load_at(r, 5u << DIRECT_SHIFT);
+        else if (n == 1)
+            put_load_at(r, 2u << DIRECT_SHIFT);
+        else if (n == 2)
+            put_mov_rr(&r->p, S1, RBX);
+        put_load_word(&r->p, 8, RCX, S1, 0);
+        assert_refused(r, n == 3   ? "a field that isn't the code's"
+                          : n == 2 ? "an access without a check"
+                                   : UNCHECKED);
+    }
+}
+
+/* cmp rcx, count; ja */
+static void put_count(struct rig *r, s32 count)
+{
+    put_op_ri(&r->p, true, EXT_CMP, RCX, count);
+    r->leave[r->nleave++] = put_jcc(&r->p, CC_A);
+}
+
+static void strings(void **state)
+{
+    struct rig *r = *state;
+
+    put_look_of(r, RDI);
+    put_look_of(r, RSI);
+    PUT(r, "\xa4"); /* movsb */
+    put_look_of(r, RDI);
+    PUT(r, "\x48\xab"); /* stosq */
+    put_count(r, (s32)DIRECT_REACH / 8);
+    put_look_of(r, RDI);
+    put_look_of(r, RSI);
+    PUT(r, "\xf3\x48\xa5"); /* rep movsq */
+    assert_accepted(r);
+}
+
+static void strings_that_go_too_far(void **state)
+{
+    static const char insns[][3] = {"\xf3\xa4", "\xf3\xaa", "\xf3\xa5", "\xf3\xa6", "\xf3\xa4"};
+    struct rig *r = *state;
+
+    for (unsigned n = 0; n < ARRAY_SIZE(insns); n++) {
+        r->p = r->start;
+        r->nleave = 0;
+        if (n)
+            put_count(r, (s32)DIRECT_REACH); /* of bytes: too many for MOVSD */
+        if (n == 4)
+            put_mov_rr(&r->p, RCX, RBX);
+        put_look_of(r, RDI);
+        if (n != 1)
+            put_look_of(r, RSI);
+        else
+            put_mov_rr(&r->p, RDI, RBX);
+        put_bytes(r, insns[n], 2);
+        assert_refused(r, n == 1 ? UNCHECKED : "an instruction that code must not have");
     }
 }
 
@@ -340,7 +487,13 @@ int main(void)
         TEST(an_index_that_changes),
         TEST(another_scale),
         TEST(the_stack),
-        TEST(the_stack_without_a_look),
+        TEST(the_stack_out_of_reach),
+        TEST(the_stack_behind_a_look),
+        TEST(ways_out_with_another_stack),
+        TEST(addresses_that_are_numbers),
+        TEST(other_numbers),
+        TEST(strings),
+        TEST(strings_that_go_too_far),
         TEST(registers_in_memory),
         TEST(one_register_of_memory_for_another),
     };

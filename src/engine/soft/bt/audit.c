@@ -239,10 +239,19 @@ static void meet(struct known *x, const struct known *y)
     direct_known_meet(&x->direct, &y->direct);
 }
 
+/* At an entry: RSP is as placed blocks need it. */
+static struct known entry_known(void)
+{
+    struct known known = nothing_known();
+
+    known.direct.stack.known = true;
+    return known;
+}
+
 /* Where the guest's registers are all in their places. */
 static struct known guest_known(void)
 {
-    struct known known = nothing_known();
+    struct known known = entry_known();
 
     for (unsigned k = 0; k < BT_BORROWED; k++)
         known.borrowed[k].guest = true;
@@ -288,7 +297,21 @@ static bool add_resume(struct audit *a)
     if (!a->known.site || site < a->sites[0] || site >= a->sites[1])
         return refuse(a, "a way out without its site");
     memcpy(known.kept, a->known.kept, sizeof(known.kept));
+    known.direct.stack = a->known.direct.stack;
     return put_target(a, 0, a->bt->sites[site].resume, &known);
+}
+
+static bool is_placed_block(const struct audit *a)
+{
+    return a->b->mode & BT_MODE_DIRECT;
+}
+
+/* Another block may follow. */
+static bool audit_stack(struct audit *a)
+{
+    return !is_placed_block(a) || direct_stack_is_settled(&a->known.direct)
+               ? true
+               : refuse(a, "a way out without a look at RSP");
 }
 
 /*
@@ -303,7 +326,11 @@ static bool audit_exit(struct audit *a)
         const struct bt_exit *e = &a->bt->exits[n];
         bool native = e->at2 && memcmp(e->perm, b->perm, BT_PERM) == 0;
 
-        if ((e->at2 && e->at2 + 4 == a->next) || (e->at + 4 == a->next && !native))
+        if (e->at + 4 != a->next && (!e->at2 || e->at2 + 4 != a->next))
+            continue;
+        if (!audit_stack(a))
+            return false;
+        if (e->at2 + 4 == a->next || !native)
             return all_guest(a);
     }
     return true;
@@ -343,7 +370,7 @@ static bool join(struct audit *a, bool reached)
     const struct known guest = guest_known();
 
     if (a->at == b->memory_native || a->at == b->host_native || a->at == b->fault) {
-        a->known = nothing_known();
+        a->known = entry_known();
         return true;
     }
     if (a->at == b->jump_entry || a->at == b->memory_entry || a->at == b->host_entry) {
@@ -399,12 +426,12 @@ static bool is_direct_block(const struct audit *a)
     return (a->b->mode & (BT_MODE_DIRECT | BT_MODE_NARROW)) == BT_MODE_DIRECT;
 }
 
-/* Direct code has the stack's instructions as they are. */
+/* Placed blocks have the stack's instructions as they are, direct code LEAVE too. */
 static bool is_direct_stack(const struct audit *a, const ZydisDecodedInstruction *zi)
 {
-    return is_direct_block(a) &&
-           (zi->mnemonic == ZYDIS_MNEMONIC_PUSH || zi->mnemonic == ZYDIS_MNEMONIC_POP ||
-            zi->mnemonic == ZYDIS_MNEMONIC_LEAVE);
+    return (is_placed_block(a) &&
+            (zi->mnemonic == ZYDIS_MNEMONIC_PUSH || zi->mnemonic == ZYDIS_MNEMONIC_POP)) ||
+           (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE);
 }
 
 static bool is_general(const ZydisDecodedOperand *op)
@@ -555,6 +582,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
     if (m->segment == ZYDIS_REGISTER_FS)
         return refuse(a, "an address off FS");
     if (is_direct_block(a) && size <= 64 && direct_allows(&a->known.direct, m))
+        return true;
+    if (is_placed_block(a) && direct_allows_stack(&a->known.direct, m))
         return true;
     if (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE)
         return direct_allows_leave(&a->known.direct) ? true
@@ -753,7 +782,7 @@ static bool audit_branch(struct audit *a, const ZydisDecodedInstruction *zi,
             return refuse(a, jump ? "an indirect branch" : "a branch of another kind");
     if (ops[0].type == ZYDIS_OPERAND_TYPE_MEMORY)
         return jump && ops[0].mem.index == ZYDIS_REGISTER_R15 /* the jump cache */
-                   ? all_guest(a)
+                   ? all_guest(a) && audit_stack(a)
                    : refuse(a, "an indirect branch");
     if (ops[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !ops[0].imm.is_relative)
         return refuse(a, "an indirect branch");

@@ -9,9 +9,15 @@
  *  3. What is loaded to S1 from the vCPU (a register that is in memory, a segment's base) is known by where it came
  *     from, until something is stored there.
  *  4. MOVS and STOS begin at addresses that are checked, and RCX is compared by CMP and JA with what is within reach.
- *  5. An address that is a number, in the operand or moved to S1, is looked up by a CMP of its chunk's byte and JE.
+ *  5. RSP is good without a look at a block's entries, and is to be so again at its exits: that is, it is what it was,
+ *     or was looked up, or an access near it (AUDIT_SLACK) was made since. In between it may change by constants.
+ *  6. An address that is a number, in the operand or moved to S1, is looked up by a CMP of its chunk's byte and JE.
  */
 #include "engine/soft/bt/audit_direct.h"
+
+#include <stdlib.h>
+
+#define AUDIT_SLACK (2 * STACK_SLACK)
 
 static const struct direct_value none = {NO_VALUE, NO_VALUE, 0, 0};
 
@@ -27,6 +33,7 @@ void direct_known_clear(struct direct_known *k)
     k->next = 0;
     k->rcx_most = UINT64_MAX;
     k->compared = 0;
+    k->stack = (struct stack_state){.known = false};
     for (unsigned n = 0; n < DIRECT_CHECKED; n++)
         k->checked[n] = none;
 }
@@ -56,6 +63,22 @@ static void forget_value(struct direct_known *k, u32 value)
             k->checked[n] = none;
 }
 
+static bool same_stack(const struct stack_state *x, const struct stack_state *y)
+{
+    return x->known == y->known && x->touched == y->touched && x->drift == y->drift;
+}
+
+/* Ways that differ in an access that one of them made: each is where it may be, within AUDIT_SLACK of the other. */
+static void meet_stack(struct stack_state *x, const struct stack_state *y)
+{
+    if (!x->known || !y->known || (!x->touched && !y->touched && x->drift != y->drift))
+        *x = (struct stack_state){.known = false};
+    else if (!y->touched)
+        *x = *y;
+    else if (x->touched && llabs(y->drift) > llabs(x->drift))
+        x->drift = y->drift;
+}
+
 void direct_known_meet(struct direct_known *k, const struct direct_known *other)
 {
     if (k->step != other->step || !same_value(&k->s2, &other->s2)) {
@@ -64,6 +87,7 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
     }
     if (k->s1_slot != other->s1_slot)
         k->s1_slot = 0;
+    meet_stack(&k->stack, &other->stack);
     k->rcx_most = MAX(k->rcx_most, other->rcx_most);
     if (k->compared != other->compared)
         k->step = DIRECT_NOTHING;
@@ -82,10 +106,10 @@ void direct_known_meet(struct direct_known *k, const struct direct_known *other)
 bool direct_known_same(const struct direct_known *k, const struct direct_known *other)
 {
     if (k->step != other->step || !same_value(&k->s2, &other->s2) || k->s1_slot != other->s1_slot ||
-        k->rcx_most != other->rcx_most || k->compared != other->compared ||
-        k->s1_is_number != other->s1_is_number || k->s1_number != other->s1_number ||
-        k->s2_copy != other->s2_copy || k->s2_away != other->s2_away ||
-        k->next % DIRECT_CHECKED != other->next % DIRECT_CHECKED)
+        !same_stack(&k->stack, &other->stack) || k->rcx_most != other->rcx_most ||
+        k->compared != other->compared || k->s1_is_number != other->s1_is_number ||
+        k->s1_number != other->s1_number || k->s2_copy != other->s2_copy ||
+        k->s2_away != other->s2_away || k->next % DIRECT_CHECKED != other->next % DIRECT_CHECKED)
         return false;
     for (unsigned n = 0; n < DIRECT_CHECKED; n++)
         if (!same_value(&k->checked[n], &other->checked[n]))
@@ -144,11 +168,32 @@ static bool is_near(const struct direct_known *k, const struct direct_value *x)
     return false;
 }
 
+static bool is_stack(const struct direct_value *x)
+{
+    return x->base == RSP && x->index == NO_VALUE;
+}
+
+bool direct_allows_stack(const struct direct_known *k, const ZydisDecodedOperandMem *m)
+{
+    struct direct_value x = operand_value(k, m);
+    s64 from = x.disp + k->stack.drift;
+
+    return is_stack(&x) && k->stack.known && from >= -DIRECT_REACH && from <= DIRECT_REACH;
+}
+
+bool direct_stack_is_settled(const struct direct_known *k)
+{
+    const struct stack_state *s = &k->stack;
+
+    return s->known &&
+           (s->touched ? s->drift >= -AUDIT_SLACK && s->drift <= AUDIT_SLACK : !s->drift);
+}
+
 bool direct_allows(const struct direct_known *k, const ZydisDecodedOperandMem *m)
 {
     struct direct_value x = operand_value(k, m);
 
-    return is_near(k, &x);
+    return is_near(k, &x) || direct_allows_stack(k, m);
 }
 
 bool direct_allows_string(const struct direct_known *k, const ZydisDecodedInstruction *zi)
@@ -385,6 +430,8 @@ static void take_steps(struct direct_known *k, const ZydisDecodedInstruction *zi
                 .disp = (ops[0].mem.disp.value - (s64)GS_OFFSET(direct_map)) << DIRECT_SHIFT};
     } else if (step == DIRECT_COMPARED && zi->mnemonic == ZYDIS_MNEMONIC_JZ) {
         add_checked(k, &k->s2);
+        if (is_stack(&k->s2) && !k->s2.disp)
+            k->stack = (struct stack_state){.known = true, .touched = true};
     } else if (zi->mnemonic == ZYDIS_MNEMONIC_CMP && is_reg64(&ops[0], RCX) &&
                ops[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && ops[1].imm.value.s >= 0) {
         k->step = DIRECT_COUNTED;
@@ -418,10 +465,38 @@ static void take_copies(struct direct_known *k, const ZydisDecodedInstruction *z
     }
 }
 
+/* What an access off RSP, and a change of it, makes of it. */
+static void move_stack(struct direct_known *k, const ZydisDecodedInstruction *zi,
+                       const ZydisDecodedOperand *ops)
+{
+    s64 by;
+
+    for (unsigned n = 0; n < zi->operand_count; n++) {
+        struct direct_value x;
+
+        if (ops[n].type != ZYDIS_OPERAND_TYPE_MEMORY || ops[n].mem.type != ZYDIS_MEMOP_TYPE_MEM ||
+            ops[n].mem.segment == ZYDIS_REGISTER_GS)
+            continue;
+        x = operand_value(k, &ops[n].mem);
+        if (is_stack(&x) && k->stack.known)
+            k->stack = (struct stack_state){.known = true, .touched = true, .drift = -x.disp};
+    }
+    if (!is_written(zi, ops, RSP))
+        return;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_LEAVE) /* off RBP, which audit.c asked for */
+        k->stack = (struct stack_state){.known = true, .touched = true, .drift = 8};
+    else if (adds(zi, ops, RSP, &by))
+        k->stack.drift += by;
+    else
+        k->stack.known = false;
+}
+
 void direct_known_after(struct direct_known *k, const ZydisDecodedInstruction *zi,
                         const ZydisDecodedOperand *ops)
 {
     const struct direct_known before = *k;
+
+    move_stack(k, zi, ops);
 
     take_steps(k, zi, ops);
     change_registers(k, zi, ops);

@@ -44,9 +44,10 @@ struct direct_known {
     u32 s2_copy;  /* the register that S2 is, or was, a copy of; NO_VALUE: of none */
     bool s2_away; /* the register is something else now */
     struct direct_value checked[DIRECT_CHECKED];
-    unsigned next; /* of these */
-    u64 rcx_most;  /* RCX is at most that; UINT64_MAX: nobody knows */
-    u64 compared;  /* DIRECT_COUNTED: what it was compared with */
+    unsigned next;            /* of these */
+    struct stack_state stack; /* of placed blocks */
+    u64 rcx_most;             /* RCX is at most that; UINT64_MAX: nobody knows */
+    u64 compared;             /* DIRECT_COUNTED: what it was compared with */
 };
 
 /* Whether an operand is gs:[disp]. */
@@ -58,6 +59,10 @@ static inline bool is_gs(const ZydisDecodedOperand *op)
 
 /* Nothing is known. */
 void direct_known_clear(struct direct_known *k);
+/* Whether a memory operand is within reach of RSP, which isn't looked up. */
+bool direct_allows_stack(const struct direct_known *k, const ZydisDecodedOperandMem *m);
+/* Whether another block may follow here. */
+bool direct_stack_is_settled(const struct direct_known *k);
 /* Leaves in *k what both know. */
 void direct_known_meet(struct direct_known *k, const struct direct_known *other);
 bool direct_known_same(const struct direct_known *k, const struct direct_known *other);

@@ -104,10 +104,13 @@ void bt_x87_point(struct soft_vcpu *v, u32 number);
 /* flags.c: the arithmetic flags that a recipe makes of the registers as they are. */
 u32 bt_recipe_flags(const struct soft_vcpu *v, const struct bt_recipe *r);
 /*
- * direct.c. The mode may have BT_MODE_DIRECT now; if so, what was dropped is looked at anew. Of user code in
- * 64-bit mode.
+ * direct.c. The mode may have BT_MODE_DIRECT now; if so, what was dropped is looked at anew. user: it is that of user
+ * code in 64-bit mode.
  */
-bool bt_direct_enter(struct soft_vcpu *v);
+bool bt_direct_enter(struct soft_vcpu *v, bool user);
+/* Whether direct code may be entered: RSP is where that needs it. Else the mode has BT_MODE_DIRECT no longer, until user
+ * code is entered anew. */
+bool bt_direct_stack(struct soft_vcpu *v);
 /* User code runs, and C has a moment: is its address space one to be mapped? */
 void bt_direct_tick(struct soft_vcpu *v);
 /* Direct code wants a chunk that isn't mapped. True: now it is. */

@@ -397,7 +397,7 @@ void bt_mode_changed(struct soft_vcpu *v)
                  (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
                  (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
                  (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
-    if (code64 && cpl == 3 && bt_direct_enter(v))
+    if (bt_direct_enter(v, code64 && cpl == 3))
         v->bt_mode |= BT_MODE_DIRECT;
     if (!code64)
         v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |
@@ -625,8 +625,8 @@ bool bt_is_full(const struct bt *bt)
 {
     return bt->nkept + 1 > BT_KEPT || bt->hot > bt->choices.code_size ||
            bt->cold > BT_COLD_START + bt->choices.code_size || bt->nblocks + 1 > BT_BLOCKS ||
-           bt->nexits + 256 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
-           bt->npoints + 256 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
+           bt->nexits + 512 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
+           bt->npoints + 1024 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
 }
 
 void bt_flush(struct soft_vcpu *v)

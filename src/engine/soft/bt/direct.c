@@ -76,14 +76,15 @@ enum chunk_state {
 
 struct chunk {
     u32 number;
-    u8 state; /* enum chunk_state */
-    bool linked,
-        links_stale; /* some page has links; translations were dropped since they were right */
+    u8 state;         /* enum chunk_state */
+    bool linked;      /* some page has links */
+    bool links_stale; /* translations were dropped since they were right */
 };
 
 struct direct {
     bool owned, current; /* there is an owner; it's the current address space */
     bool stale;          /* some chunk is, or its links */
+    bool off;            /* user code runs whose stack can't be mapped */
     bool possible; /* the first chunk is reserved, and the host always did what it was asked */
     u64 base;      /* the owner's CR3, without PCID */
     unsigned pcid;
@@ -391,6 +392,7 @@ static void give_up(struct soft_vcpu *v)
         set_state(v, &d->chunks[n], CHUNK_FOREIGN);
     cut_all_links(v);
     d->possible = d->owned = d->current = false;
+    bt_mode_changed(v);
 }
 
 /* Maps n pages as `want` says of the first; the others follow it in guest-physical memory. False: it gave up. */
@@ -597,7 +599,7 @@ bool bt_direct_want(struct soft_vcpu *v, u64 number)
     unsigned maps = d->budget;
     struct chunk *c;
 
-    if (!maps || number >= DIRECT_CHUNKS || !bt_direct_enter(v))
+    if (!maps || number >= DIRECT_CHUNKS || !bt_direct_enter(v, true))
         return false;
     c = reserve_around(d, (u32)number);
     if (!c)
@@ -670,20 +672,36 @@ void bt_direct_tick(struct soft_vcpu *v)
         take_over(v);
 }
 
-bool bt_direct_enter(struct soft_vcpu *v)
+bool bt_direct_stack(struct soft_vcpu *v)
+{
+    u64 number = v->cpu.gpr[RSP] >> DIRECT_SHIFT;
+
+    if (likely(number < DIRECT_CHUNKS && v->direct_map[number]) || bt_direct_want(v, number))
+        return true;
+    v->bt->direct->off = true;
+    bt_mode_changed(v);
+    return false;
+}
+
+bool bt_direct_enter(struct soft_vcpu *v, bool user)
 {
     struct direct *d = v->bt->direct;
     unsigned maps = MAPS_AT_ONCE;
 
     if (!d || !d->current)
         return false;
+    d->off &= user;
+    if (!user || d->off)
+        return false;
     if (likely(!d->stale))
         return true;
     for (unsigned n = 0; n < d->nchunks; n++) {
-        if (d->chunks[n].links_stale)
-            check_links(v, &d->chunks[n]);
-        if (d->chunks[n].state == CHUNK_STALE)
-            activate(v, &d->chunks[n], &maps);
+        struct chunk *c = &d->chunks[n];
+
+        if (c->links_stale)
+            check_links(v, c);
+        if (c->state == CHUNK_STALE)
+            activate(v, c, &maps);
     }
     d->stale = false;
     return d->current;

@@ -365,7 +365,7 @@ struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
 {
     struct stub *s = &t->stubs[t->nstubs++];
 
-    *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags};
+    *s = (struct stub){.kind = (u8)kind, .from = from, .flags = t->flags, .stack = t->stack};
     memcpy(s->perm, t->perm, sizeof(s->perm));
     return s;
 }
@@ -385,9 +385,14 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
 
 void add_point(struct translation *t, const struct bt_insn *i)
 {
+    add_point_at(t, i->offset);
+}
+
+void add_point_at(struct translation *t, s64 offset)
+{
     t->bt->points[t->bt->npoints++] =
         (struct bt_point){.at = code_offset(t, t->p),
-                          .offset = i->offset,
+                          .offset = (u16)offset,
                           .flags = t->flags.memory ? SITE_FLAGS_MEMORY
                                    : t->flags.host ? SITE_FLAGS_HOST
                                                    : SITE_FLAGS_RECIPE,
@@ -638,10 +643,10 @@ static void group_after(struct translation *t, const struct bt_insn *i)
     u32 changed = insn_changed_regs(i);
     s32 by;
 
-    if (is_direct(t)) {
+    if (is_placed(t))
         direct_after(t, i);
+    if (is_direct(t))
         return;
-    }
     if (!keeps_s1(t, i))
         t->groups[0].valid = false;
     for (unsigned n = 0; n < ARRAY_SIZE(t->groups); n++) {
@@ -986,7 +991,7 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
     u8 **p = &t->p;
     s32 disp;
 
-    if (is_direct(t)) {
+    if (is_direct(t) || (is_placed(t) && !i->mem)) {
         direct_push(t, i);
         return;
     }
@@ -1026,7 +1031,7 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
     u8 **p = &t->p, to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
     s32 disp;
 
-    if (is_direct(t)) {
+    if (is_placed(t)) {
         direct_pop(t, i);
         return;
     }
@@ -1057,7 +1062,7 @@ void emit_push_return(struct translation *t, const struct bt_insn *i)
 {
     s32 disp;
 
-    if (is_direct(t)) {
+    if (is_placed(t)) {
         direct_push_return(t, i);
         return;
     }
@@ -1073,7 +1078,7 @@ void emit_pop_return(struct translation *t, const struct bt_insn *i)
 {
     s32 disp;
 
-    if (is_direct(t)) {
+    if (is_placed(t)) {
         direct_pop_return(t, i);
         return;
     }

@@ -7,7 +7,10 @@
  *      je                the same instruction with a check by the TLB (BT_MODE_NARROW)
  * which stays good for DIRECT_REACH around, reading and writing, for as long as the base changes by constants
  * only: direct.c has address space beside what it maps. So one check for each base is all that most blocks
- * need, and PUSH, POP and the like run as they are, RSP being the guest's.
+ * need, and PUSH, POP and the like run as they are, RSP being the guest's. RSP itself isn't looked up where it
+ * changes by constants: what direct.c has mapped has address space to both sides, so who made a stack access just now
+ * is still within that, whatever the access was allowed to meet there (struct stack_state). bt_run looks it up before
+ * it enters code.
  *
  * MOVS and STOS run as they are too, behind a look for each pointer, if they go forward and RCX keeps them within reach.
  *
@@ -29,19 +32,25 @@ static void put_narrow_branch(struct translation *t, const struct bt_insn *i, u3
     s->resume = t->check_start;
 }
 
-/* S2 = the address: goes on if its chunk is mapped. */
-static void put_direct_check(struct translation *t, const struct bt_insn *i)
+/* S2 = an address: ZF if its chunk isn't mapped. */
+static void put_chunk_look(struct translation *t, s64 offset)
 {
     u8 **p = &t->p;
 
     put_shift(p, true, 5, S2, DIRECT_SHIFT);
-    add_point(t, i);
+    add_point_at(t, offset);
     put8(p, 0x65); /* cmp byte gs:[S2 + direct_map], 0 */
     put_rex(p, false, 0, 0, S2);
     put8(p, 0x80);
     put_modrm(p, 2, EXT_CMP, S2);
     put32(p, GS_OFFSET(direct_map));
     put8(p, 0);
+}
+
+/* S2 = the address: goes on if its chunk is mapped. */
+static void put_direct_check(struct translation *t, const struct bt_insn *i)
+{
+    put_chunk_look(t, i->offset);
     put_narrow_branch(t, i, CHUNK_IN_S2);
 }
 
@@ -59,6 +68,19 @@ static void put_known_check(struct translation *t, const struct bt_insn *i, u32 
     put_narrow_branch(t, i, chunk);
 }
 
+/* RSP must be looked up before the instruction at `offset`. */
+static void put_stack_check(struct translation *t, s64 offset)
+{
+    struct stub *s;
+
+    put_mov_rr(&t->p, S2, RSP);
+    put_chunk_look(t, offset);
+    s = add_stub(t, STUB_STACK, put_jcc(&t->p, CC_E));
+    s->target = (s32)offset;
+    s->x87 = t->x87;
+    t->stack = (struct stack_state){.known = true, .touched = true};
+}
+
 static bool covers(const struct direct_group *g, const struct access *a)
 {
     s64 from = (s64)a->disp + g->shift - g->at;
@@ -68,8 +90,17 @@ static bool covers(const struct direct_group *g, const struct access *a)
            from <= DIRECT_REACH;
 }
 
+static bool is_stack(const struct access *a)
+{
+    return a->base == RSP && a->index == NO_REG;
+}
+
 static bool is_covered(const struct translation *t, const struct access *a)
 {
+    s64 from = a->disp + t->stack.drift;
+
+    if (is_stack(a))
+        return t->stack.known && from >= -DIRECT_REACH && from <= DIRECT_REACH;
     for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++)
         if (covers(&t->direct[n], a))
             return true;
@@ -89,6 +120,10 @@ static void cover(struct translation *t, const struct bt_insn *i, const struct a
 
     if (is_covered(t, a))
         return;
+    if (is_stack(a) && a->disp >= -DIRECT_REACH && a->disp <= DIRECT_REACH) {
+        put_stack_check(t, i->offset);
+        return;
+    }
     if (index == NO_REG && base != NO_REG && a->disp >= -DIRECT_REACH && a->disp <= DIRECT_REACH) {
         g.at = 0;
         put_mov_rr(&t->p, S2, base);
@@ -99,26 +134,42 @@ static void cover(struct translation *t, const struct bt_insn *i, const struct a
     add_group(t, g);
 }
 
-/* LEAVE: what is known of RBP holds for RSP then. */
-static struct direct_group behind_leave(const struct translation *t, const struct bt_insn *i)
+static void touch_stack(struct translation *t, s64 drift)
 {
-    struct access a = {.base = RBP, .index = NO_REG};
-    struct direct_group g = {0};
+    t->stack = (struct stack_state){.known = true, .touched = true, .drift = drift};
+}
 
-    for (unsigned n = 0; n < BT_DIRECT_GROUPS && i->op == BT_LEAVE && !g.valid; n++)
-        if (covers(&t->direct[n], &a))
-            g = t->direct[n];
-    g.base = RSP;
-    g.shift += 8;
-    return g;
+/* i was emitted, which isn't one of the stack's own. */
+static void move_stack(struct translation *t, const struct bt_insn *i)
+{
+    s32 by;
+
+    if (i->op == BT_PLAIN && i->mem && i->base == RSP && i->index == NO_REG && is_direct(t) &&
+        i->disp > -(s32)GUEST_PAGE_SIZE && i->disp < (s32)GUEST_PAGE_SIZE && t->stack.known)
+        touch_stack(t, -i->disp);
+    if (!(insn_changed_regs(i) & BIT32(RSP)))
+        return;
+    if (adds_constant(i, RSP, &by))
+        t->stack.drift += by;
+    else
+        t->stack.known = false;
+    if (t->stack.drift < -STACK_SLACK || t->stack.drift > STACK_SLACK)
+        t->stack.known = false;
 }
 
 void direct_after(struct translation *t, const struct bt_insn *i)
 {
-    struct direct_group left = behind_leave(t, i);
     u32 changed = insn_changed_regs(i);
     s32 by;
 
+    if (i->op == BT_POP && i->rm == RSP)
+        t->stack.known = false;
+    else if (i->op == BT_LEAVE && !is_direct(t))
+        t->stack.known = false;
+    else if (i->op == BT_PUSH && i->mem && !is_direct(t))
+        t->stack.drift -= i->word;
+    else if (i->op != BT_PUSH && i->op != BT_POP && i->op != BT_LEAVE)
+        move_stack(t, i);
     for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++) {
         struct direct_group *g = &t->direct[n];
 
@@ -131,8 +182,6 @@ void direct_after(struct translation *t, const struct bt_insn *i)
         if (g->shift < -DIRECT_REACH || g->shift > DIRECT_REACH)
             g->valid = false;
     }
-    if (left.valid)
-        add_group(t, left);
 }
 
 /* Comes first: has the flags kept if there will be a check. */
@@ -147,6 +196,22 @@ void direct_forget(struct translation *t)
 {
     for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++)
         t->direct[n].valid = false;
+}
+
+void stack_settle(struct translation *t, s64 offset)
+{
+    const struct stack_state *s = &t->stack;
+
+    if (!is_placed(t) || (s->known && (s->touched || !s->drift)))
+        return;
+    if (!s->known) {
+        flags_clobber(t);
+        put_stack_check(t, offset);
+        return;
+    }
+    add_point_at(t, offset);
+    put_load_word(&t->p, 8, S2, RSP, 0);
+    touch_stack(t, 0);
 }
 
 /* --- Operands --- */
@@ -289,6 +354,7 @@ void direct_push(struct translation *t, const struct bt_insn *i)
         add_point(t, i);
         put_push_reg(p, reg);
     }
+    touch_stack(t, 0);
 }
 
 void direct_pop(struct translation *t, const struct bt_insn *i)
@@ -299,6 +365,7 @@ void direct_pop(struct translation *t, const struct bt_insn *i)
     cover_stack(t, i, RSP);
     add_point(t, i);
     put_pop_reg(&t->p, to);
+    touch_stack(t, i->word);
     if (to == S2)
         put_store_gs(&t->p, GS_GPR(i->rm), S2);
 }
@@ -309,6 +376,7 @@ void direct_leave(struct translation *t, const struct bt_insn *i)
     cover_stack(t, i, RBP);
     add_point(t, i);
     put8(&t->p, 0xc9);
+    touch_stack(t, i->word);
 }
 
 void direct_push_return(struct translation *t, const struct bt_insn *i)
@@ -325,6 +393,7 @@ void direct_push_return(struct translation *t, const struct bt_insn *i)
         add_point(t, i);
         put_push_reg(&t->p, S2);
     }
+    touch_stack(t, 0);
 }
 
 void direct_pop_return(struct translation *t, const struct bt_insn *i)
@@ -334,6 +403,7 @@ void direct_pop_return(struct translation *t, const struct bt_insn *i)
     flags_put_away(t);
     add_point(t, i);
     put_pop_reg(&t->p, S1);
+    touch_stack(t, i->word + i->imm);
     if (i->imm)
         put_lea(&t->p, RSP, RSP, (s32)i->imm);
 }

@@ -319,7 +319,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 {
     struct bt *bt = v->bt;
     const struct bt_site *site = NULL;
-    u32 reason = BT_JUMP;
+    u32 reason = BT_JUMP, mode = v->bt_mode;
 
     do {
         if (unlikely(!v->vectors_live))
@@ -342,7 +342,7 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
                    ? &bt->sites[v->bt_shared.site]
                    : NULL;
         code = came_back(v, reason);
-    } while (code);
+    } while (code && v->bt_mode == mode); /* direct mappings may end, where RIP is exact */
 }
 
 /* One block beside the interpreter. False: there is none for the exact RIP. */
@@ -386,6 +386,8 @@ static void run_once(struct soft_vcpu *v)
         if (!verify_block(v))
             interpret(v);
     } else {
+        if ((v->bt_mode & BT_MODE_DIRECT) && !bt_direct_stack(v))
+            return;
         code = look_up(v);
         if (code)
             run_code(v, code);

@@ -151,8 +151,10 @@ static void put_pending(struct translation *t, s64 target)
         t->pending |= BIT32(r->b);
 }
 
-static void put_direct(struct translation *t, s64 target)
+/* From the instruction at an offset from the page's start to another. */
+static void put_direct(struct translation *t, s64 offset, s64 target)
 {
+    stack_settle(t, offset);
     if (can_link(t, target)) {
         if (!t->flags.memory)
             flags_need(t);
@@ -171,6 +173,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
 
     x87_store_pointers(t);
     flags_settle(t);
+    stack_settle(t, i->offset);
     flags_need(t);
     if (can_link(t, target)) {
         put_pending(t, target);
@@ -213,13 +216,14 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         x87_store_pointers(t);
     switch (i->op) {
     case BT_JMP:
-        put_direct(t, target);
+        put_direct(t, i->offset, target);
         break;
     case BT_CALL:
         emit_push_return(t, i);
-        put_direct(t, target);
+        put_direct(t, i->offset, target);
         break;
     case BT_JMP_INDIRECT:
+        stack_settle(t, i->offset);
         emit_branch_target(t, i);
         leave_perm(t);
         site = add_site(t, i);
@@ -277,6 +281,18 @@ static void put_resume(struct translation *t, const struct stub *stub)
     }
 }
 
+/* RSP isn't where direct code needs it: C goes on at the instruction. */
+static void put_stack_exit(struct translation *t, const struct stub *stub)
+{
+    t->x87 = stub->x87;
+    x87_store_pointers(t);
+    flags_to_memory(t);
+    leave_perm(t);
+    put_page_address(t, S1, stub->target, 8);
+    put_store_gs(&t->p, GS_GPR(GPR_RIP), S1);
+    put_leave(t, BT_JUMP, 0);
+}
+
 /* To code for the instruction at offset with a check by the TLB: an exit that has its jump in cold code. */
 static void put_narrow_exit(struct translation *t, const struct stub *stub)
 {
@@ -290,6 +306,7 @@ static void put_narrow_exit(struct translation *t, const struct stub *stub)
         put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.linear) + 4, 0);
     }
     t->x87 = stub->x87;
+    stack_settle(t, stub->target);
     x87_store_pointers(t);
     flags_to_memory(t);
     leave_perm(t);
@@ -314,6 +331,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
 
     patch_rel32(stub->from, *p);
     t->flags = stub->flags;
+    t->stack = stub->stack;
     use_perm(t, stub->perm);
     switch (stub->kind) {
     case STUB_SLOW:
@@ -342,6 +360,9 @@ static void put_stub(struct translation *t, const struct stub *stub)
         break;
     case STUB_NARROW:
         put_narrow_exit(t, stub);
+        break;
+    case STUB_STACK:
+        put_stack_exit(t, stub);
         break;
     default: /* STUB_SITE */
         if (stub->resume)
@@ -768,6 +789,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     memset(t->groups, 0, sizeof(t->groups));
     memset(t->direct, 0, sizeof(t->direct));
     t->next_direct = 0;
+    t->stack = (struct stack_state){.known = true};
     t->x87 = 0;
     t->x87_live = false;
     b = &bt->blocks[bt->nblocks];
@@ -806,9 +828,10 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
         x87_store_pointers(t);
     if (t->goes_across) {
         flags_to_memory(t);
+        stack_settle(t, last->offset + last->len);
         put_far_jump(t, last->offset + last->len);
     } else if (!ends_block(last)) {
-        put_direct(t, last->offset + last->len);
+        put_direct(t, last->offset + last->len, last->offset + last->len);
     }
     b->hot_end = code_offset(t, t->p);
 

@@ -10,7 +10,7 @@
 
 #define BT_HOT_RUNS 16
 #define BT_MAX_INSNS 64
-#define BT_MAX_STUBS 256
+#define BT_MAX_STUBS 512
 #define BT_GROUP_SPAN 512
 #define BT_DIRECT_GROUPS 8
 #define BT_DIRECT_TICKS 2
@@ -53,7 +53,19 @@ struct direct_group {
 
 #define CHUNK_IN_S2 UINT32_MAX
 
-enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE, STUB_NARROW };
+/*
+ * Placed blocks: what is known of RSP, which is used without a look into the map. Wherever one block goes on to
+ * another, RSP is in a chunk that was found mapped, or at most STACK_SLACK away from an address at which a stack access
+ * was made since.
+ */
+struct stack_state {
+    bool known;   /* else it must be looked up */
+    bool touched; /* there was an access */
+    s64 drift; /* RSP less the address of the last one, or less what RSP was at the block's start */
+};
+#define STACK_SLACK ((s64)KIB(32))
+
+enum stub_kind { STUB_SLOW, STUB_EXIT, STUB_FAR, STUB_SITE, STUB_NARROW, STUB_STACK };
 
 /* Code that is emitted behind the block, in the cold half. */
 struct stub {
@@ -66,6 +78,7 @@ struct stub {
     const u8 *resume; /* where C may go on in the block; NULL: it never does */
     u8 perm[BT_PERM];
     struct flag_state flags;
+    struct stack_state stack;
 };
 
 struct translation {
@@ -77,6 +90,7 @@ struct translation {
     struct access_group groups[1 + BT_BORROWED];
     struct direct_group direct[BT_DIRECT_GROUPS];
     unsigned next_direct; /* the one to be used next */
+    struct stack_state stack;
     /* Where access() left the operand's host address: a register, and in direct code maybe an index. */
     u8 operand, operand_index, operand_scale;
     const u8 *check_start; /* direct code: where the check under way begins, with the flags kept */
@@ -151,6 +165,7 @@ void put_lea_full(u8 **p, bool wide, unsigned reg, u8 base, u8 index, u8 scale, 
 void put_operand(struct translation *t, unsigned reg, s32 disp);
 /* The next host instruction may raise an exception at guest instruction i. */
 void add_point(struct translation *t, const struct bt_insn *i);
+void add_point_at(struct translation *t, s64 offset);
 /* A stack instruction is about to change RSP (and others): the flags stay. */
 void flags_before_write(struct translation *t, u32 regs);
 
@@ -166,6 +181,8 @@ s32 direct_access(struct translation *t, const struct bt_insn *i, u8 base, s32 d
 void direct_after(struct translation *t, const struct bt_insn *i);
 /* C is entered, and comes back. */
 void direct_forget(struct translation *t);
+/* Before the code goes on to another block, from the instruction at `offset`: what that expects of RSP holds. */
+void stack_settle(struct translation *t, s64 offset);
 /* MOVS or STOS. False: it can't be done so. */
 bool direct_string(struct translation *t, const struct bt_insn *i);
 void direct_push(struct translation *t, const struct bt_insn *i);
