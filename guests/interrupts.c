@@ -193,9 +193,11 @@ static void timer(void)
         count[LOW] = 0;
         apic_write(APIC_TIMER, LOW | 2 << 17);
         __asm__ volatile("mfence");
-        deadline = rdtsc() + 1000000;
+        deadline = rdtsc() + (1ULL << 40); /* far away, however slow this is */
         wrmsr(MSR_TSC_DEADLINE, deadline);
         check_equal("tsc-deadline-reads-back", rdmsr(MSR_TSC_DEADLINE), deadline);
+        deadline = rdtsc() + 1000000;
+        wrmsr(MSR_TSC_DEADLINE, deadline);
         check("tsc-deadline", wait_for(LOW, 1));
         check("tsc-deadline-not-early", rdtsc() >= deadline);
         check_equal("tsc-deadline-clears", rdmsr(MSR_TSC_DEADLINE), 0);
