@@ -52,6 +52,7 @@ KVM_DEVIATIONS = {
     "breakpoints32": _IO_BREAKPOINTS,
     "breakpoints64": _IO_BREAKPOINTS,
     "interrupts64": {"x2-x2apic-eoi-nonzero": "any value is taken"},
+    "smp64": {"hypercall-ipi-mode": "KVM sends what has a reserved delivery mode"},
     "syscalls64": {"amd-sysexit-ud-in-long-mode": "SYSEXIT is emulated, as on Intel's processors",
                    "unexpected-exception": "that SYSEXIT arrives in ring 3"},
 }
