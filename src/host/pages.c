@@ -10,6 +10,15 @@ void *pages_alloc(size_t size)
     return p == MAP_FAILED ? NULL : p;
 }
 
+void *pages_alloc_huge(size_t size)
+{
+    void *p = pages_alloc(size);
+
+    if (p)
+        madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+
 void pages_free(void *pages, size_t size)
 {
     if (pages)

@@ -8,6 +8,8 @@
 
 /* `size` bytes of zeroes, for pages_free. NULL, and errno: there is no address space. */
 void *pages_alloc(size_t size);
+/* The same, on huge pages where the host has some: for what is looked up all over, or filled in order. */
+void *pages_alloc_huge(size_t size);
 /* NULL is nothing. */
 void pages_free(void *pages, size_t size);
 

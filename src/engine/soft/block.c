@@ -24,10 +24,10 @@
 #include "engine/soft/exception.h"
 #include "engine/soft/interp.h"
 #include "engine/soft/mmu.h"
+#include "host/pages.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #define ARENA_SIZE MIB(64)
 #define LOOKUP_BITS 12
@@ -60,9 +60,8 @@ struct block_cache *block_cache_create(struct error *err)
         error_host(err, ENOMEM, "can't make the cache of decoded code");
         return NULL;
     }
-    c->arena = mmap(NULL, ARENA_SIZE, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (c->arena == MAP_FAILED) {
+    c->arena = pages_alloc_huge(ARENA_SIZE);
+    if (!c->arena) {
         error_host(err, errno, "can't map the cache of decoded code");
         free(c);
         return NULL;
@@ -76,7 +75,7 @@ void block_cache_destroy(struct block_cache *c)
 {
     if (!c)
         return;
-    munmap(c->arena, ARENA_SIZE);
+    pages_free(c->arena, ARENA_SIZE);
     free(c);
 }
 

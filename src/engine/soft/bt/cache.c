@@ -66,16 +66,6 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
 
 /* --- Life --- */
 
-/* For pages_free. Lookups are all over it: fewer of the host's TLB misses. */
-static void *alloc_huge(size_t n)
-{
-    void *p = pages_alloc(n);
-
-    if (p)
-        madvise(p, n, MADV_HUGEPAGE);
-    return p;
-}
-
 void bt_cache_destroy(struct soft_vcpu *v)
 {
     struct bt *bt = v->bt;
@@ -96,19 +86,19 @@ void bt_cache_destroy(struct soft_vcpu *v)
 
 int bt_cache_create(struct soft_vcpu *v, struct error *err)
 {
-    struct bt *bt = alloc_huge(sizeof(*bt));
+    struct bt *bt = pages_alloc_huge(sizeof(*bt));
     int fd = -1;
 
     if (!bt)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
     v->bt = bt;
     bt->choices = bt_choose(&v->engine->config.checks);
-    bt->blocks = alloc_huge(BT_BLOCKS * sizeof(*bt->blocks));
-    bt->exits = alloc_huge(BT_EXITS * sizeof(*bt->exits));
-    bt->sites = alloc_huge(BT_SITES * sizeof(*bt->sites));
-    bt->points = alloc_huge(BT_POINTS * sizeof(*bt->points));
-    bt->x87s = alloc_huge(BT_X87S * sizeof(*bt->x87s));
-    bt->kept = alloc_huge(BT_KEPT * sizeof(*bt->kept));
+    bt->blocks = pages_alloc_huge(BT_BLOCKS * sizeof(*bt->blocks));
+    bt->exits = pages_alloc_huge(BT_EXITS * sizeof(*bt->exits));
+    bt->sites = pages_alloc_huge(BT_SITES * sizeof(*bt->sites));
+    bt->points = pages_alloc_huge(BT_POINTS * sizeof(*bt->points));
+    bt->x87s = pages_alloc_huge(BT_X87S * sizeof(*bt->x87s));
+    bt->kept = pages_alloc_huge(BT_KEPT * sizeof(*bt->kept));
     if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
     fd = memory_file_open(false, err);
