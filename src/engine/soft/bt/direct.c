@@ -70,15 +70,17 @@ enum chunk_state {
     CHUNK_EMPTY,   /* reserved, nothing is mapped */
     CHUNK_ACTIVE,  /* its byte is 1 */
     CHUNK_RESTING, /* its byte is 0; what is mapped is right, but pages may be missing */
-    CHUNK_STALE,   /* it was one of these two when translations were dropped */
+    CHUNK_STALE,   /* it was active when translations were dropped */
     CHUNK_FOREIGN  /* it can't be reserved, or can't be used any more */
 };
 
 struct chunk {
     u32 number;
-    u8 state;         /* enum chunk_state */
-    bool linked;      /* some page has links */
-    bool links_stale; /* translations were dropped since they were right */
+    u8 state;             /* enum chunk_state */
+    bool large;           /* what is mapped was one page, or may have been */
+    bool linked;          /* some page has links */
+    bool links_stale;     /* translations were dropped since they were right */
+    u16 stale, stale_end; /* pages whose translations were dropped since what is mapped was right */
 };
 
 struct direct {
@@ -295,12 +297,15 @@ static u64 entry_of(const struct soft_vcpu *v, const struct entries *e, unsigned
     return entry;
 }
 
-static void read_tables(struct soft_vcpu *v, const struct chunk *c, u64 want[CHUNK_PAGES])
+/* What is to be mapped at the pages from `first` to `end`. */
+static void read_tables(struct soft_vcpu *v, struct chunk *c, unsigned first, unsigned end,
+                        u64 want[CHUNK_PAGES])
 {
     gva_t lin = (gva_t)c->number << DIRECT_SHIFT;
     struct entries e = find_entries(v, c);
 
-    for (unsigned n = 0; n < CHUNK_PAGES; n++) {
+    c->large = e.there && e.upper.large;
+    for (unsigned n = first; n < end; n++) {
         gpa_t gpa = 0;
         u64 entry = entry_of(v, &e, n, &gpa);
 
@@ -421,14 +426,15 @@ static bool map_run(struct soft_vcpu *v, void *at, u64 n, u64 want, bool rights_
     return done;
 }
 
-/* How many pages from `first` on one mapping makes right. */
+/* How many pages from `first` on, before `end`, one mapping makes right. */
 static unsigned run_length(const struct soft_vcpu *v, const u64 have[CHUNK_PAGES],
-                           const u64 want[CHUNK_PAGES], unsigned first, bool rights_only)
+                           const u64 want[CHUNK_PAGES], unsigned first, unsigned end,
+                           bool rights_only)
 {
     const struct memory_slot *s = want[first] ? ram_at(v, want[first]) : NULL;
     unsigned n = first + 1;
 
-    for (; n < CHUNK_PAGES && want[n] != have[n]; n++) {
+    for (; n < end && want[n] != have[n]; n++) {
         u64 next = want[first] ? want[first] + (u64)(n - first) * GUEST_PAGE_SIZE : 0;
 
         if (want[n] != next || (s && next - s->gpa >= s->size) ||
@@ -438,14 +444,21 @@ static unsigned run_length(const struct soft_vcpu *v, const u64 have[CHUNK_PAGES
     return n - first;
 }
 
-/* Makes the chunk's mappings what the page tables say, by at most *maps mappings. False: more are needed. */
-static bool sync_chunk(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
+/*
+ * Makes the mappings of pages from `first` to `end` what the page tables say, by at most *maps mappings. prune: what is
+ * wrong is only taken away. False: more are needed.
+ */
+static bool sync_pages(struct soft_vcpu *v, struct chunk *c, unsigned first, unsigned end,
+                       bool prune, unsigned *maps)
 {
     struct direct *d = v->bt->direct;
     u64 *have = pages_of(d, c), want[CHUNK_PAGES];
 
-    read_tables(v, c, want);
-    for (unsigned n = 0; n < CHUNK_PAGES;) {
+    read_tables(v, c, first, end, want);
+    for (unsigned n = first; prune && n < end; n++)
+        if (want[n] != have[n])
+            want[n] = 0;
+    for (unsigned n = first; n < end;) {
         bool rights_only = want[n] && !((want[n] ^ have[n]) & ~PAGE_WRITE);
         u8 *at = (u8 *)(uintptr_t)(((u64)c->number << DIRECT_SHIFT) + n * GUEST_PAGE_SIZE);
         unsigned run;
@@ -456,7 +469,7 @@ static bool sync_chunk(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
         }
         if (!*maps || d->nmaps >= MAPS_MAX)
             return false;
-        run = run_length(v, have, want, n, rights_only);
+        run = run_length(v, have, want, n, end, rights_only);
         --*maps;
         if (!map_run(v, at, run, want[n], rights_only))
             return false;
@@ -473,6 +486,7 @@ static void clear_chunk(struct soft_vcpu *v, struct chunk *c)
     bool any = false;
 
     set_state(v, c, CHUNK_EMPTY);
+    c->stale_end = 0;
     for (unsigned k = 0; k < CHUNK_PAGES; k++) {
         any |= !!have[k];
         have[k] = 0;
@@ -483,12 +497,27 @@ static void clear_chunk(struct soft_vcpu *v, struct chunk *c)
 
 static void activate(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
 {
-    if (sync_chunk(v, c, maps))
+    if (sync_pages(v, c, 0, CHUNK_PAGES, false, maps))
         set_state(v, c, CHUNK_ACTIVE);
-    else if (c->state == CHUNK_STALE)
-        clear_chunk(v, c);
     else if (c->state != CHUNK_FOREIGN)
         set_state(v, c, CHUNK_RESTING);
+}
+
+/*
+ * Looks at the pages whose translations were dropped. A chunk at rest stays so, for code that wants it pays for that;
+ * but what it has must be right.
+ */
+static void refresh(struct soft_vcpu *v, struct chunk *c, unsigned *maps)
+{
+    unsigned end = c->stale_end;
+
+    c->stale_end = 0;
+    if (!sync_pages(v, c, c->stale, end, c->state == CHUNK_RESTING, maps)) {
+        if (c->state != CHUNK_FOREIGN)
+            clear_chunk(v, c);
+    } else if (c->state == CHUNK_STALE) {
+        set_state(v, c, CHUNK_ACTIVE);
+    }
 }
 
 static void unmap_all(struct soft_vcpu *v)
@@ -504,12 +533,19 @@ static void unmap_all(struct soft_vcpu *v)
 
 /* --- What the rest of the processor tells --- */
 
-static void make_stale(struct soft_vcpu *v, struct chunk *c)
+/* Of its pages from `first` to `end`. */
+static void make_stale(struct soft_vcpu *v, struct chunk *c, unsigned first, unsigned end)
 {
-    if (c->state == CHUNK_ACTIVE || c->state == CHUNK_RESTING)
+    bool again = c->stale_end;
+
+    if (c->state == CHUNK_ACTIVE)
         set_state(v, c, CHUNK_STALE);
+    if (c->state == CHUNK_STALE || c->state == CHUNK_RESTING) {
+        c->stale = (u16)(again ? MIN(c->stale, first) : first);
+        c->stale_end = (u16)MAX(c->stale_end, end);
+    }
     c->links_stale = c->linked;
-    v->bt->direct->stale |= c->linked || c->state == CHUNK_STALE;
+    v->bt->direct->stale |= c->linked || c->stale_end;
 }
 
 /* The vCPU's direct mappings; NULL: it has none. */
@@ -525,16 +561,17 @@ void bt_direct_flush(struct soft_vcpu *v)
     struct direct *d = in_use(v);
 
     for (unsigned n = 0; d && n < d->nchunks; n++)
-        make_stale(v, &d->chunks[n]);
+        make_stale(v, &d->chunks[n], 0, CHUNK_PAGES);
 }
 
 void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin)
 {
     struct direct *d = in_use(v);
     struct chunk *c = d ? find_chunk(d, lin) : NULL;
+    unsigned n = (lin >> GUEST_PAGE_SHIFT) % CHUNK_PAGES;
 
     if (c)
-        make_stale(v, c);
+        make_stale(v, c, c->large ? 0 : n, c->large ? CHUNK_PAGES : n + 1);
 }
 
 static u64 table_base(const struct soft_vcpu *v)
@@ -700,8 +737,8 @@ bool bt_direct_enter(struct soft_vcpu *v, bool user)
 
         if (c->links_stale)
             check_links(v, c);
-        if (c->state == CHUNK_STALE)
-            activate(v, c, &maps);
+        if (c->stale_end)
+            refresh(v, c, &maps);
     }
     d->stale = false;
     return d->current;
