@@ -326,6 +326,46 @@ static void intx_is_for_drivers_without_msix(void **state)
     assert_int_equal(reg_read(d, VIRTIO_BAR_ISR, 1), 0);
 }
 
+/* ---- several at once ---- */
+
+/* The driver sees none of the chains before the last of them. */
+static void seen_together(struct driver *d, u64 features)
+{
+    struct toy *t = d->toy;
+    u32 id, len;
+
+    start_driver(d, features, 8);
+    t->keep = true;
+    for (u16 n = 0; n < 3; n++)
+        add(d, one, 2, (u16)(2 * n));
+    notify(d);
+    assert_int_equal(t->nkept, 3);
+    device_lock(&t->v.pci.dev);
+    for (u32 n = 0; n < 2; n++) {
+        virtio_complete_held(&t->v, 0, t->kept[n], n);
+        assert_false(take_used(d, 2, &id, &len));
+    }
+    virtio_complete(&t->v, 0, t->kept[2], 2);
+    device_unlock(&t->v.pci.dev);
+    t->nkept = 0;
+    for (u32 n = 0; n < 3; n++) {
+        assert_true(take_used(d, 2, &id, &len));
+        assert_int_equal(id, 2 * n);
+        assert_int_equal(len, n);
+    }
+    assert_false(take_used(d, 2, &id, &len));
+}
+
+static void several_are_seen_at_once_split(void **state)
+{
+    seen_together(*state, 0);
+}
+
+static void several_are_seen_at_once_packed(void **state)
+{
+    seen_together(*state, VIRTIO_F_RING_PACKED);
+}
+
 /* ---- resets ---- */
 
 static void a_reset_waits_for_what_is_under_way(void **state)
@@ -646,6 +686,8 @@ int main(void)
         TEST(the_event_index_suppresses_interrupts),
         TEST(packed_events_suppress_interrupts),
         TEST(intx_is_for_drivers_without_msix),
+        TEST(several_are_seen_at_once_split),
+        TEST(several_are_seen_at_once_packed),
         TEST(a_reset_waits_for_what_is_under_way),
         TEST(a_queue_can_be_reset_alone),
         TEST(a_stopped_machine_has_nothing_under_way),

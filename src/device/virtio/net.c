@@ -253,7 +253,11 @@ static bool put_packet(struct virtio_net *n, unsigned q, struct net_header *h, c
     for (int i = 0; i < count; i++) {
         u32 here = fill_buffer(chains[i], at, h, packet, len);
 
-        virtio_complete(&n->v, q, chains[i], here);
+        /* A driver that saw the first alone would miss the others. */
+        if (i < count - 1)
+            virtio_complete_held(&n->v, q, chains[i], here);
+        else
+            virtio_complete(&n->v, q, chains[i], here);
         at += here;
     }
     virtio_signal(&n->v, q);

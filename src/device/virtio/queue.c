@@ -320,7 +320,6 @@ static int push_split(struct virtq *q, const struct guest_memory *m,
     memcpy(host, &e, sizeof(e));
     memory_tell_written(m, entry, sizeof(e));
     q->next_used++;
-    store_word(m, q->device + RING_INDEX, q->next_used);
     return 0;
 }
 
@@ -336,14 +335,41 @@ static int push_packed(struct virtq *q, const struct guest_memory *m,
     d->len = written;
     d->id = chain->id;
     memory_tell_written(m, entry, sizeof(*d));
-    store_word(m, entry + offsetof(struct packed_desc, flags),
-               flags | (chain->nwrite ? DESC_F_WRITE : 0));
+    flags |= chain->nwrite ? DESC_F_WRITE : 0;
+    entry += offsetof(struct packed_desc, flags);
+    if (q->held) {
+        store_word(m, entry, flags);
+    } else {
+        q->held_entry = entry;
+        q->held_flags = flags;
+    }
     advance(q, &q->next_used, &q->used_wrap, chain->ndesc);
     return 0;
 }
 
+/* The driver sees what is held. */
+static void show_held(struct virtq *q, const struct guest_memory *m)
+{
+    if (!q->held)
+        return;
+    if (q->packed)
+        store_word(m, q->held_entry, q->held_flags);
+    else
+        store_word(m, q->device + RING_INDEX, q->next_used);
+    q->held = 0;
+}
+
 int virtq_push(struct virtq *q, const struct guest_memory *m, const struct virtq_chain *chain,
                u32 written)
+{
+    int ret = virtq_push_held(q, m, chain, written);
+
+    show_held(q, m);
+    return ret;
+}
+
+int virtq_push_held(struct virtq *q, const struct guest_memory *m, const struct virtq_chain *chain,
+                    u32 written)
 {
     int ret;
 
@@ -351,9 +377,11 @@ int virtq_push(struct virtq *q, const struct guest_memory *m, const struct virtq
         return 0;
     tell_written(m, chain, written);
     ret = q->packed ? push_packed(q, m, chain, written) : push_split(q, m, chain, written);
-    if (!ret)
-        q->unsignalled = MIN(q->unsignalled + (q->packed ? chain->ndesc : 1), q->size);
-    return ret;
+    if (ret)
+        return ret;
+    q->held++;
+    q->unsignalled = MIN(q->unsignalled + (q->packed ? chain->ndesc : 1), q->size);
+    return 0;
 }
 
 /* Whether position `event` is among the last n before `next` (2.7.7.2). */
@@ -466,6 +494,7 @@ static const struct state_field virtq_fields[] = {
     STATE_FIELD(struct virtq, driver),      STATE_FIELD(struct virtq, device),
     STATE_FIELD(struct virtq, next_avail),  STATE_FIELD(struct virtq, next_used),
     STATE_FIELD(struct virtq, avail_wrap),  STATE_FIELD(struct virtq, used_wrap),
-    STATE_FIELD(struct virtq, unsignalled),
+    STATE_FIELD(struct virtq, unsignalled), STATE_HOST(struct virtq, held),
+    STATE_HOST(struct virtq, held_flags),   STATE_HOST(struct virtq, held_entry),
 };
 const struct state_desc virtq_state = STATE_DESC("virtq", 1, struct virtq, virtq_fields);

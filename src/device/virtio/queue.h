@@ -35,6 +35,9 @@ struct virtq {
     u16 next_avail, next_used;
     bool avail_wrap, used_wrap;
     u16 unsignalled; /* used entries since the driver was last considered for an interrupt */
+    /* Used entries that the driver isn't to see yet; packed: what will show them, the flags of the first. */
+    u16 held, held_flags;
+    gpa_t held_entry;
 };
 
 extern const struct state_desc virtq_state;
@@ -68,6 +71,9 @@ void virtq_unpop(struct virtq *q, const struct virtq_chain *chain);
  */
 int virtq_push(struct virtq *q, const struct guest_memory *m, const struct virtq_chain *chain,
                u32 written);
+/* The same, but the driver sees it with the next virtq_push, and all at once: virtio 1.2, 5.1.6.4. */
+int virtq_push_held(struct virtq *q, const struct guest_memory *m, const struct virtq_chain *chain,
+                    u32 written);
 /* After pushes: whether the driver wants an interrupt for them. */
 bool virtq_should_signal(struct virtq *q, const struct guest_memory *m);
 /*

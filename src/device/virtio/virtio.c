@@ -187,12 +187,16 @@ void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain)
     v->queue_in_flight[q]--;
 }
 
-void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written)
+typedef int push_fn(struct virtq *q, const struct guest_memory *m, const struct virtq_chain *chain,
+                    u32 written);
+
+static void give_back(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written,
+                      push_fn *push)
 {
     bool wanted =
         !v->resetting && !(v->queue_resetting & BIT(q)) && !(v->status & VIRTIO_STATUS_NEEDS_RESET);
 
-    if (wanted && virtq_push(&v->queues[q], v->env.memory, chain, written) < 0)
+    if (wanted && push(&v->queues[q], v->env.memory, chain, written) < 0)
         virtio_needs_reset(v, "a queue that is no memory");
     free(chain);
     v->in_flight--;
@@ -201,6 +205,16 @@ void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u3
         finish_queue_reset(v, q);
     if (v->resetting && !v->in_flight)
         finish_reset(v);
+}
+
+void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written)
+{
+    give_back(v, q, chain, written, virtq_push);
+}
+
+void virtio_complete_held(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written)
+{
+    give_back(v, q, chain, written, virtq_push_held);
 }
 
 void virtio_set_notify(struct virtio *v, unsigned q, bool on)

@@ -143,6 +143,8 @@ int virtio_pop(struct virtio *v, unsigned q, struct virtq_chain **chain);
 void virtio_unpop(struct virtio *v, unsigned q, struct virtq_chain *chain);
 /* Gives a popped chain back and frees it. Then virtio_signal once for all that were given back. */
 void virtio_complete(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written);
+/* The same, of one of several that the driver is to see at once: the last goes by virtio_complete. */
+void virtio_complete_held(struct virtio *v, unsigned q, struct virtq_chain *chain, u32 written);
 void virtio_signal(struct virtio *v, unsigned q);
 /*
  * As virtio_signal, but a driver that goes on giving work meanwhile hears of several answers at once, up to 0.1 ms
