@@ -4,10 +4,10 @@
  *     test_move KERNEL INITRD [--long]
  *
  * Debian's kernel boots under kvm and runs its script. While it does, the machine is paused, its state
- * is taken, and a fresh machine goes on with it: under kvm, under interp, under kvm again. The guest
+ * is taken, and a fresh machine goes on with it: under kvm, under bt or interp, under kvm again. The guest
  * must come to its end with the same output as ever.
  *
- * Between two machines of one engine the states must compare equal. Between kvm and interp they do but
+ * Between two machines of one engine the states must compare equal. Between kvm and the others they do but
  * for what neither can hold of the other, so there the guest is the judge.
  *
  * The dirty log, which moves under way will need, is compared with what was written in fact.
@@ -199,6 +199,11 @@ static void test_same(unsigned moves)
 /* There and back. The software processor is slow down here, so it doesn't get much of the work. */
 static void test_between(unsigned rounds)
 {
+    static const struct {
+        const struct engine_ops *engine;
+        const char *there, *back;
+    } others[] = {{&engine_bt, "kvm-to-bt", "bt-to-kvm"},
+                  {&engine_interp, "kvm-to-interp", "interp-to-kvm"}};
     struct guest g;
 
     if (!boot(&g, &engine_kvm)) {
@@ -206,10 +211,12 @@ static void test_between(unsigned rounds)
         return;
     }
     for (unsigned i = 0; i < rounds; i++) {
-        move(&g, &engine_interp, false, "kvm-to-interp");
+        unsigned n = i % ARRAY_SIZE(others);
+
+        move(&g, others[n].engine, false, others[n].there);
         if (!run_for(&g, 1500))
             break;
-        move(&g, &engine_kvm, false, "interp-to-kvm");
+        move(&g, &engine_kvm, false, others[n].back);
         if (!run_for(&g, 20))
             break;
     }
@@ -303,7 +310,7 @@ int main(int argc, char **argv)
     if (!loop)
         die(err.text);
     test_same(all ? 8 : 2);
-    test_between(all ? 5 : 1);
+    test_between(all ? 6 : 2);
     test_dirty_log();
     event_loop_destroy(loop);
     return failures ? 1 : 0;
