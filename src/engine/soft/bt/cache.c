@@ -84,10 +84,45 @@ void bt_cache_destroy(struct soft_vcpu *v)
     v->bt = NULL;
 }
 
+/* One file on huge pages, mapped twice. */
+static void map_code(struct bt *bt, struct error *err)
+{
+    int fd = memory_file_open(false, err);
+
+    if (fd < 0)
+        return;
+    if (ftruncate(fd, BT_CODE_SIZE) == 0) {
+        bt->writable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_WRITE);
+        bt->executable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_EXEC);
+    }
+    close(fd);
+}
+
+/*
+ * For perf, which looks into its map for code in memory that has no file, or none but /dev/zero: that is what Linux
+ * calls what is anonymous and shared. mremap of 0 bytes of it makes another mapping.
+ */
+static void map_code_for_perf(struct bt *bt)
+{
+    u8 *first = mmap(NULL, BT_CODE_SIZE, PROT_READ | PROT_WRITE,
+                     MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    u8 *second;
+
+    if (first == MAP_FAILED)
+        return;
+    bt->writable = first;
+    second = mremap(first, 0, BT_CODE_SIZE, MREMAP_MAYMOVE);
+    if (second == MAP_FAILED)
+        return;
+    if (mprotect(second, BT_CODE_SIZE, PROT_READ | PROT_EXEC) == 0)
+        bt->executable = second;
+    else
+        munmap(second, BT_CODE_SIZE);
+}
+
 int bt_cache_create(struct soft_vcpu *v, struct error *err)
 {
     struct bt *bt = pages_alloc_huge(sizeof(*bt));
-    int fd = -1;
 
     if (!bt)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
@@ -101,14 +136,12 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->kept = pages_alloc_huge(BT_KEPT * sizeof(*bt->kept));
     if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
-    fd = memory_file_open(false, err);
-    if (fd < 0 || ftruncate(fd, BT_CODE_SIZE) != 0)
-        goto fail;
-    bt->writable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_WRITE);
-    bt->executable = memory_file_map(fd, 0, BT_CODE_SIZE, PROT_READ | PROT_EXEC);
+    if (v->engine->config.perf_map)
+        map_code_for_perf(bt);
+    else
+        map_code(bt, err);
     if (!bt->writable || !bt->executable)
         goto fail;
-    close(fd);
     bt->next_context = 1;
     bt->nx87s = 1;
     bt->hot = 0;
@@ -117,8 +150,6 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
 
 fail:
     error_host(err, errno, "mapping memory for translated code");
-    if (fd >= 0)
-        close(fd);
     bt_cache_destroy(v);
     return -1;
 }
