@@ -22,7 +22,6 @@
  *  3. Direct code runs only in the owner's address space: CR3 and PCID are the owner's. When translations are
  *     dropped, all bytes (or one page's chunk's) become 0, until the page tables are read anew, when user code is
  *     entered next: that is cheap if little has changed.
- *
  *  4. A link from one page's code to another's (bt_direct_link) is there while the page tables of the owner, as of
  *     its last flush, let user code be fetched from the page that the link's target was made of.
  *
