@@ -56,6 +56,10 @@ enum decode_result decode_insn_raw(struct soft_vcpu *v, const u8 *bytes, unsigne
                                    unsigned offset, struct insn *out, bool *more,
                                    struct decoded *raw);
 
+/* What decoding keeps of a vCPU (v->decoder). NULL: no memory. */
+struct insn_decoder *insn_decoder_create(void);
+void insn_decoder_destroy(struct insn_decoder *d);
+
 /* Whether it decoded to nothing but an exception: no instruction, or not offered. */
 bool decode_is_invalid(const struct insn *i);
 

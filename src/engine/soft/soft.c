@@ -4,6 +4,7 @@
  */
 #include "engine/soft/block.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/decode.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/host_exec.h"
 #include "engine/soft/lapic.h"
@@ -175,6 +176,7 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
     pv_destroy(v);
     host_exec_destroy(v);
     block_cache_destroy(v->blocks);
+    insn_decoder_destroy(v->decoder);
     v->engine->vcpus[v->index] = NULL;
     pthread_mutex_destroy(&v->posts_lock);
     pthread_cond_destroy(&v->wait_cond);
@@ -237,11 +239,12 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     e->nvcpus = MAX(e->nvcpus, index + 1);
 
     v->blocks = block_cache_create(err);
+    v->decoder = insn_decoder_create();
     v->lapic = lapic_create(e->lapic_bus, &lapic);
-    if (!v->blocks || !v->lapic || host_exec_create(v, err) < 0 ||
+    if (!v->blocks || !v->decoder || !v->lapic || host_exec_create(v, err) < 0 ||
         (e->bt && bt_create(v, err) < 0)) {
-        if (!v->lapic)
-            error_host(err, ENOMEM, "can't make the local APIC of vCPU %u", index);
+        if (!v->lapic || !v->decoder)
+            error_host(err, ENOMEM, "no memory for vCPU %u", index);
         soft_vcpu_destroy((struct vcpu *)v);
         return NULL;
     }

@@ -160,6 +160,7 @@ struct soft_vcpu {
     u64 map_generation;                           /* changes whenever any translation may have */
     struct large_range large_data[2], large_code; /* data: by the half of the address space */
     struct block_cache *blocks;
+    struct insn_decoder *decoder;
     bool align_check;      /* #AC is on: CPL 3, CR0.AM, EFLAGS.AC */
     bool data_breakpoints; /* DR7 enables one */
 
