@@ -96,14 +96,21 @@ static int set_pin(struct vm_config *config, const char *value, struct error *er
     return parse_processors(value, &config->pin, err);
 }
 
-static int set_weight(struct vm_config *config, const char *value, struct error *err)
+/* A whole number of those that the config has room for. */
+static int parse_count(const char *text, unsigned least, unsigned most, unsigned *count,
+                       struct error *err)
 {
-    u64 weight;
-    int ret = parse_number(value, 1, CGROUP_WEIGHT_MAX, &weight, err);
+    u64 number;
+    int ret = parse_number(text, least, most, &number, err);
 
     if (!ret)
-        config->weight = (unsigned)weight;
+        *count = (unsigned)number;
     return ret;
+}
+
+static int set_weight(struct vm_config *config, const char *value, struct error *err)
+{
+    return parse_count(value, 1, CGROUP_WEIGHT_MAX, &config->weight, err);
 }
 
 /* In hundredths of a processor, with "%" or without. */
@@ -111,8 +118,6 @@ static int set_cap(struct vm_config *config, const char *value, struct error *er
 {
     size_t len = strlen(value);
     char number[16];
-    u64 cap;
-    int ret;
 
     if (len && value[len - 1] == '%')
         len--;
@@ -120,10 +125,7 @@ static int set_cap(struct vm_config *config, const char *value, struct error *er
         return error_input(err, "'%s': give a share of processors such as 150%%", value);
     memcpy(number, value, len);
     number[len] = '\0';
-    ret = parse_number(number, 1, PROCESSOR_LIST_MAX * 100, &cap, err);
-    if (!ret)
-        config->cap = (unsigned)cap;
-    return ret;
+    return parse_count(number, 1, PROCESSOR_LIST_MAX * 100, &config->cap, err);
 }
 
 static int set_no_pv(struct vm_config *config, const char *value, struct error *err)
@@ -452,12 +454,7 @@ static int set_control(struct vm_config *config, const char *value, struct error
 
 static int set_slots(struct vm_config *config, const char *value, struct error *err)
 {
-    u64 n;
-    int ret = parse_number(value, 0, MACHINE_SLOTS_MAX, &n, err);
-
-    if (!ret)
-        config->slots = (unsigned)n;
-    return ret;
+    return parse_count(value, 0, MACHINE_SLOTS_MAX, &config->slots, err);
 }
 
 static int set_no_reboot(struct vm_config *config, const char *value, struct error *err)

@@ -71,6 +71,13 @@ static void put_look(struct rig *r, unsigned shift, unsigned cc)
     r->leave[r->nleave++] = put_jcc(&r->p, cc);
 }
 
+/* Other code, in the place of what was put. */
+static void begin_anew(struct rig *r)
+{
+    r->p = r->start;
+    r->nleave = 0;
+}
+
 static void put_look_of(struct rig *r, unsigned reg)
 {
     put_mov_rr(&r->p, S2, reg);
@@ -139,8 +146,7 @@ static void accesses_out_of_reach(void **state)
     struct rig *r = *state;
 
     for (unsigned n = 0; n < 2; n++) {
-        r->p = r->start;
-        r->nleave = 0;
+        begin_anew(r);
         put_look_of(r, RBX);
         put_load_word(&r->p, 8, RCX, RBX, n ? -FAR : FAR);
         assert_refused(r, UNCHECKED);
@@ -154,8 +160,7 @@ static void looks_of_other_code(void **state)
     struct rig *r = *state;
 
     for (unsigned n = 0; n < ARRAY_SIZE(modes); n++) {
-        r->p = r->start;
-        r->nleave = 0;
+        begin_anew(r);
         r->block.mode = modes[n];
         put_look_of(r, RBX);
         put_load_word(&r->p, 8, RCX, RBX, 0);
@@ -284,8 +289,7 @@ static void the_stack_out_of_reach(void **state)
     struct rig *r = *state;
 
     for (unsigned n = 0; n < 4; n++) {
-        r->p = r->start;
-        r->nleave = 0;
+        begin_anew(r);
         switch (n) {
         case 0:
             put_mov_rr(&r->p, RSP, RBX);
@@ -314,8 +318,7 @@ static void the_stack_behind_a_look(void **state)
     put_look_of(r, RSP);
     PUT(r, "\x58"); /* pop rax */
     assert_refused(r, "a way out without a look at RSP");
-    r->p = r->start;
-    r->nleave = 0;
+    begin_anew(r);
     put_look_of(r, RSP);
     PUT(r, "\x58\x50"); /* pop rax; push rax */
     assert_accepted(r);
@@ -329,14 +332,12 @@ static void ways_out_with_another_stack(void **state)
     put_lea(&r->p, RSP, RSP, -64);
     put_look_of(r, RBX);
     assert_refused(r, "a way out without a look at RSP");
-    r->p = r->start;
-    r->nleave = 0;
+    begin_anew(r);
     put_lea(&r->p, RSP, RSP, -64);
     put_load_word(&r->p, 8, S2, RSP, 0);
     put_look_of(r, RBX);
     assert_accepted(r);
-    r->p = r->start;
-    r->nleave = 0;
+    begin_anew(r);
     put_load_word(&r->p, 8, S2, RSP, 0);
     put_lea(&r->p, RSP, RSP, -(s32)KIB(128));
     put_look_of(r, RBX);
@@ -378,8 +379,7 @@ static void other_numbers(void **state)
     struct rig *r = *state;
 
     for (unsigned n = 0; n < 4; n++) {
-        r->p = r->start;
-        r->nleave = 0;
+        begin_anew(r);
         put_known_look(r, n == 3 ? DIRECT_CHUNKS : 3);
         put_mov_imm(&r->p, S1, 3u << DIRECT_SHIFT);
         if (n == 0)
@@ -424,8 +424,7 @@ static void strings_that_go_too_far(void **state)
     struct rig *r = *state;
 
     for (unsigned n = 0; n < ARRAY_SIZE(insns); n++) {
-        r->p = r->start;
-        r->nleave = 0;
+        begin_anew(r);
         if (n)
             put_count(r, (s32)DIRECT_REACH); /* of bytes: too many for MOVSD */
         if (n == 4)

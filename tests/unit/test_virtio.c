@@ -219,13 +219,19 @@ static void wait_for_messages(struct driver *d, unsigned n)
     assert_int_equal(d->rig->messages, n);
 }
 
+/* With interrupts that may wait, n of them asked for. */
+static void start_with_kept(struct driver *d, unsigned n)
+{
+    enable_msix(d);
+    start_driver(d, 0, 8);
+    give_kept(d, n);
+}
+
 static void interrupts_that_may_wait_are_one(void **state)
 {
     struct driver *d = *state;
 
-    enable_msix(d);
-    start_driver(d, 0, 8);
-    give_kept(d, 2);
+    start_with_kept(d, 2);
     toy_answer_kept(d->toy);
     assert_int_equal(d->rig->messages, 0);
     give_kept(d, 1); /* waiting is of use: the next waits, too */
@@ -239,9 +245,7 @@ static void interrupts_wait_in_vain_once(void **state)
 {
     struct driver *d = *state;
 
-    enable_msix(d);
-    start_driver(d, 0, 8);
-    give_kept(d, 1);
+    start_with_kept(d, 1);
     toy_answer_kept(d->toy);
     wait_for_messages(d, 1);
     give_kept(d, 1);
@@ -254,9 +258,7 @@ static void a_stopped_machine_has_no_interrupt_waiting(void **state)
     struct driver *d = *state;
     struct device *dev = &d->toy->v.pci.dev;
 
-    enable_msix(d);
-    start_driver(d, 0, 8);
-    give_kept(d, 2);
+    start_with_kept(d, 2);
     toy_answer(&d->toy->v, 0, d->toy->kept[--d->toy->nkept]);
     assert_int_equal(d->rig->messages, 0);
     dev->ops->stop(dev); /* which brings in the other */

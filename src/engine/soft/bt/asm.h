@@ -91,6 +91,17 @@ static inline void put_store_gs_imm32(u8 **p, u32 offset, u32 imm)
     put32(p, offset);
     put32(p, imm);
 }
+/* The groups with an immediate byte: OP_GROUP_BYTE (80) and OP_TEST_BYTE (f6) of a byte, 83 of more. */
+enum { OP_GROUP_BYTE = 0x80, OP_GROUP = 0x83, OP_TEST_BYTE = 0xf6 };
+static inline void put_op_gs_imm8(u8 **p, unsigned op, unsigned ext, u32 offset, u8 imm)
+{
+    put8(p, 0x65);
+    put8(p, op);
+    put_modrm(p, 0, ext, 4);
+    put8(p, 0x25);
+    put32(p, offset);
+    put8(p, imm);
+}
 /* op reg, gs:[base + disp] */
 static inline void put_op_gs_base(u8 **p, unsigned op, unsigned reg, unsigned base, u32 disp)
 {

@@ -11,8 +11,8 @@
  *      [U + n]             likewise, U being a borrowed register (perm[2], perm[3]) that was copied from S1
  *                          behind such a check, and not written since;
  *      gs:[kept_address]   moved to from the borrowed register that it is for, and from there to it.
- *     Anything else, implied operands too, is refused: so there is no CALL, and PUSH and string instructions are in direct code only. A
- *     bit's number, which moves an operand, is S2 masked to be within it.
+ *     Anything else, implied operands too, is refused: so there is no CALL, and PUSH and string instructions are in
+ *     direct code only. A bit's number, which moves an operand, is S2 masked to be within it.
  *      [address]           in direct code, as audit_direct.c has it, and gs:[S2 + direct_map] with it.
  *  2. A check is: XOR of S1 with a tag, CMP of S1 with 4096 less the size, JA, and ADD of the host address
  *     from the same entry; neither S1 nor S2 is changed between. That S1 was a linear address, and S2 its
@@ -301,15 +301,10 @@ static bool add_resume(struct audit *a)
     return put_target(a, 0, a->bt->sites[site].resume, &known);
 }
 
-static bool is_placed_block(const struct audit *a)
-{
-    return a->b->mode & BT_MODE_DIRECT;
-}
-
 /* Another block may follow. */
 static bool audit_stack(struct audit *a)
 {
-    return !is_placed_block(a) || direct_stack_is_settled(&a->known.direct)
+    return !bt_is_placed(a->b->mode) || direct_stack_is_settled(&a->known.direct)
                ? true
                : refuse(a, "a way out without a look at RSP");
 }
@@ -330,7 +325,7 @@ static bool audit_exit(struct audit *a)
             continue;
         if (!audit_stack(a))
             return false;
-        if (e->at2 + 4 == a->next || !native)
+        if (e->at + 4 != a->next || !native)
             return all_guest(a);
     }
     return true;
@@ -429,7 +424,7 @@ static bool is_direct_block(const struct audit *a)
 /* Placed blocks have the stack's instructions as they are, direct code LEAVE too. */
 static bool is_direct_stack(const struct audit *a, const ZydisDecodedInstruction *zi)
 {
-    return (is_placed_block(a) &&
+    return (bt_is_placed(a->b->mode) &&
             (zi->mnemonic == ZYDIS_MNEMONIC_PUSH || zi->mnemonic == ZYDIS_MNEMONIC_POP)) ||
            (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE);
 }
@@ -583,7 +578,7 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
         return refuse(a, "an address off FS");
     if (is_direct_block(a) && size <= 64 && direct_allows(&a->known.direct, m))
         return true;
-    if (is_placed_block(a) && direct_allows_stack(&a->known.direct, m))
+    if (bt_is_placed(a->b->mode) && direct_allows_stack(&a->known.direct, m))
         return true;
     if (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE)
         return direct_allows_leave(&a->known.direct) ? true

@@ -494,22 +494,9 @@ static void move_stack(struct direct_known *k, const ZydisDecodedInstruction *zi
 void direct_known_after(struct direct_known *k, const ZydisDecodedInstruction *zi,
                         const ZydisDecodedOperand *ops)
 {
-    const struct direct_known before = *k;
-
     move_stack(k, zi, ops);
-
     take_steps(k, zi, ops);
     change_registers(k, zi, ops);
     change_slots(k, zi, ops);
     take_copies(k, zi, ops);
-    /* LEAVE: RSP is 8 more than RBP was. */
-    for (unsigned n = 0; n < DIRECT_CHECKED && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE; n++) {
-        struct direct_value c = before.checked[n];
-
-        if (c.base != RBP || c.index != NO_VALUE)
-            continue;
-        c.base = RSP;
-        c.disp -= 8;
-        add_checked(k, &c);
-    }
 }

@@ -24,6 +24,12 @@
 #define BT_MODE_DIRECT                                                                             \
     0x100u /* user addresses are the host's, where direct_map says so: direct.c */
 
+/* Whether blocks of the mode know their linear address (cache.h). */
+static inline bool bt_is_placed(u32 mode)
+{
+    return mode & BT_MODE_DIRECT;
+}
+
 /* 0, or an error that names what this host's processor lacks. */
 int bt_probe(struct error *err);
 

@@ -158,7 +158,7 @@ fail:
 
 gva_t bt_place(gva_t lin, u32 mode)
 {
-    return mode & BT_MODE_DIRECT ? lin & ~(GUEST_PAGE_SIZE - 1) : 0;
+    return bt_is_placed(mode) ? lin & ~(GUEST_PAGE_SIZE - 1) : 0;
 }
 
 static struct bt_block **hash_slot(const struct bt *bt, gpa_t gpa, gva_t page, u32 mode)
@@ -343,7 +343,7 @@ static void jump_forget(struct soft_vcpu *v, const struct bt_block *b)
     struct bt *bt = v->bt;
     u8 *p = bt_write_at(bt, b->jump_entry);
 
-    if (b->mode & BT_MODE_DIRECT)
+    if (bt_is_placed(b->mode))
         jump_empty(v, bt_jump_slot(b->page | (b->gpa & (GUEST_PAGE_SIZE - 1))));
     else
         patch_rel32(put_jmp(&p), bt_write_at(bt, bt->glue[BT_JUMP]));

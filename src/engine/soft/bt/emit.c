@@ -127,13 +127,8 @@ void flags_settle(struct translation *t)
 
     if (!t->flags.memory || t->flags.settled || t->flags.host || t->flags.recipe.kind)
         return;
-    put8(p, 0x65); /* cmp word gs:[aflags + 2], 0 */
-    put8(p, 0x66);
-    put8(p, 0x83);
-    put_modrm(p, 0, EXT_CMP, 4);
-    put8(p, 0x25);
-    put32(p, GS_OFFSET(aflags) + 2);
-    put8(p, 0);
+    put8(p, 0x66); /* of a word */
+    put_op_gs_imm8(p, OP_GROUP, EXT_CMP, GS_OFFSET(aflags) + 2, 0);
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
     s->reason = BT_FLAGS;
     s->number = add_site(t, &t->insns[t->at]);
@@ -1175,21 +1170,11 @@ static void emit_sti(struct translation *t, const struct bt_insn *i)
 
     flags_to_memory(t);
     t->flags.host = false;
-    put8(p, 0x65); /* test byte gs:[rflags + 1], 2 */
-    put8(p, 0xf6);
-    put_modrm(p, 0, 0, 4);
-    put8(p, 0x25);
-    put32(p, GS_OFFSET(cpu.rflags) + 1);
-    put8(p, 2);
+    put_op_gs_imm8(p, OP_TEST_BYTE, 0, GS_OFFSET(cpu.rflags) + 1, EFLAGS_IF >> 8);
     put8(p, 0x75); /* jne: it is set */
     put8(p, 0);
     set = *p;
-    put8(p, 0x65); /* cmp byte gs:[irq_waiting], 0 */
-    put8(p, 0x80);
-    put_modrm(p, 0, EXT_CMP, 4);
-    put8(p, 0x25);
-    put32(p, GS_OFFSET(irq_waiting));
-    put8(p, 0);
+    put_op_gs_imm8(p, OP_GROUP_BYTE, EXT_CMP, GS_OFFSET(irq_waiting), 0);
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
     s->reason = BT_STOP;
     s->number = add_site(t, i);

@@ -57,15 +57,14 @@ static void put_direct_check(struct translation *t, const struct bt_insn *i)
 /* The same for an address that is known. */
 static void put_known_check(struct translation *t, const struct bt_insn *i, u32 chunk)
 {
-    u8 **p = &t->p;
-
-    put8(p, 0x65); /* cmp byte gs:[direct_map + chunk], 0 */
-    put8(p, 0x80);
-    put_modrm(p, 0, EXT_CMP, 4);
-    put8(p, 0x25);
-    put32(p, GS_OFFSET(direct_map) + chunk);
-    put8(p, 0);
+    put_op_gs_imm8(&t->p, OP_GROUP_BYTE, EXT_CMP, GS_OFFSET(direct_map) + chunk, 0);
     put_narrow_branch(t, i, chunk);
+}
+
+/* An access was made: RSP is `drift` more than its address. */
+static void touch_stack(struct translation *t, s64 drift)
+{
+    t->stack = (struct stack_state){.known = true, .touched = true, .drift = drift};
 }
 
 /* RSP must be looked up before the instruction at `offset`. */
@@ -78,7 +77,7 @@ static void put_stack_check(struct translation *t, s64 offset)
     s = add_stub(t, STUB_STACK, put_jcc(&t->p, CC_E));
     s->target = (s32)offset;
     s->x87 = t->x87;
-    t->stack = (struct stack_state){.known = true, .touched = true};
+    touch_stack(t, 0);
 }
 
 static bool covers(const struct direct_group *g, const struct access *a)
@@ -134,12 +133,7 @@ static void cover(struct translation *t, const struct bt_insn *i, const struct a
     add_group(t, g);
 }
 
-static void touch_stack(struct translation *t, s64 drift)
-{
-    t->stack = (struct stack_state){.known = true, .touched = true, .drift = drift};
-}
-
-/* i was emitted, which isn't one of the stack's own. */
+/* i was emitted: what its access, and its change of RSP, make known. */
 static void move_stack(struct translation *t, const struct bt_insn *i)
 {
     s32 by;
@@ -162,13 +156,7 @@ void direct_after(struct translation *t, const struct bt_insn *i)
     u32 changed = insn_changed_regs(i);
     s32 by;
 
-    if (i->op == BT_POP && i->rm == RSP)
-        t->stack.known = false;
-    else if (i->op == BT_LEAVE && !is_direct(t))
-        t->stack.known = false;
-    else if (i->op == BT_PUSH && i->mem && !is_direct(t))
-        t->stack.drift -= i->word;
-    else if (i->op != BT_PUSH && i->op != BT_POP && i->op != BT_LEAVE)
+    if (i->op != BT_LEAVE || !is_direct(t)) /* direct_leave did, off RBP */
         move_stack(t, i);
     for (unsigned n = 0; n < BT_DIRECT_GROUPS; n++) {
         struct direct_group *g = &t->direct[n];
@@ -354,7 +342,7 @@ void direct_push(struct translation *t, const struct bt_insn *i)
         add_point(t, i);
         put_push_reg(p, reg);
     }
-    touch_stack(t, 0);
+    touch_stack(t, i->word); /* RSP moves there in direct_after */
 }
 
 void direct_pop(struct translation *t, const struct bt_insn *i)
@@ -365,7 +353,7 @@ void direct_pop(struct translation *t, const struct bt_insn *i)
     cover_stack(t, i, RSP);
     add_point(t, i);
     put_pop_reg(&t->p, to);
-    touch_stack(t, i->word);
+    touch_stack(t, 0); /* RSP moves on in direct_after */
     if (to == S2)
         put_store_gs(&t->p, GS_GPR(i->rm), S2);
 }
@@ -432,12 +420,7 @@ bool direct_string(struct translation *t, const struct bt_insn *i)
     flags_before_write(t, i->written);
     flags_clobber(t);
     t->check_start = t->p;
-    put8(p, 0x65); /* test byte gs:[rflags + 1], 4: DF */
-    put8(p, 0xf6);
-    put_modrm(p, 0, 0, 4);
-    put8(p, 0x25);
-    put32(p, GS_OFFSET(cpu.rflags) + 1);
-    put8(p, EFLAGS_DF >> 8);
+    put_op_gs_imm8(p, OP_TEST_BYTE, 0, GS_OFFSET(cpu.rflags) + 1, EFLAGS_DF >> 8);
     backward = put_string_by_c(t, i, CC_NE);
     if (string->repeated) {
         put_op_ri(p, true, EXT_CMP, RCX, (s32)(DIRECT_REACH / string->size));

@@ -134,7 +134,7 @@ static bool on_exception(void *opaque, void *context)
         if (point->flags == SITE_FLAGS_HOST)
             v->aflags = aflags_from_eflags((u64)regs[REG_EFL]);
         v->bt_shared.site = n;
-        if (b->mode & BT_MODE_DIRECT)
+        if (bt_is_placed(b->mode))
             v->bt_shared.ip_page = b->page;
         v->bt_shared.linear = regs[REG_TRAPNO] == EXC_PF ? (u64)regs[REG_CR2] : 0;
         regs[REG_RIP] = (greg_t)bt_run_at(bt, b->fault);

@@ -215,7 +215,6 @@ static const u8 *on_link(struct soft_vcpu *v)
     struct bt_exit *e = &bt->exits[v->bt_shared.site];
 
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + (u64)(s64)e->target;
-    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     if (!e->to) {
         struct bt_block *b = find_block(v);
 

@@ -111,10 +111,9 @@ struct translation {
     unsigned nstubs;
 };
 
-/* The block knows its linear address (cache.h). */
 static inline bool is_placed(const struct translation *t)
 {
-    return t->block->mode & BT_MODE_DIRECT;
+    return bt_is_placed(t->block->mode);
 }
 
 static inline u32 code_offset(const struct translation *t, const u8 *p)
