@@ -294,7 +294,7 @@ static void deliver(struct soft_vcpu *v, u8 vector, enum cpu_event_type type, bo
     cpu->event_type = 0;
     cpu->event_has_error = false;
     cpu->event_error = 0;
-    soft_mode_changed(v);
+    soft_privilege_changed(v);
 }
 
 void soft_deliver(struct soft_vcpu *v, u8 vector, enum cpu_event_type type, bool has_error,
@@ -548,6 +548,6 @@ void op_iret(struct soft_vcpu *v, const struct insn *i)
         iret_vm86(v, i->osize);
     else
         iret_protected(v, i->osize);
-    soft_mode_changed(v);
+    soft_privilege_changed(v);
     soft_interrupts_open(v);
 }

@@ -434,17 +434,25 @@ void op_ret_far(struct soft_vcpu *v, const struct insn *i)
 
 /* --- SYSCALL and its kin --- */
 
+static void set_flat_segment(struct soft_vcpu *v, enum segreg seg, u16 selector, u32 attr)
+{
+    struct segment *s = &v->cpu.seg[seg];
+
+    s->base = 0;
+    s->limit = 0xffffffff;
+    s->attr = attr;
+    s->selector = selector;
+    v->seg_base[seg] = 0;
+}
+
 /* CS and SS as the fast system calls set them: flat, without a look at the descriptors. */
 static void set_flat(struct soft_vcpu *v, u16 cs, u16 ss, unsigned cpl, bool code64)
 {
     u32 common = SEG_ATTR_G | ATTR_DPL(cpl);
-    struct segment s = {
-        .limit = 0xffffffff, .attr = common | ATTR_DATA | SEG_ATTR_DB, .selector = ss};
 
-    soft_commit_segment(v, SEG_SS, s);
-    s.selector = cs;
-    s.attr = common | ATTR_CODE | (code64 ? SEG_ATTR_L : SEG_ATTR_DB);
-    soft_commit_segment(v, SEG_CS, s);
+    set_flat_segment(v, SEG_SS, ss, common | ATTR_DATA | SEG_ATTR_DB);
+    set_flat_segment(v, SEG_CS, cs, common | ATTR_CODE | (code64 ? SEG_ATTR_L : SEG_ATTR_DB));
+    soft_privilege_changed(v);
 }
 
 /* SYSCALL and SYSRET look at TF when they are done: FMASK keeps the kernel's entry from a single-step
@@ -478,7 +486,6 @@ void op_syscall(struct soft_vcpu *v, const struct insn *i)
     }
     step_by_new_flags(v);
     set_flat(v, selector, (u16)(selector + 8), 0, soft_long_mode(v));
-    soft_mode_changed(v);
     soft_set_ip(v, ip);
 }
 
@@ -501,7 +508,6 @@ void op_sysret(struct soft_vcpu *v, const struct insn *i)
         cpu->rflags |= EFLAGS_IF;
     step_by_new_flags(v);
     set_flat(v, (u16)((to64 ? base + 16 : base) | 3), (u16)((base + 8) | 3), 3, to64);
-    soft_mode_changed(v);
     soft_interrupts_open(v);
     soft_set_ip(v, ip);
 }
@@ -527,7 +533,6 @@ void op_sysenter(struct soft_vcpu *v, const struct insn *i)
     cpu->rflags &= ~(EFLAGS_VM | EFLAGS_IF | EFLAGS_RF);
     set_flat(v, selector, (u16)(selector + 8), 0, wide);
     cpu->gpr[RSP] = wide ? cpu->msr.sysenter_esp : (u32)cpu->msr.sysenter_esp;
-    soft_mode_changed(v);
     soft_set_ip(v, wide ? cpu->msr.sysenter_eip : (u32)cpu->msr.sysenter_eip);
 }
 
@@ -548,7 +553,6 @@ void op_sysexit(struct soft_vcpu *v, const struct insn *i)
     selector = (u16)(selector + (to64 ? 32 : 16));
     set_flat(v, selector | 3, (u16)((selector + 8) | 3), 3, to64);
     cpu->gpr[RSP] = to64 ? sp : (u32)sp;
-    soft_mode_changed(v);
     soft_set_ip(v, to64 ? ip : (u32)ip);
 }
 

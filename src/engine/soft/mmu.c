@@ -558,11 +558,27 @@ static void place_write(struct soft_vcpu *v, const struct place *p, const void *
     }
 }
 
+/* Where the TLB has an access of n bytes, or NULL. */
+static void *find_hit(struct soft_vcpu *v, gva_t lin, size_t n, unsigned access)
+{
+    const struct tlb_entry *e = tlb_slot(&v->tlbs[access_kind(v, access)], lin);
+    u64 in_page = lin ^ (access & ACCESS_WRITE ? e->write_tag : e->read_tag);
+
+    if (in_page > GUEST_PAGE_SIZE - n || v->tlb == &v->tlb_none)
+        return NULL;
+    return (void *)(uintptr_t)(e->host + in_page);
+}
+
 void soft_load_bytes(struct soft_vcpu *v, gva_t lin, void *buf, size_t n, unsigned access)
 {
+    const void *hit = n <= GUEST_PAGE_SIZE ? find_hit(v, lin, n, access) : NULL;
     struct place first, second;
     size_t head;
 
+    if (likely(hit)) {
+        copy(buf, hit, n);
+        return;
+    }
     lin = check_address(v, lin, n, access);
     check_watches(v, lin, n, access);
     first = translate(v, lin, access);
@@ -578,9 +594,14 @@ void soft_load_bytes(struct soft_vcpu *v, gva_t lin, void *buf, size_t n, unsign
 
 void soft_store_bytes(struct soft_vcpu *v, gva_t lin, const void *buf, size_t n, unsigned access)
 {
+    void *hit = n <= GUEST_PAGE_SIZE ? find_hit(v, lin, n, access | ACCESS_WRITE) : NULL;
     struct place first, second;
     size_t head;
 
+    if (likely(hit)) {
+        copy(hit, buf, n);
+        return;
+    }
     access |= ACCESS_WRITE;
     lin = check_address(v, lin, n, access);
     check_watches(v, lin, n, access);
@@ -597,9 +618,14 @@ void soft_store_bytes(struct soft_vcpu *v, gva_t lin, const void *buf, size_t n,
 
 u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access)
 {
+    const void *hit = find_hit(v, lin, size, access);
     struct place p;
     u64 value = 0;
 
+    if (likely(hit)) {
+        copy_small(&value, hit, size);
+        return value;
+    }
     if (unlikely(crosses_page(lin, size))) {
         soft_load_bytes(v, lin, &value, size, access);
         return value;
@@ -616,8 +642,13 @@ u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access)
 
 void soft_store(struct soft_vcpu *v, gva_t lin, u64 value, unsigned size, unsigned access)
 {
+    void *hit = find_hit(v, lin, size, access | ACCESS_WRITE);
     struct place p;
 
+    if (likely(hit)) {
+        copy_small(hit, &value, size);
+        return;
+    }
     if (unlikely(crosses_page(lin, size))) {
         soft_store_bytes(v, lin, &value, size, access);
         return;

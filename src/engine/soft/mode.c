@@ -26,6 +26,18 @@ static void update_class_faults(struct soft_vcpu *v)
     v->class_fault[FPU_AVX512] = !vex_ok || (cpu->xcr0 & avx512) != avx512 ? EXC_UD : nm;
 }
 
+/* Which translations accesses use, and whether something watches them. */
+static void update_access(struct soft_vcpu *v, unsigned cpl)
+{
+    const struct cpu *cpu = &v->cpu;
+
+    v->tlb_kind = cpl == 3                                             ? TLB_USER
+                  : (cpu->cr4 & CR4_SMAP) && (cpu->rflags & EFLAGS_AC) ? TLB_KERNEL_AC
+                                                                       : TLB_KERNEL;
+    v->align_check = cpl == 3 && (cpu->cr0 & CR0_AM) && (cpu->rflags & EFLAGS_AC);
+    v->tlb = v->align_check || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
+}
+
 void soft_mode_changed(struct soft_vcpu *v)
 {
     struct cpu *cpu = &v->cpu;
@@ -52,16 +64,29 @@ void soft_mode_changed(struct soft_vcpu *v)
     }
 
     v->canonical_shift = cpu->cr4 & CR4_LA57 ? 7 : 16;
-    v->tlb_kind = cpl == 3                                             ? TLB_USER
-                  : (cpu->cr4 & CR4_SMAP) && (cpu->rflags & EFLAGS_AC) ? TLB_KERNEL_AC
-                                                                       : TLB_KERNEL;
-    v->align_check = cpl == 3 && (cpu->cr0 & CR0_AM) && (cpu->rflags & EFLAGS_AC);
     v->data_breakpoints = soft_data_breakpoints_enabled(v);
-    v->tlb = v->align_check || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
+    update_access(v, cpl);
 
     update_class_faults(v);
     bt_mode_changed(v);
     if ((cpu->rflags & (EFLAGS_TF | EFLAGS_RF)) || v->data_breakpoints ||
         soft_code_breakpoints_enabled(v))
+        atomic_fetch_or(&v->attention, ATTN_SHADOW);
+}
+
+void soft_privilege_changed(struct soft_vcpu *v)
+{
+    const struct cpu *cpu = &v->cpu;
+    unsigned cpl = cpu_cpl(cpu);
+
+    if (!soft_code64(v) || !(cpu->seg[SEG_CS].attr & SEG_ATTR_L)) {
+        soft_mode_changed(v);
+        return;
+    }
+    v->mode = MODE_PROTECTED | MODE_CODE64 | (cpl == 3 ? MODE_USER : 0) |
+              (cpu->seg[SEG_SS].attr & SEG_ATTR_DB ? MODE_STACK32 : 0);
+    update_access(v, cpl);
+    bt_privilege_changed(v);
+    if (cpu->rflags & (EFLAGS_TF | EFLAGS_RF))
         atomic_fetch_or(&v->attention, ATTN_SHADOW);
 }

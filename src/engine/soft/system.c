@@ -630,7 +630,7 @@ static void set_ac(struct soft_vcpu *v, bool on)
     if (soft_cpl(v) != 0)
         soft_raise(v, EXC_UD);
     v->cpu.rflags = on ? v->cpu.rflags | EFLAGS_AC : v->cpu.rflags & ~EFLAGS_AC;
-    soft_mode_changed(v);
+    soft_privilege_changed(v);
 }
 
 static void op_clac(struct soft_vcpu *v, const struct insn *i)
@@ -687,7 +687,7 @@ static void op_popf(struct soft_vcpu *v, const struct insn *i)
     }
     soft_stack_commit(v, &s);
     soft_flags_set(v, (old & ~change & ~EFLAGS_RF) | (flags & change));
-    soft_mode_changed(v);
+    soft_privilege_changed(v);
     soft_interrupts_open(v);
 }
 

@@ -269,6 +269,8 @@ void soft_set_signature(struct soft_vcpu *v);
 
 /* --- mode.c --- */
 void soft_mode_changed(struct soft_vcpu *v);
+/* The same, and quickly within 64-bit mode, if nothing has changed but CPL, CS, SS and EFLAGS. */
+void soft_privilege_changed(struct soft_vcpu *v);
 
 /* --- soft.c --- */
 /* The guest's TSC: VM clock in TSC ticks, plus cpu.tsc_offset. */

@@ -117,6 +117,8 @@ struct range {
 static const struct range ranges[] = {
     FIELD(cpu.gpr, true),
     FIELD(cpu.rflags, true),
+    FIELD(cpu.msr.kernel_gs_base, true),
+    FIELD(cpu.seg[SEG_GS].base, true),
     FIELD(cpu.seg, false),
     FIELD(cpu.fip, true),
     FIELD(cpu.fdp, true),
@@ -125,6 +127,7 @@ static const struct range ranges[] = {
     FIELD(cpu.fop, true),
     FIELD(fpu_live, false),
     FIELD(aflags, true),
+    FIELD(seg_base[SEG_GS], true),
     FIELD(seg_base, false),
     FIELD(irq_waiting, false),
     FIELD(bt_shared.ip_page, true),

@@ -406,19 +406,43 @@ static bool is_flat32(const struct soft_vcpu *v)
            is_flat(&seg[SEG_ES]) && is_flat(&seg[SEG_SS]);
 }
 
-void bt_mode_changed(struct soft_vcpu *v)
+/* CPL 1 and 2 aren't translated, nor is code whose accesses are watched. */
+static bool privilege_is_possible(const struct soft_vcpu *v)
 {
-    bool code64 = soft_code64(v);
     unsigned cpl = soft_cpl(v);
+
+    return (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
+}
+
+static u32 privilege_mode(const struct soft_vcpu *v)
+{
+    return v->tlb_kind == TLB_USER ? BT_MODE_USER : v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0;
+}
+
+void bt_privilege_changed(struct soft_vcpu *v)
+{
+    const u32 kept = BT_MODE_NO_SSE | BT_MODE_NO_AVX | BT_MODE_NO_X87;
 
     if (!v->bt)
         return;
-    v->bt_possible = (code64 || is_flat32(v)) && (cpl == 0 || cpl == 3) && v->tlb != &v->tlb_none;
-    v->bt_mode = (cpl == 3 ? BT_MODE_USER : 0) | (v->tlb_kind == TLB_KERNEL_AC ? BT_MODE_AC : 0) |
-                 (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
+    v->bt_possible = privilege_is_possible(v);
+    v->bt_mode = (v->bt_mode & kept) | privilege_mode(v);
+    if (bt_direct_enter(v, v->bt_mode & BT_MODE_USER))
+        v->bt_mode |= BT_MODE_DIRECT;
+    bt_update_key(v);
+}
+
+void bt_mode_changed(struct soft_vcpu *v)
+{
+    bool code64 = soft_code64(v);
+
+    if (!v->bt)
+        return;
+    v->bt_possible = (code64 || is_flat32(v)) && privilege_is_possible(v);
+    v->bt_mode = privilege_mode(v) | (v->class_fault[FPU_SSE] ? BT_MODE_NO_SSE : 0) |
                  (v->class_fault[FPU_AVX] ? BT_MODE_NO_AVX : 0) |
                  (v->class_fault[FPU_X87] ? BT_MODE_NO_X87 : 0);
-    if (bt_direct_enter(v, code64 && cpl == 3))
+    if (bt_direct_enter(v, code64 && (v->bt_mode & BT_MODE_USER)))
         v->bt_mode |= BT_MODE_DIRECT;
     if (!code64)
         v->bt_mode |= BT_MODE_CODE32 | (is_unlimited(&v->cpu.seg[SEG_FS]) ? BT_MODE_FS : 0) |

@@ -292,6 +292,8 @@ bool bt_is_full(const struct bt *bt);
 
 /* The mode changed: bt_mode and bt_possible, and the key of the jump cache. */
 void bt_mode_changed(struct soft_vcpu *v);
+/* CPL or EFLAGS.AC alone did, within 64-bit mode. */
+void bt_privilege_changed(struct soft_vcpu *v);
 /* Translations changed: all; those that are not global; one page's. */
 void bt_mappings_dropped(struct soft_vcpu *v);
 void bt_nonglobal_dropped(struct soft_vcpu *v);

@@ -796,6 +796,7 @@ bool insn_clobbers_flags(const struct bt_insn *i)
     case BT_NOP:
     case BT_LEA:
     case BT_JCC:
+    case BT_SWAPGS:
         return false;
     default:
         return true;
@@ -1182,6 +1183,16 @@ static void emit_sti(struct translation *t, const struct bt_insn *i)
     set[-1] = (u8)(*p - set);
 }
 
+/* SWAPGS at CPL 0 in 64-bit mode. */
+static void emit_swapgs(struct translation *t)
+{
+    put_load_gs(&t->p, S1, GS_OFFSET(cpu.msr.kernel_gs_base));
+    put_load_gs(&t->p, S2, GS_OFFSET(cpu.seg[SEG_GS].base));
+    put_store_gs(&t->p, GS_OFFSET(cpu.msr.kernel_gs_base), S2);
+    put_store_gs(&t->p, GS_OFFSET(cpu.seg[SEG_GS].base), S1);
+    put_store_gs(&t->p, GS_OFFSET(seg_base[SEG_GS]), S1);
+}
+
 /* --- Bit strings --- */
 
 /* BT, BTS, BTR, BTC of memory by a register: the offset's upper part moves the address. */
@@ -1284,6 +1295,9 @@ void emit_insn(struct translation *t, const struct bt_insn *i)
         break;
     case BT_STD:
         put_rflags_op(t, EXT_OR, EFLAGS_DF);
+        break;
+    case BT_SWAPGS:
+        emit_swapgs(t);
         break;
     default: /* BT_NOP */
         break;

@@ -597,6 +597,22 @@ static enum bt_op string_op(const struct soft_vcpu *v, struct bt_insn *i,
     return BT_STRING_INSN;
 }
 
+/* MOV of a segment or control register, if it concerns nothing but this processor (CR8 is the APIC's). */
+static bool is_system_move(const struct bt_insn *i)
+{
+    switch (i->map << 8 | i->opcode) {
+    case 0x08c:
+        return true;
+    case 0x08e: /* after SS an instruction goes undisturbed */
+        return i->insn.reg != SEG_SS;
+    case 0x120:
+    case 0x122:
+        return i->insn.reg != 8;
+    default:
+        return false;
+    }
+}
+
 static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct decoded *raw)
 {
     const ZydisDecodedInstruction *zi = &raw->zi;
@@ -624,10 +640,25 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
     case ZYDIS_MNEMONIC_IRETQ:
     case ZYDIS_MNEMONIC_STAC:
     case ZYDIS_MNEMONIC_CLAC:
-    case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
+    case ZYDIS_MNEMONIC_VERW:
+    case ZYDIS_MNEMONIC_INVLPG:
+    case ZYDIS_MNEMONIC_INVPCID:
+    case ZYDIS_MNEMONIC_RDFSBASE:
+    case ZYDIS_MNEMONIC_RDGSBASE:
+    case ZYDIS_MNEMONIC_WRFSBASE:
+    case ZYDIS_MNEMONIC_WRGSBASE:
+    case ZYDIS_MNEMONIC_RDPID:
+    case ZYDIS_MNEMONIC_RDPKRU:
+    case ZYDIS_MNEMONIC_XGETBV:
         return BT_FAST;
+    case ZYDIS_MNEMONIC_SWAPGS:
+        return i->code32 || v->mode & MODE_USER ? BT_INTERP : BT_SWAPGS;
+    case ZYDIS_MNEMONIC_MOV:
+        if (is_system_move(i))
+            return BT_FAST;
+        break;
     case ZYDIS_MNEMONIC_FWAIT:
         i->fpu_class = FPU_X87; /* more than need be: CR0.EM doesn't stop it */
         i->x87 = i->faults = true;

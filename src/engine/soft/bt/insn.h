@@ -22,8 +22,9 @@ enum bt_op {
     BT_STI,
     BT_CLD,
     BT_STD,
+    BT_SWAPGS,
     BT_STRING_INSN, /* MOVS, STOS, LODS: in C, by string.c */
-    BT_FAST,        /* ends the block: fast.c does it, or the interpreter */
+    BT_FAST, /* ends the block: the interpreter does it, and leaves the vector registers alone */
     /* These end the block, but for a conditional branch that isn't taken. */
     BT_JCC,
     BT_JMP,

@@ -72,6 +72,18 @@ static const u8 *look_up(struct soft_vcpu *v)
     return find_code(v);
 }
 
+/* The code to go on with at the exact RIP; NULL: there is none, or it is the interpreter's turn. */
+static const u8 *code_here(struct soft_vcpu *v)
+{
+    if (unlikely(!v->bt->choices.direct_period))
+        bt_direct_tick(v);
+    if (!v->bt_possible || v->bt->interp_next || v->journal)
+        return NULL;
+    if (v->bt_mode & BT_MODE_DIRECT)
+        bt_direct_stack(v);
+    return look_up(v);
+}
+
 /* --- Cold code --- */
 
 /* Whether this run of a block is one too many to be interpreted. */
@@ -226,20 +238,27 @@ static const u8 *on_link(struct soft_vcpu *v)
     return bt_run_at(bt, e->to->memory_entry);
 }
 
-/* An indirect branch to an address that may not be canonical, which is the branch's fault. */
-static void on_branch(struct soft_vcpu *v)
+/* A branch to where the jump cache has nothing. */
+static const u8 *on_jump(struct soft_vcpu *v)
+{
+    bt_jump_missed(v, v->cpu.gpr[GPR_RIP]);
+    return code_here(v);
+}
+
+/* An indirect one, to an address that may not be canonical, which is the branch's fault. */
+static const u8 *on_branch(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
 
-    bt_jump_missed(v, v->cpu.gpr[GPR_RIP]);
     if (soft_canonical(v, v->cpu.gpr[GPR_RIP]))
-        return;
+        return on_jump(v);
     v->cpu.gpr[RSP] -= site->size;
     stop_at(v, site->offset);
+    return NULL;
 }
 
 /* One that the interpreter executes at once. */
-static void on_quick(struct soft_vcpu *v)
+static void execute_quick(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     const struct insn *i = v->bt->kept[site->resume];
@@ -248,6 +267,12 @@ static void on_quick(struct soft_vcpu *v)
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
     v->block = NULL;
     i->fn(v, i);
+}
+
+static const u8 *on_quick(struct soft_vcpu *v)
+{
+    execute_quick(v);
+    return code_here(v);
 }
 
 static const u8 *on_string(struct soft_vcpu *v)
@@ -277,14 +302,12 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
     case BT_LINK:
         return on_link(v);
     case BT_BRANCH:
-        on_branch(v);
-        return NULL;
+        return on_branch(v);
     case BT_STOP:
         stop_at_site(v, &v->bt->sites[v->bt_shared.site]);
         return NULL;
     case BT_QUICK:
-        on_quick(v);
-        return NULL;
+        return on_quick(v);
     case BT_NARROW:
         return on_narrow(v);
     case BT_FAULT:
@@ -298,9 +321,15 @@ static const u8 *came_back(struct soft_vcpu *v, u32 reason)
         fpu_make_live(v);
         return bt_run_at(v->bt, v->bt->sites[v->bt_shared.site].resume);
     default: /* BT_JUMP */
-        bt_jump_missed(v, v->cpu.gpr[GPR_RIP]);
-        return NULL;
+        return on_jump(v);
     }
+}
+
+/* Whether code that came_back() returned is for the exact RIP and the mode as it is now, not for going on within what
+ * was left. */
+static bool goes_on_anew(u32 reason)
+{
+    return reason == BT_QUICK || reason == BT_JUMP || reason == BT_BRANCH;
 }
 
 /* Runs v->bt_shared.entry; the arithmetic flags are in v->aflags afterwards. */
@@ -341,6 +370,8 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
                    ? &bt->sites[v->bt_shared.site]
                    : NULL;
         code = came_back(v, reason);
+        if (goes_on_anew(reason))
+            mode = v->bt_mode;
     } while (code && v->bt_mode == mode); /* direct mappings may end, where RIP is exact */
 }
 
@@ -366,7 +397,7 @@ static bool verify_block(struct soft_vcpu *v)
             bt_x87_point(v, site->x87);
             v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
             bt_verify_end(v, b, false);
-            on_quick(v);
+            execute_quick(v);
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
@@ -377,22 +408,12 @@ static bool verify_block(struct soft_vcpu *v)
 
 static void run_once(struct soft_vcpu *v)
 {
-    const u8 *code;
+    const u8 *code = code_here(v);
 
-    if (!v->bt_possible || v->bt->interp_next) {
+    if (code)
+        run_code(v, code);
+    else if (!v->journal || !v->bt_possible || v->bt->interp_next || !verify_block(v))
         interpret(v);
-    } else if (v->journal) {
-        if (!verify_block(v))
-            interpret(v);
-    } else {
-        if ((v->bt_mode & BT_MODE_DIRECT) && !bt_direct_stack(v))
-            return;
-        code = look_up(v);
-        if (code)
-            run_code(v, code);
-        else
-            interpret(v);
-    }
 }
 
 void bt_run(struct soft_vcpu *v)
@@ -402,11 +423,8 @@ void bt_run(struct soft_vcpu *v)
     atomic_store_explicit(&bt->kicked, false, memory_order_relaxed);
     if (!atomic_exchange(&bt->running, true)) /* until now no timer was set for it */
         bt_set_deadline(v, v->timer_deadline);
-    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed))) {
-        if (unlikely(!bt->choices.direct_period))
-            bt_direct_tick(v);
+    while (v->poll && likely(!atomic_load_explicit(&v->attention, memory_order_relaxed)))
         run_once(v);
-    }
     bt_direct_tick(v);
 }
 

@@ -37,7 +37,7 @@ struct write {
 struct step {
     u64 gpr[18];
     u32 aflags;
-    u64 rflags;
+    u64 rflags, gs_base, kernel_gs_base;
     u32 mxcsr;
     u8 vec[16][32];
     u8 fpr[8][16];
@@ -113,6 +113,8 @@ static void record(struct soft_vcpu *v, struct step *s)
     memcpy(s->gpr, v->cpu.gpr, sizeof(s->gpr));
     s->aflags = v->aflags;
     s->rflags = v->cpu.rflags;
+    s->gs_base = v->cpu.seg[SEG_GS].base;
+    s->kernel_gs_base = v->cpu.msr.kernel_gs_base;
     s->mxcsr = v->cpu.mxcsr;
     for (unsigned n = 0; n < 16; n++)
         memcpy(s->vec[n], v->cpu.vec[n], 32);
@@ -228,6 +230,15 @@ static bool differs(struct soft_vcpu *v, const struct step *s, bool faulted, con
                  v->cpu.rflags);
         return true;
     }
+    if (s->gs_base != v->cpu.seg[SEG_GS].base || s->kernel_gs_base != v->cpu.msr.kernel_gs_base ||
+        v->seg_base[SEG_GS] != v->cpu.seg[SEG_GS].base) {
+        snprintf(buf, n,
+                 "GS: interpreter %" PRIx64 " (kernel's %" PRIx64 "), translation %" PRIx64
+                 " (%" PRIx64 "), in use %" PRIx64,
+                 s->gs_base, s->kernel_gs_base, v->cpu.seg[SEG_GS].base, v->cpu.msr.kernel_gs_base,
+                 v->seg_base[SEG_GS]);
+        return true;
+    }
     if ((s->mxcsr ^ v->cpu.mxcsr) & ~(faulted ? MXCSR_FLAGS : 0)) {
         snprintf(buf, n, "mxcsr: interpreter %x, translation %x", s->mxcsr, v->cpu.mxcsr);
         return true;
@@ -289,6 +300,8 @@ void bt_verify_begin(struct soft_vcpu *v, const struct bt_block *b)
     memcpy(v->cpu.gpr, j->steps[0].gpr, sizeof(j->steps[0].gpr));
     v->aflags = j->steps[0].aflags;
     v->cpu.rflags = j->steps[0].rflags;
+    v->cpu.seg[SEG_GS].base = v->seg_base[SEG_GS] = j->steps[0].gs_base;
+    v->cpu.msr.kernel_gs_base = j->steps[0].kernel_gs_base;
     v->cpu.mxcsr = j->steps[0].mxcsr;
     undo_x87(&v->cpu, &j->steps[0]);
     for (unsigned n = 0; n < 16; n++)
