@@ -77,6 +77,7 @@ struct engine_stats {
     /* kvm: what they took in this process, from exit to entry. */
     u64 ns_port, ns_mmio, ns_irq_window, ns_eoi, ns_msr, ns_dirty_ring, ns_signal;
     u64 blocks_decoded, blocks_translated, cache_bytes, tlb_misses, tlb_flushes, smc_invalidations;
+    u64 blocks_adopted; /* bt: copied from another vCPU's translation */
     u64 direct_mappings,
         direct_faults; /* bt: made at the guest's own addresses; met by accesses there */
     u64 spins;         /* times that a vCPU which spun gave way (soft) */

@@ -39,7 +39,7 @@ struct progress {
     u64 number; /* the block that runs */
     bool differs;
     unsigned variant, round; /* where it did */
-    u64 translated;          /* blocks, by the engine's count */
+    u64 translated, adopted; /* blocks, by the engine's count */
     u32 insns, ends[32];     /* instructions; which exceptions ended native runs */
     struct report report;
     struct outcome native, doppel;
@@ -88,7 +88,7 @@ static void open_sides(struct runner *r)
     struct error err;
 
     open_native(r);
-    r->guest = guest_create(r->o->engine, &r->o->host, r->read_only, &err);
+    r->guest = guest_create(r->o->engine, &r->o->host, r->read_only, r->o->ncpus, &err);
     if (r->guest && (!r->o->kicks || !guest_start_kicks(r->guest)))
         return;
     fprintf(stderr, "oracle: %s\n", err.text);
@@ -168,6 +168,7 @@ static void run_range(struct runner *r, const void *argument)
     }
     alarm(0);
     r->progress->translated += guest_translated(r->guest);
+    r->progress->adopted += guest_adopted(r->guest);
 }
 
 /* What is left of a differing block. */
@@ -416,8 +417,9 @@ unsigned run_blocks(const struct block_options *o)
         report(r, range.first);
         range.first = number + 1;
     }
-    printf("# %u-bit blocks: seed %llu, %llu translated\n", o->mode, (unsigned long long)o->seed,
-           (unsigned long long)r->progress->translated);
+    printf("# %u-bit blocks: seed %llu, %llu translated, %llu adopted\n", o->mode,
+           (unsigned long long)o->seed, (unsigned long long)r->progress->translated,
+           (unsigned long long)r->progress->adopted);
     if (o->coverage)
         print_coverage(r);
     /* bt may leave 32-bit code to the interpreter. */

@@ -12,6 +12,7 @@ struct block_options {
     unsigned mode;   /* 64 or 32 */
     unsigned rounds; /* how often doppel runs a block from each of its states */
     unsigned max_errors;
+    unsigned ncpus; /* as guest_create's */
     bool kicks; /* as guest_start_kicks does; what comes of them is another time something else */
     bool coverage, verbose;
 };

@@ -37,6 +37,8 @@
 #define STUB_SIZE 4
 #define TSS_SELECTOR 0x40u
 
+#define CPUS_MAX 2
+
 struct guest {
     const struct engine_ops *ops;
     struct event_loop *loop;
@@ -46,12 +48,15 @@ struct guest {
     struct io_range range;
     struct cpuid_model *cpuid;
     struct engine *engine;
-    struct vcpu *vcpu;
+    struct vcpu *vcpus[CPUS_MAX];
+    unsigned ncpus;
+    struct vcpu *vcpu; /* whose turn it is */
+    u64 runs;
     struct cpu start;
-    struct lapic_state apic;
-    u8 code[CODE_SIZE]; /* what the code pages hold */
-    int vector;         /* of the stub that wrote its port; -1: none did */
-    bool kicked;        /* from time to time, by the kicker */
+    struct lapic_state apics[CPUS_MAX]; /* at the start, too */
+    u8 code[CODE_SIZE];                 /* what the code pages hold */
+    int vector;                         /* of the stub that wrote its port; -1: none did */
+    bool kicked;                        /* from time to time, by the kicker */
     _Atomic bool kicking;
     pthread_t kicker;
 };
@@ -134,7 +139,8 @@ static void make_start(struct guest *g, const struct host *host)
 {
     struct cpu *cpu = &g->start;
 
-    g->ops->vcpu_get_state(g->vcpu, cpu, &g->apic);
+    for (unsigned n = g->ncpus; n-- > 0;) /* the first is the start's */
+        g->ops->vcpu_get_state(g->vcpus[n], cpu, &g->apics[n]);
     cpu->cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     cpu->cr3 = PML4;
     cpu->cr4 = CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT |
@@ -198,8 +204,19 @@ static int create_machine(struct guest *g, struct error *err)
     return g->cpuid ? 0 : -1;
 }
 
+static int create_vcpus(struct guest *g, unsigned ncpus, struct error *err)
+{
+    for (; g->ncpus < ncpus; g->ncpus++) {
+        g->vcpus[g->ncpus] = g->ops->vcpu_create(g->engine, g->ncpus, err);
+        if (!g->vcpus[g->ncpus])
+            return -1;
+    }
+    g->vcpu = g->vcpus[0];
+    return 0;
+}
+
 struct guest *guest_create(const char *engine, const struct host *host, const u8 *read_only,
-                           struct error *err)
+                           unsigned ncpus, struct error *err)
 {
     struct guest *g = calloc(1, sizeof(*g));
     struct engine_config config;
@@ -219,12 +236,11 @@ struct guest *guest_create(const char *engine, const struct host *host, const u8
         .clock = g->clock,
         .machine = {no_interrupt, no_eoi, g},
         .cpuid = g->cpuid,
-        .ncpus = 1,
+        .ncpus = ncpus,
         .checks = checks,
     };
     g->engine = g->ops->create(&config, err);
-    g->vcpu = g->engine ? g->ops->vcpu_create(g->engine, 0, err) : NULL;
-    if (!g->vcpu)
+    if (!g->engine || create_vcpus(g, ncpus, err) < 0)
         goto fail;
     g->memory.listener = (struct memory_listener){memory_was_written, g};
     vm_clock_start(g->clock);
@@ -247,7 +263,8 @@ static void *kick(void *opaque)
 
     while (atomic_load(&g->kicking)) {
         nanosleep(&wait, NULL);
-        g->ops->vcpu_kick(g->vcpu);
+        for (unsigned n = 0; n < g->ncpus; n++)
+            g->ops->vcpu_kick(g->vcpus[n]);
     }
     return NULL;
 }
@@ -268,8 +285,8 @@ void guest_destroy(struct guest *g)
         atomic_store(&g->kicking, false);
         pthread_join(g->kicker, NULL);
     }
-    if (g->vcpu)
-        g->ops->vcpu_destroy(g->vcpu);
+    for (unsigned n = 0; n < g->ncpus; n++)
+        g->ops->vcpu_destroy(g->vcpus[n]);
     if (g->engine)
         g->ops->destroy(g->engine);
     if (g->cpuid)
@@ -309,7 +326,7 @@ static unsigned full_tag(const u8 *value, bool used)
     return exponent == 0x7fff || !(significand & BIT(63)) ? 2 : 0;
 }
 
-static void set_state(struct guest *g, const struct user_state *s)
+static void set_state(struct guest *g, unsigned vcpu, const struct user_state *s)
 {
     struct cpu cpu = g->start;
     unsigned top = top_of(s->fsw);
@@ -339,7 +356,7 @@ static void set_state(struct guest *g, const struct user_state *s)
     }
     memcpy(cpu.vec, s->vec, sizeof(cpu.vec));
     memcpy(cpu.k, s->k, sizeof(cpu.k));
-    g->ops->vcpu_set_state(g->vcpu, &cpu, &g->apic, &(struct error){0});
+    g->ops->vcpu_set_state(g->vcpus[vcpu], &cpu, &g->apics[vcpu], &(struct error){0});
 }
 
 static bool has_error_code(int vector)
@@ -424,14 +441,16 @@ static void move_state(struct guest *g)
 
 void guest_run(struct guest *g, const struct test_case *c, const u8 *image, struct outcome *out)
 {
+    unsigned turn = (unsigned)(g->runs++ % g->ncpus);
     struct vcpu_exit exit = {0};
 
+    g->vcpu = g->vcpus[turn];
     set_code(g, c);
     for (unsigned n = 0; n < WRITABLE_PAGES; n++)
         memory_write(&g->memory, window_gpa(n * PAGE), image + n * PAGE, PAGE);
     for (unsigned n = 0; n < c->npokes; n++)
         put64(g, window_gpa(c->pokes[n].offset), c->pokes[n].value);
-    set_state(g, &c->before);
+    set_state(g, turn, &c->before);
 
     g->vector = -1;
     g->ops->vcpu_run(g->vcpu, &exit);
@@ -453,6 +472,14 @@ u64 guest_translated(struct guest *g)
 
     g->ops->stats(g->engine, &stats);
     return stats.blocks_translated;
+}
+
+u64 guest_adopted(struct guest *g)
+{
+    struct engine_stats stats = {0};
+
+    g->ops->stats(g->engine, &stats);
+    return stats.blocks_adopted;
 }
 
 const char *guest_engine(unsigned n)

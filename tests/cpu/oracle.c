@@ -10,6 +10,7 @@
  *                   a case, the last time counts
  *     --kicks       kick doppel's vCPU out of blocks all the time, and let it go on; not the same
  *                   again with the same seed
+ *     --adopt       two vCPUs run a block by turns, and share what they make of it
  *     --count N     cases of each mode (200000 for 64-bit, a quarter of it for 32-bit; blocks: 5000
  *                   and 2500)
  *     --first N     begin with case N
@@ -49,7 +50,7 @@ struct options {
     const char *only, *engine, *native;
     u8 bytes[15];
     unsigned nbytes, rounds;
-    bool blocks, kicks, coverage, verbose;
+    bool blocks, kicks, adopt, coverage, verbose;
 };
 
 struct coverage {
@@ -293,13 +294,21 @@ static u64 parse_seed(const char *text)
 static int parse_options(int argc, char **argv)
 {
     static const struct option known[] = {
-        {"blocks", no_argument, NULL, 'B'},       {"rounds", required_argument, NULL, 'r'},
-        {"kicks", no_argument, NULL, 'k'},        {"seed", required_argument, NULL, 's'},
-        {"count", required_argument, NULL, 'c'},  {"first", required_argument, NULL, 'f'},
-        {"mode", required_argument, NULL, 'm'},   {"only", required_argument, NULL, 'o'},
-        {"bytes", required_argument, NULL, 'b'},  {"engine", required_argument, NULL, 'e'},
-        {"errors", required_argument, NULL, 'n'}, {"coverage", no_argument, NULL, 'C'},
-        {"verbose", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0},
+        {"blocks", no_argument, NULL, 'B'},
+        {"rounds", required_argument, NULL, 'r'},
+        {"kicks", no_argument, NULL, 'k'},
+        {"seed", required_argument, NULL, 's'},
+        {"count", required_argument, NULL, 'c'},
+        {"first", required_argument, NULL, 'f'},
+        {"mode", required_argument, NULL, 'm'},
+        {"only", required_argument, NULL, 'o'},
+        {"bytes", required_argument, NULL, 'b'},
+        {"engine", required_argument, NULL, 'e'},
+        {"errors", required_argument, NULL, 'n'},
+        {"coverage", no_argument, NULL, 'C'},
+        {"verbose", no_argument, NULL, 'v'},
+        {"adopt", no_argument, NULL, 'a'},
+        {NULL, 0, NULL, 0},
     };
     const char *seed = getenv("ORACLE_SEED");
     int option;
@@ -315,6 +324,9 @@ static int parse_options(int argc, char **argv)
             break;
         case 'k':
             options.kicks = true;
+            break;
+        case 'a':
+            options.adopt = true;
             break;
         case 's':
             options.seed = parse_seed(optarg);
@@ -390,7 +402,7 @@ static unsigned run_cases(const char *engine)
         printf("not ok oracle: the native side: %s\n", strerror(-r));
         return 1;
     }
-    guest = guest_create(engine, &host, read_only, &err);
+    guest = guest_create(engine, &host, read_only, 1, &err);
     if (!guest) {
         printf("not ok oracle: %s\n", err.text);
         native_close(&native);
@@ -416,6 +428,7 @@ static unsigned run_all_blocks(const char *engine)
         .rounds = options.rounds ? options.rounds : 4,
         .max_errors = options.max_errors,
         .kicks = options.kicks,
+        .ncpus = options.adopt ? 2 : 1,
         .coverage = options.coverage,
         .verbose = options.verbose,
     };

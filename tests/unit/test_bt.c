@@ -1,5 +1,6 @@
 /*
- * Engine bt with code in RAM that others write, in ROM, and in MMIO: what runs is what is there.
+ * Engine bt with code in RAM that others write, in ROM, and in MMIO: what runs is what is there. And what a vCPU has of
+ * another's translations.
  */
 #include "engine/soft/bt/bt.h"
 #include "x86/regs.h"
@@ -36,7 +37,9 @@ struct rig {
     struct io_range end, device;
     struct cpuid_model *cpuid;
     struct engine *engine;
-    struct vcpu *vcpu;
+    struct vcpu *vcpus[2];
+    unsigned ncpus;
+    struct vcpu *vcpu; /* the one that runs */
     u8 device_code[16];
     unsigned device_reads;
 };
@@ -105,7 +108,7 @@ static void put_function(struct rig *r, gpa_t gpa, u32 value)
     put(r, gpa, code, sizeof(code));
 }
 
-static int setup(void **state)
+static int create(void **state, unsigned ncpus)
 {
     /* 1: call *%rsi; add %rax, %rbx; dec %rdi; jnz 1b; out %al, $PORT_END; 2: jmp 2b */
     static const u8 loop[] = {0xff, 0xd6, 0x48, 0x01, 0xc3,     0x48, 0xff,
@@ -136,10 +139,13 @@ static int setup(void **state)
                                     .clock = r->clock,
                                     .machine = {no_interrupt, no_eoi, NULL},
                                     .cpuid = r->cpuid,
-                                    .ncpus = 1};
+                                    .ncpus = ncpus};
     r->engine = engine_bt.create(&config, &err);
-    r->vcpu = engine_bt.vcpu_create(r->engine, 0, &err);
-    assert_non_null(r->vcpu);
+    for (r->ncpus = 0; r->ncpus < ncpus; r->ncpus++) {
+        r->vcpus[r->ncpus] = engine_bt.vcpu_create(r->engine, r->ncpus, &err);
+        assert_non_null(r->vcpus[r->ncpus]);
+    }
+    r->vcpu = r->vcpus[0];
     r->memory.listener = (struct memory_listener){memory_was_written, r};
     put64(r, PML4, PDPT | 3);
     put64(r, PDPT, PD | 3);
@@ -154,11 +160,22 @@ static int setup(void **state)
     return 0;
 }
 
+static int setup(void **state)
+{
+    return create(state, 1);
+}
+
+static int setup_two(void **state)
+{
+    return create(state, 2);
+}
+
 static int teardown(void **state)
 {
     struct rig *r = *state;
 
-    engine_bt.vcpu_destroy(r->vcpu);
+    for (unsigned n = 0; n < r->ncpus; n++)
+        engine_bt.vcpu_destroy(r->vcpus[n]);
     engine_bt.destroy(r->engine);
     cpuid_model_destroy(r->cpuid);
     io_bus_destroy(r->ports);
@@ -176,6 +193,7 @@ static void enter(struct rig *r, gpa_t function, u64 calls)
     struct cpu cpu;
 
     engine_bt.vcpu_get_state(r->vcpu, &cpu, &apic);
+    cpu.activity = CPU_RUNNING;
     cpu.cr0 = CR0_PE | CR0_PG | CR0_NE | CR0_ET;
     cpu.cr3 = PML4;
     cpu.cr4 = CR4_PAE;
@@ -205,12 +223,17 @@ static u64 sum(struct rig *r, gpa_t function, u64 calls)
     return cpu.gpr[RBX];
 }
 
-static u64 translated(struct rig *r)
+static struct engine_stats stats(struct rig *r)
 {
     struct engine_stats stats;
 
     engine_bt.stats(r->engine, &stats);
-    return stats.blocks_translated;
+    return stats;
+}
+
+static u64 translated(struct rig *r)
+{
+    return stats(r).blocks_translated;
 }
 
 static void code_written_by_another(void **state)
@@ -319,12 +342,68 @@ static void kick_of_a_loop(void **state)
     assert_true(after.gpr[RBX] > before.gpr[RBX]);
 }
 
+/* What one vCPU found hot, the other has at first sight: it interprets none of it. */
+static void code_that_another_translated(void **state)
+{
+    struct rig *r = *state;
+    struct engine_stats before, after;
+
+    assert_int_equal(sum(r, FUNCTION, CALLS), CALLS);
+    before = stats(r);
+    assert_int_equal(before.blocks_adopted, 0);
+    r->vcpu = r->vcpus[1];
+    assert_int_equal(sum(r, FUNCTION, 1), 1);
+    after = stats(r);
+    assert_int_equal(after.blocks_translated, before.blocks_translated);
+    assert_true(after.blocks_adopted >= 2); /* the function, and what calls it */
+    assert_int_equal(sum(r, FUNCTION, CALLS), CALLS);
+}
+
+/* The copy is of code that isn't there any more. */
+static void code_changed_before_it_is_adopted(void **state)
+{
+    struct rig *r = *state;
+    u64 before;
+
+    assert_int_equal(sum(r, FUNCTION, CALLS), CALLS);
+    put_function(r, FUNCTION, 3);
+    before = translated(r);
+    r->vcpu = r->vcpus[1];
+    assert_int_equal(sum(r, FUNCTION, CALLS), 3 * CALLS);
+    assert_true(translated(r) > before);
+    r->vcpu = r->vcpus[0]; /* which has the new one from the other, in the place of the old one */
+    before = translated(r);
+    assert_int_equal(sum(r, FUNCTION, CALLS), 3 * CALLS);
+    assert_int_equal(translated(r), before);
+}
+
+/* A copy is protected as what it was made from is. */
+static void code_changed_after_it_was_adopted(void **state)
+{
+    struct rig *r = *state;
+
+    assert_int_equal(sum(r, FUNCTION, CALLS), CALLS);
+    r->vcpu = r->vcpus[1];
+    assert_int_equal(sum(r, FUNCTION, CALLS), CALLS);
+    put_function(r, FUNCTION, 4);
+    assert_int_equal(sum(r, FUNCTION, CALLS), 4 * CALLS);
+    r->vcpu = r->vcpus[0];
+    assert_int_equal(sum(r, FUNCTION, CALLS), 4 * CALLS);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+#define TEST_TWO(name) cmocka_unit_test_setup_teardown(name, setup_two, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(code_written_by_another),         TEST(code_in_rom),    TEST(code_in_mmio),
-        TEST(running_code_written_by_another), TEST(kick_of_a_loop),
+        TEST(code_written_by_another),
+        TEST(code_in_rom),
+        TEST(code_in_mmio),
+        TEST(running_code_written_by_another),
+        TEST(kick_of_a_loop),
+        TEST_TWO(code_that_another_translated),
+        TEST_TWO(code_changed_before_it_is_adopted),
+        TEST_TWO(code_changed_after_it_was_adopted),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

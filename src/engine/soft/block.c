@@ -387,6 +387,17 @@ static bool fits_limit(const struct soft_vcpu *v, const struct block *b)
     return segment_left(v, soft_ip(v)) >= b->bytes;
 }
 
+/* The block at lin, where gpa is, if it is kept. */
+static struct block *find_kept(struct soft_vcpu *v, gva_t lin, gpa_t gpa)
+{
+    struct block *b = *hash_slot(v->blocks, gpa, v->mode);
+
+    while (b && !(b->gpa == gpa && b->mode == v->mode && fits_limit(v, b) &&
+                  second_page_matches(v, b, lin)))
+        b = b->hash_next;
+    return b;
+}
+
 static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gva_t lin)
 {
     struct block_cache *c = v->blocks;
@@ -398,10 +409,7 @@ static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gv
 
     v->cur = &insn_none;
     host = soft_fetch(v, lin, &gpa);
-    for (b = *hash_slot(c, gpa, v->mode); b; b = b->hash_next)
-        if (b->gpa == gpa && b->mode == v->mode && fits_limit(v, b) &&
-            second_page_matches(v, b, lin))
-            break;
+    b = find_kept(v, lin, gpa);
     if (!b) {
         if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
             recycle(v);
@@ -419,6 +427,18 @@ static inline bool link_matches(const struct soft_vcpu *v, const struct block_li
 {
     return l->lin == lin && l->generation == v->map_generation && l->block->mode == v->mode &&
            (soft_code64(v) || fits_limit(v, l->block));
+}
+
+bool block_cache_has(struct soft_vcpu *v)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
+    gpa_t gpa;
+
+    if (link_matches(v, lookup_slot(v->blocks, lin), lin))
+        return true;
+    v->cur = &insn_none;
+    soft_fetch(v, lin, &gpa);
+    return find_kept(v, lin, gpa);
 }
 
 /*

@@ -41,6 +41,9 @@ void block_cache_destroy(struct block_cache *c);
 /* The block at the exact RIP in the current mode, decoded if need be. Raises what the fetch raises. */
 struct block *block_cache_find(struct soft_vcpu *v);
 
+/* Whether there is that block already. Raises what the fetch raises. */
+bool block_cache_has(struct soft_vcpu *v);
+
 /*
  * Drops this vCPU's blocks of [gpa, gpa + n), or all, and translations of them. A dropped block that is
  * running is left after the current instruction.

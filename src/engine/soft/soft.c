@@ -4,6 +4,7 @@
  */
 #include "engine/soft/block.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/bt/store.h"
 #include "engine/soft/decode.h"
 #include "engine/soft/flags.h"
 #include "engine/soft/host_exec.h"
@@ -75,6 +76,7 @@ static void soft_destroy(struct engine *engine)
         lapic_bus_destroy(e->lapic_bus);
     for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
         pthread_mutex_destroy(&e->code_locks[n].lock);
+    bt_store_destroy(e->store);
     free(e);
 }
 
@@ -116,8 +118,16 @@ static struct engine *bt_create_engine(const struct engine_config *config, struc
         return NULL;
     }
     engine = soft_create(config, err);
-    if (engine)
-        engine_of(engine)->bt = true;
+    if (!engine)
+        return NULL;
+    engine_of(engine)->bt = true;
+    if (config->ncpus > 1) {
+        engine_of(engine)->store = bt_store_create(bt_choose(&config->checks).store_size, err);
+        if (!engine_of(engine)->store) {
+            soft_destroy(engine);
+            return NULL;
+        }
+    }
     return engine;
 }
 
@@ -427,7 +437,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
 {
     struct soft_engine *e = engine_of(engine);
 
-    *out = (struct engine_stats){0};
+    *out = (struct engine_stats){.cache_bytes = e->store ? bt_store_bytes(e->store) : 0};
     for (unsigned n = 0; n < e->nvcpus; n++) {
         const struct soft_vcpu *v = e->vcpus[n];
 
@@ -442,6 +452,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
         out->blocks_decoded += v->stats.blocks_decoded;
         out->cache_bytes += block_cache_bytes(v->blocks) + bt_bytes(v);
         out->blocks_translated += v->stats.blocks_translated;
+        out->blocks_adopted += v->stats.blocks_adopted;
         out->tlb_misses += v->stats.tlb_misses;
         out->tlb_flushes += v->stats.tlb_flushes;
         out->spins += v->stats.spins;

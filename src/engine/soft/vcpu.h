@@ -32,6 +32,7 @@ struct soft_engine;
 struct block_cache;
 struct bt;
 struct bt_journal;
+struct bt_store;
 
 /* Mode bits: they key decoded blocks, so code decoded in one mode never runs in another. */
 #define MODE_CODE16 0x00u
@@ -254,6 +255,7 @@ struct soft_engine {
     struct code_lock code_locks[SOFT_CODE_LOCKS];
     _Atomic bool dirty_logging;
     bool bt;                   /* vCPUs translate */
+    struct bt_store *store;    /* of what they share of it; NULL: there is one vCPU */
     _Atomic unsigned sleeping; /* vCPUs, in HLT; those that wait for a start-up IPI, too */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */

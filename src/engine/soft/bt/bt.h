@@ -89,6 +89,11 @@ struct bt_source {
     const u8 *host, *host2;
 };
 struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode);
+/*
+ * share.c: the same block from what another vCPU made of the same bytes; NULL: nobody did. To be tried before
+ * bt_translate. Vector registers are at home.
+ */
+struct bt_block *bt_adopt(struct soft_vcpu *v, const struct bt_source *source, u32 mode);
 /* Whether the instruction at gpa goes on in the next page. */
 bool bt_goes_across(struct soft_vcpu *v, gpa_t gpa, const u8 *host);
 /* verify.c: round the run of one block. */

@@ -50,6 +50,7 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
         .direct_ticks = BT_DIRECT_TICKS,
         .direct_period = BT_DIRECT_PERIOD,
         .code_size = BT_COLD_START - BLOCK_ROOM,
+        .store_size = BT_STORE_SIZE,
     };
     u64 random = scramble(checks->seed);
 
@@ -59,6 +60,7 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
     c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
     c.group_span = spans[random >> 14 & 3];
     c.code_size = MIN(c.code_size, (u32)KIB(256) << (random >> 16) % 8);
+    c.store_size = (u32)KIB(128) << (random >> 20) % 12;
     c.direct_ticks = checks->seed & 1 ? 0 : UINT_MAX;
     c.direct_period = 0;
     return c;

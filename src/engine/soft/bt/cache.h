@@ -15,7 +15,7 @@
  * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
  * page's mapping is dropped.
  *
- * All of it belongs to one vCPU and its thread.
+ * All of it belongs to one vCPU and its thread. What the vCPUs have of each other's translations are copies: share.c.
  */
 #ifndef DOPPEL_ENGINE_SOFT_BT_CACHE_H
 #define DOPPEL_ENGINE_SOFT_BT_CACHE_H
@@ -133,6 +133,7 @@ struct bt_block {
     struct bt_exit *incoming;
 };
 
+#define BT_STORE_SIZE MIB(128)
 #define BT_CODE_SIZE MIB(256)
 #define BT_COLD_START MIB(128)
 #define BT_BLOCKS (1u << 20)
@@ -157,6 +158,7 @@ struct bt_choices {
     unsigned direct_ticks; /* moments that user code was seen in, before it is mapped directly */
     u64 direct_period;     /* TSC ticks between such moments */
     u32 code_size;         /* bytes of hot code, and of cold, at which the cache is full */
+    u32 store_size;        /* bytes of what vCPUs share */
 };
 
 struct direct;

@@ -242,10 +242,20 @@ void flags_to_memory(struct translation *t)
     t->flags.memory = t->flags.settled = true;
 }
 
+bool put_recipe(struct translation *t, const struct bt_recipe *r)
+{
+    u16 number = bt_recipe_number(t->bt, r);
+
+    if (!number)
+        return false;
+    put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
+    add_reloc(t, t->p, RELOC_RECIPE);
+    return true;
+}
+
 void flags_put_away(struct translation *t)
 {
     struct bt_recipe r = t->flags.recipe;
-    u16 number;
 
     if (t->flags.memory)
         return;
@@ -253,11 +263,9 @@ void flags_put_away(struct translation *t)
         u8 a = r.a;
 
         r.a = NO_REG;
-        number = bt_recipe_number(t->bt, &r);
-        if (number) {
+        if (put_recipe(t, &r)) {
             if (a != NO_REG)
                 put_store_gs(&t->p, GS_OFFSET(bt_shared.flag_source), read_reg(t, a, S2));
-            put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
             t->flags.memory = true;
             t->flags.settled = false;
             return;

@@ -92,15 +92,39 @@ static bool grows_hot(const struct soft_vcpu *v, struct block *b)
     return b->heat < NEVER_HOT && ++b->heat > v->bt->choices.hot_runs;
 }
 
+/* Where the code at the exact RIP is. False: nowhere that it could be translated from. Raises what the fetch raises. */
+static bool find_source(struct soft_vcpu *v, struct bt_source *s)
+{
+    *s = (struct bt_source){0};
+    s->host = fetch(v, &s->gpa);
+    if (s->host && bt_goes_across(v, s->gpa, s->host))
+        s->host2 = soft_fetch(v, next_page(v->cpu.gpr[GPR_RIP]), &s->gpa2);
+    return s->host;
+}
+
+static struct bt_block *make_block(struct soft_vcpu *v, const struct bt_source *s, u32 mode)
+{
+    struct bt_block *b = bt_adopt(v, s, mode);
+
+    return b ? b : bt_translate(v, s, mode);
+}
+
+/* What another vCPU found hot is not interpreted first. */
+static bool adopt(struct soft_vcpu *v)
+{
+    struct bt_source s;
+
+    if (block_cache_has(v) || !find_source(v, &s) || !bt_adopt(v, &s, v->bt_mode))
+        return false;
+    v->bt->from = NULL;
+    return true;
+}
+
 static bool translate(struct soft_vcpu *v, struct block *b)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP];
-    struct bt_source s = {0};
+    struct bt_source s;
 
-    s.host = fetch(v, &s.gpa);
-    if (s.host && bt_goes_across(v, s.gpa, s.host))
-        s.host2 = soft_fetch(v, next_page(lin), &s.gpa2);
-    if (s.host && bt_translate(v, &s, v->bt_mode)) {
+    if (find_source(v, &s) && make_block(v, &s, v->bt_mode)) {
         v->bt->from = NULL;
         return true;
     }
@@ -108,16 +132,19 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     return false;
 }
 
-/* Runs one block by the interpreter, or translates it. */
+/* Runs one block by the interpreter, or has it translated. */
 static void interpret(struct soft_vcpu *v)
 {
+    bool may_translate = v->bt_possible && !v->bt->interp_next;
     struct block *b;
 
     soft_vectors_sync(v);
     if (unlikely(bt_is_full(v->bt)))
         block_cache_flush(v);
+    if (may_translate && v->engine->store && adopt(v))
+        return;
     b = block_cache_find(v);
-    if (v->bt_possible && !v->bt->interp_next && grows_hot(v, b) && translate(v, b))
+    if (may_translate && grows_hot(v, b) && translate(v, b))
         return;
     v->bt->interp_next = false;
     v->bt->from = NULL;
@@ -166,7 +193,7 @@ static struct bt_block *narrow_block(struct soft_vcpu *v)
     if (!b) {
         soft_vectors_sync(v);
         if (!bt_goes_across(v, s.gpa, s.host))
-            b = bt_translate(v, &s, mode);
+            b = make_block(v, &s, mode);
     }
     return b;
 }

@@ -79,14 +79,23 @@ static void put_jump(struct translation *t, enum bt_reason reason, u32 site)
     put_op_gs_index8(p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump_code));
 }
 
+/* The displacement at `from` leads to what may be elsewhere, seen from there, when the block is copied. */
+static void lead(struct translation *t, u8 *from, const u8 *to)
+{
+    patch_rel32(from, to);
+    add_reloc(t, from + 4, RELOC_CODE);
+}
+
 static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 {
     put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.site), number);
+    if (reason != BT_JUMP)
+        add_reloc(t, t->p, reason == BT_LINK || reason == BT_NARROW ? RELOC_EXIT : RELOC_SITE);
     if (is_placed(t)) {
         put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page), (u32)t->block->page);
         put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page) + 4, (u32)(t->block->page >> 32));
     }
-    patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
+    lead(t, put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
 }
 
 /* A branch to an offset from the page's start that may lie outside of it. */
@@ -135,15 +144,12 @@ static bool overwrites_flags(const struct translation *t, s64 target)
 static void put_pending(struct translation *t, s64 target)
 {
     const struct bt_recipe *r = &t->flags.recipe;
-    u16 number;
 
     t->pending = 0;
     if (t->flags.memory || !r->kind || overwrites_flags(t, target))
         return;
-    number = bt_recipe_number(t->bt, r);
-    if (!number)
+    if (!put_recipe(t, r))
         return;
-    put_store_gs_imm32(&t->p, GS_OFFSET(aflags), (u32)number << 16);
     t->pending = RECIPE_NO_REGS;
     if (r->a != NO_REG)
         t->pending |= BIT32(r->a);
@@ -243,6 +249,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         flags_to_memory(t);
         site = add_site(t, i);
         t->bt->sites[site].resume = bt_keep_insn(t->bt, &i->insn);
+        t->quick_site = site;
         put_perm_out(t);
         put_leave(t, BT_QUICK, site);
         break;
@@ -277,7 +284,7 @@ static void put_resume(struct translation *t, const struct stub *stub)
         *resume = code_offset(t, t->p);
         put_perm_in(t);
         put_keep_addresses(t, true);
-        patch_rel32(put_jmp(&t->p), stub->resume);
+        lead(t, put_jmp(&t->p), stub->resume);
     }
 }
 
@@ -320,7 +327,7 @@ static void put_narrow_exit(struct translation *t, const struct stub *stub)
     if (has_perm(t)) {
         e->resume = code_offset(t, t->p);
         put_perm_in(t);
-        patch_rel32(put_jmp(&t->p), stub->resume);
+        lead(t, put_jmp(&t->p), stub->resume);
     }
 }
 
@@ -329,7 +336,7 @@ static void put_stub(struct translation *t, const struct stub *stub)
     u8 **p = &t->p;
     struct bt_exit *e;
 
-    patch_rel32(stub->from, *p);
+    lead(t, stub->from, *p);
     t->flags = stub->flags;
     t->stack = stub->stack;
     use_perm(t, stub->perm);
@@ -491,7 +498,7 @@ static void put_cold_entries(struct translation *t, struct bt_block *b)
     } else if (!b->host_native) {
         b->host_native = code_offset(t, t->p);
         emit_flags_save(&t->p);
-        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->memory_native));
+        lead(t, put_jmp(&t->p), bt_write_at(t->bt, b->memory_native));
     } else if (b->first_use == FLAGS_OVERWRITTEN) {
         b->memory_native = b->host_native;
     } else if (!has_perm(t)) {
@@ -503,13 +510,13 @@ static void put_cold_entries(struct translation *t, struct bt_block *b)
         t->flags = (struct flag_state){.memory = true};
         flags_settle(t);
         put_flags_load(t);
-        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, b->host_native));
+        lead(t, put_jmp(&t->p), bt_write_at(t->bt, b->host_native));
     }
     b->fault = t->bt->glue[BT_FAULT];
     if (has_perm(t)) {
         b->fault = code_offset(t, t->p);
         put_perm_out(t);
-        patch_rel32(put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[BT_FAULT]));
+        lead(t, put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[BT_FAULT]));
     }
 }
 
@@ -708,20 +715,35 @@ static unsigned decode_across(struct translation *t, gpa_t gpa, const u8 *bytes,
     return i->len;
 }
 
-/* From now on a store to the block's bytes is noticed. False: one came before that. */
-static bool protect_block(const struct translation *t, const struct bt_block *b,
-                          const struct bt_source *source)
+bool bt_source_is(const struct bt_source *source, const u8 *code, unsigned n)
 {
-    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1))), at = 0;
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (source->gpa & (GUEST_PAGE_SIZE - 1)));
 
-    if (!soft_code_protect(t->v, b->gpa, MIN(b->bytes, first)) ||
-        (b->gpa2 && !soft_code_protect(t->v, b->gpa2, b->bytes - first)))
-        return false;
-    for (unsigned n = 0; n < t->count && at < b->bytes; n++)
-        for (unsigned k = 0; k < t->insns[n].len; k++, at++)
-            if (t->insns[n].bytes[k] != (at < first ? source->host[at] : source->host2[at - first]))
-                return false;
-    return true;
+    first = MIN(n, first);
+    return !memcmp(source->host, code, first) &&
+           (n == first || !memcmp(source->host2, code + first, n - first));
+}
+
+bool bt_block_protect(struct soft_vcpu *v, const struct bt_block *b, const struct bt_source *source,
+                      const u8 *code)
+{
+    unsigned first = (unsigned)(GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1)));
+
+    first = MIN(b->bytes, first);
+    return soft_code_protect(v, b->gpa, first) &&
+           (!b->gpa2 || soft_code_protect(v, b->gpa2, b->bytes - first)) &&
+           bt_source_is(source, code, b->bytes);
+}
+
+/* The bytes that the instructions were decoded from. */
+static void gather_code(struct translation *t)
+{
+    u8 *to = t->code;
+
+    for (unsigned n = 0; n < t->count; n++) {
+        memcpy(to, t->insns[n].bytes, t->insns[n].len);
+        to += t->insns[n].len;
+    }
 }
 
 static unsigned decode(struct translation *t, const struct bt_source *source)
@@ -737,38 +759,48 @@ static unsigned decode(struct translation *t, const struct bt_source *source)
 }
 
 /* A build that audits does not outlive its first finding. */
-static void audit_block(const struct translation *t, u32 first_site)
+static void audit_block(const struct bt *bt, const struct bt_block *b, u32 first_site,
+                        const u8 *code)
 {
-    const struct bt_block *b = t->block;
-    u32 sites[2] = {first_site, t->bt->nsites};
+    u32 sites[2] = {first_site, bt->nsites};
     struct bt_fault_found found;
+    char text[3 * 15 * BT_MAX_INSNS + 1] = "";
 
-    if (bt_audit(t->bt, b, sites, &found))
+    if (bt_audit(bt, b, sites, &found))
         return;
     log_message(LOG_ERROR,
                 "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
                 found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
                 found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
-    for (unsigned n = 0; n < t->count; n++) {
-        char text[64] = "";
-
-        for (unsigned k = 0; k < t->insns[n].len; k++)
-            snprintf(text + 3 * k, sizeof(text) - 3 * k, "%02x ", t->insns[n].bytes[k]);
-        log_message(LOG_ERROR, "  %03x  %s", t->insns[n].offset, text);
-    }
+    for (unsigned n = 0; n < b->bytes; n++)
+        snprintf(text + 3 * n, sizeof(text) - 3 * n, "%02x ", code[n]);
+    log_message(LOG_ERROR, "  %s", text);
     abort();
 }
 
-/* Under the address that it was translated for: another mapping of the page will have the same name. */
-static void name_block(const struct translation *t)
+/* Under the address that it is made for: another mapping of the page will have the same name. */
+static void name_block(const struct soft_vcpu *v, const struct bt_block *b)
 {
-    const struct bt_block *b = t->block;
-    struct perf_map *m = t->v->engine->config.perf_map;
-    u64 lin = t->v->cpu.gpr[GPR_RIP];
+    struct perf_map *m = v->engine->config.perf_map;
+    u64 lin = v->cpu.gpr[GPR_RIP];
     bool user = b->mode & BT_MODE_USER;
 
-    perf_map_add(m, bt_run_at(t->bt, b->hot), b->hot_end - b->hot, lin, user);
-    perf_map_add(m, bt_run_at(t->bt, b->cold), b->cold_end - b->cold, lin, user);
+    perf_map_add(m, bt_run_at(v->bt, b->hot), b->hot_end - b->hot, lin, user);
+    perf_map_add(m, bt_run_at(v->bt, b->cold), b->cold_end - b->cold, lin, user);
+}
+
+void bt_block_finish(struct soft_vcpu *v, struct bt_block *b, u32 first_site, const u8 *code)
+{
+    struct bt *bt = v->bt;
+
+    bt->hot = (b->hot_end + 15) & ~15u;
+    bt->cold = b->cold_end;
+    if (BT_AUDIT)
+        audit_block(bt, b, first_site, code);
+    if (v->engine->config.perf_map)
+        name_block(v, b);
+    bt->nblocks++;
+    bt_block_insert(v, b);
 }
 
 struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *source, u32 mode)
@@ -778,13 +810,13 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     struct bt *bt = v->bt;
     const struct bt_insn *last;
     struct bt_block *b;
-    u32 sites = bt->nsites;
+    u32 sites = bt->nsites, x87s = bt->nx87s;
 
     if (bt_is_full(bt))
         return NULL;
     t->v = v;
     t->bt = bt;
-    t->count = t->nstubs = 0;
+    t->count = t->nstubs = t->nrelocs = 0;
     t->goes_across = false;
     memset(t->groups, 0, sizeof(t->groups));
     memset(t->direct, 0, sizeof(t->direct));
@@ -792,6 +824,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->stack = (struct stack_state){.known = true};
     t->x87 = 0;
     t->x87_live = false;
+    t->quick_site = NO_SITE;
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
@@ -802,7 +835,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
                            .exits = bt->nexits,
                            .points = bt->npoints};
     b->bytes = (u16)decode(t, source);
-    if (!b->bytes || !protect_block(t, b, source))
+    gather_code(t);
+    if (!b->bytes || !bt_block_protect(v, b, source, t->code))
         return NULL;
     settle_flags(t);
     b->first_use = (u8)first_use(t);
@@ -841,17 +875,11 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
         put_stub(t, &t->stubs[n]);
     b->cold_end = code_offset(t, t->p);
 
-    bt->hot = (b->hot_end + 15) & ~15u;
-    bt->cold = b->cold_end;
     b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
     b->nexits = bt->nexits - b->exits;
     b->npoints = bt->npoints - b->points;
-    if (BT_AUDIT)
-        audit_block(t, sites);
-    if (v->engine->config.perf_map)
-        name_block(t);
-    bt->nblocks++;
-    bt_block_insert(v, b);
+    bt_block_finish(v, b, sites, t->code);
+    bt_publish(t, sites, x87s);
     v->stats.blocks_translated++;
     return b;
 }

@@ -11,6 +11,7 @@
 #define BT_HOT_RUNS 16
 #define BT_MAX_INSNS 64
 #define BT_MAX_STUBS 512
+#define BT_MAX_RELOCS 2048
 #define BT_GROUP_SPAN 512
 #define BT_DIRECT_GROUPS 8
 #define BT_DIRECT_TICKS 2
@@ -52,6 +53,7 @@ struct direct_group {
 #define DIRECT_REACH ((s64)MIB(1))
 
 #define CHUNK_IN_S2 UINT32_MAX
+#define NO_SITE UINT32_MAX
 
 /*
  * Placed blocks: what is known of RSP, which is used without a look into the map. Wherever one block goes on to
@@ -81,6 +83,19 @@ struct stub {
     struct stack_state stack;
 };
 
+/* Four bytes of code that aren't the same where the block is copied to: share.c. */
+enum bt_reloc_kind {
+    RELOC_CODE,   /* a displacement to the block's other half, or to a way out */
+    RELOC_SITE,   /* the number of a site */
+    RELOC_EXIT,   /* of an exit */
+    RELOC_RECIPE, /* of a recipe, in the upper half */
+};
+struct bt_reloc {
+    u32 at : 28;  /* code offset */
+    u32 kind : 4; /* enum bt_reloc_kind */
+};
+_Static_assert(BT_CODE_SIZE <= BIT32(28), "a code offset has 28 bits");
+
 struct translation {
     struct soft_vcpu *v;
     struct bt *bt;
@@ -104,11 +119,15 @@ struct translation {
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
     u32 x87;          /* as in a site */
     bool x87_live;    /* the x87 registers were made live in this block */
+    u32 quick_site;   /* that of BT_QUICK, or NO_SITE */
     struct bt_insn insns[BT_MAX_INSNS + 1];
     u32 pending; /* registers of the recipe in v->aflags, and RECIPE_NO_REGS; 0: none is there */
     unsigned count, at; /* instructions, and the one under way */
     struct stub stubs[BT_MAX_STUBS];
     unsigned nstubs;
+    struct bt_reloc relocs[BT_MAX_RELOCS];
+    unsigned nrelocs;
+    u8 code[(BT_MAX_INSNS + 1) * 15]; /* the guest's, that the block is made of */
 };
 
 static inline bool is_placed(const struct translation *t)
@@ -120,6 +139,29 @@ static inline u32 code_offset(const struct translation *t, const u8 *p)
 {
     return (u32)(p - t->bt->writable);
 }
+
+/* The four bytes before `end`. More than there is room for make the block one that isn't shared. */
+static inline void add_reloc(struct translation *t, const u8 *end, enum bt_reloc_kind kind)
+{
+    if (t->nrelocs < BT_MAX_RELOCS)
+        t->relocs[t->nrelocs] = (struct bt_reloc){code_offset(t, end) - 4, kind};
+    t->nrelocs++;
+}
+
+/* --- translate.c --- */
+
+/* Whether n bytes of guest code are `code`. */
+bool bt_source_is(const struct bt_source *source, const u8 *code, unsigned n);
+/* From now on a store to the block's bytes is noticed. False: one came before that; `code` is what they were. */
+bool bt_block_protect(struct soft_vcpu *v, const struct bt_block *b, const struct bt_source *source,
+                      const u8 *code);
+/* The block bt->blocks[bt->nblocks] is made, of `code`. Its sites are those from first_site on. */
+void bt_block_finish(struct soft_vcpu *v, struct bt_block *b, u32 first_site, const u8 *code);
+
+/* --- share.c --- */
+
+/* The block that t has just made, whose sites and x87 instructions are those from these numbers on, is for others, too. */
+void bt_publish(const struct translation *t, u32 first_site, u32 first_x87);
 
 /* --- emit.c --- */
 
@@ -190,6 +232,8 @@ void direct_leave(struct translation *t, const struct bt_insn *i);
 void direct_push_return(struct translation *t, const struct bt_insn *i);
 void direct_pop_return(struct translation *t, const struct bt_insn *i);
 
+/* Leaves a recipe pending in v->aflags. False: there are too many. */
+bool put_recipe(struct translation *t, const struct bt_recipe *r);
 void flags_need(struct translation *t);
 void flags_to_memory(struct translation *t);
 /* For a return, behind which nobody is likely to ask: as a pending recipe of nothing that changes, if there is one. */
