@@ -506,6 +506,32 @@ static void copy_small(void *to, const void *from, size_t n)
         *d = *s;
 }
 
+/* A load of 1, 2, 4 or 8 bytes at once. */
+static u64 read_scalar(const void *from, unsigned size)
+{
+    union {
+        u8 n8;
+        u16 n16;
+        u32 n32;
+        u64 n64;
+    } value;
+
+    switch (size) {
+    case 1:
+        memcpy(&value.n8, from, 1);
+        return value.n8;
+    case 2:
+        memcpy(&value.n16, from, 2);
+        return value.n16;
+    case 4:
+        memcpy(&value.n32, from, 4);
+        return value.n32;
+    default:
+        memcpy(&value.n64, from, 8);
+        return value.n64;
+    }
+}
+
 static void copy(void *to, const void *from, size_t n)
 {
     if (n <= 64)
@@ -622,10 +648,8 @@ u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access)
     struct place p;
     u64 value = 0;
 
-    if (likely(hit)) {
-        copy_small(&value, hit, size);
-        return value;
-    }
+    if (likely(hit))
+        return read_scalar(hit, size);
     if (unlikely(crosses_page(lin, size))) {
         soft_load_bytes(v, lin, &value, size, access);
         return value;
@@ -633,11 +657,7 @@ u64 soft_load(struct soft_vcpu *v, gva_t lin, unsigned size, unsigned access)
     lin = check_address(v, lin, size, access);
     check_watches(v, lin, size, access);
     p = translate(v, lin, access);
-    if (p.host)
-        copy_small(&value, p.host, size);
-    else
-        value = mmio_read(v, p.gpa, size);
-    return value;
+    return p.host ? read_scalar(p.host, size) : mmio_read(v, p.gpa, size);
 }
 
 void soft_store(struct soft_vcpu *v, gva_t lin, u64 value, unsigned size, unsigned access)

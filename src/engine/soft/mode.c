@@ -30,12 +30,13 @@ static void update_class_faults(struct soft_vcpu *v)
 static void update_access(struct soft_vcpu *v, unsigned cpl)
 {
     const struct cpu *cpu = &v->cpu;
+    bool aligned = cpl == 3 && (cpu->cr0 & CR0_AM) && (cpu->rflags & EFLAGS_AC);
 
     v->tlb_kind = cpl == 3                                             ? TLB_USER
                   : (cpu->cr4 & CR4_SMAP) && (cpu->rflags & EFLAGS_AC) ? TLB_KERNEL_AC
                                                                        : TLB_KERNEL;
-    v->align_check = cpl == 3 && (cpu->cr0 & CR0_AM) && (cpu->rflags & EFLAGS_AC);
-    v->tlb = v->align_check || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
+    v->align_check = aligned;
+    v->tlb = aligned || v->data_breakpoints ? &v->tlb_none : &v->tlbs[v->tlb_kind];
 }
 
 void soft_mode_changed(struct soft_vcpu *v)

@@ -917,6 +917,28 @@ static bool emit_compare_memory(struct translation *t, const struct bt_insn *i, 
     return true;
 }
 
+/*
+ * AH, BH, CH or DH beside a memory operand, whose registers need a REX prefix, with which there is no AH: S2's low
+ * byte stands for it. The host's flags stay.
+ */
+static void emit_high_byte(struct translation *t, const struct bt_insn *i, s32 disp)
+{
+    u8 whole = i->reg - 4; /* RAX to RBX */
+    u8 **p = &t->p;
+
+    if (i->reg_action & ACTION_READ)
+        put_rorx(p, S2, whole, 8);
+    add_access_point(t, i);
+    put_plain(t, i, S2, 0, 0, disp);
+    if (i->reg_action & ACTION_WRITE) {
+        put_rorx(p, whole, whole, 8);
+        put_rex(p, false, S2, 0, whole); /* mov al, S2b */
+        put8(p, 0x88);
+        put_modrm(p, 3, S2, whole);
+        put_rorx(p, whole, whole, 56);
+    }
+}
+
 static void emit_plain(struct translation *t, const struct bt_insn *i)
 {
     struct borrowed m = {{S2, S2}, {0, 0}};
@@ -933,6 +955,11 @@ static void emit_plain(struct translation *t, const struct bt_insn *i)
         flags_need(t);
     if (i->flags_in || !i->flags_out)
         flags_before_write(t, i->written);
+    if (i->mem && i->high_reg) {
+        emit_high_byte(t, i, disp);
+        flags_made(t, i, i->recipe);
+        return;
+    }
     note_operand(t, &m, i->reg_gpr, i->reg, i->reg_action);
     note_operand(t, &m, i->rm_gpr, i->rm, i->rm_action);
     note_operand(t, &m, i->vvvv_gpr, i->vvvv, i->vvvv_action);
@@ -1250,6 +1277,8 @@ static void emit_string(struct translation *t, const struct bt_insn *i)
 
     if (is_direct(t) && direct_string(t, i))
         return;
+    if (string_compares(&i->string)) /* C makes them anew there, if RCX isn't 0 */
+        flags_to_memory(t);
     flags_before_write(t, i->written);
     flags_clobber(t);
     direct_forget(t);
@@ -1258,6 +1287,8 @@ static void emit_string(struct translation *t, const struct bt_insn *i)
     s->number = add_site(t, i);
     s->resume = t->p;
     t->bt->sites[s->number].string = i->string;
+    if (string_compares(&i->string))
+        t->flags = (struct flag_state){.memory = true, .settled = true};
 }
 
 /* --- All of them --- */

@@ -415,7 +415,8 @@ bool direct_string(struct translation *t, const struct bt_insn *i)
     struct stub *backward, *far = NULL;
     u8 **p = &t->p;
 
-    if (!string->destination || in_memory(t, RDI) || in_memory(t, RSI) || in_memory(t, RCX))
+    if ((string->op != STRING_MOVE && string->op != STRING_STORE) || in_memory(t, RDI) ||
+        in_memory(t, RSI) || in_memory(t, RCX))
         return false;
     flags_before_write(t, i->written);
     flags_clobber(t);
@@ -428,7 +429,7 @@ bool direct_string(struct translation *t, const struct bt_insn *i)
     }
     put_mov_rr(p, S2, RDI);
     put_direct_check(t, i);
-    if (string->source) {
+    if (string_has_source(string)) {
         put_mov_rr(p, S2, RSI);
         put_direct_check(t, i);
     }
@@ -439,7 +440,7 @@ bool direct_string(struct translation *t, const struct bt_insn *i)
         put8(p, 0xf3);
     if (string->size == 8)
         put_rex(p, true, 0, 0, 0);
-    put8(p, (string->source ? 0xa4u : 0xaau) | (string->size > 1)); /* movs, stos */
+    put8(p, (string_has_source(string) ? 0xa4u : 0xaau) | (string->size > 1)); /* movs, stos */
     backward->resume = t->p;
     if (far)
         far->resume = t->p;

@@ -238,6 +238,7 @@ static bool take_operands(struct bt_insn *i, const struct decoded *raw)
             number = gpr_number(op->reg.value);
             if (is_high_byte(op->reg.value)) {
                 i->high_byte = true;
+                i->high_reg |= op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG;
                 i->fixed |= BIT32(number);
             }
             if (action & ACTION_READ || action & ACTION_PARTIAL)
@@ -572,27 +573,46 @@ static enum bt_op branch_op(struct bt_insn *i, const struct decoded *raw)
     return BT_INTERP;
 }
 
-/* MOVS, STOS and LODS through flat segments. */
+/* String instructions through flat segments. */
 static enum bt_op string_op(const struct soft_vcpu *v, struct bt_insn *i,
                             const ZydisDecodedInstruction *zi)
 {
-    u8 opcode = i->opcode & 0xfe;
-    bool movs = opcode == 0xa4, stos = opcode == 0xaa, lods = opcode == 0xac;
+    struct bt_string s = {.size = i->opcode & 1 ? i->insn.osize : 1,
+                          .len = i->len,
+                          .repeated = i->insn.flags & (INSN_REP | INSN_REPNE),
+                          .until_equal = i->insn.flags & INSN_REPNE};
 
     /* bt,verify can't compare it: its journal ends with the first element. */
-    if (v->journal || i->map || (!movs && !stos && !lods) || i->insn.asize != i->word ||
-        (!stos && zi->attributes & (ZYDIS_ATTRIB_HAS_SEGMENT_FS | ZYDIS_ATTRIB_HAS_SEGMENT_GS |
-                                    ZYDIS_ATTRIB_HAS_SEGMENT_CS)))
+    if (v->journal || i->map || i->insn.asize != i->word)
         return BT_INTERP;
-    i->string = (struct bt_string){.size = i->opcode & 1 ? i->insn.osize : 1,
-                                   .len = i->len,
-                                   .repeated = i->insn.flags & (INSN_REP | INSN_REPNE),
-                                   .source = !stos,
-                                   .destination = !lods};
-    if (i->string.repeated && lods)
+    switch (i->opcode & 0xfe) {
+    case 0xa4:
+        s.op = STRING_MOVE;
+        break;
+    case 0xa6:
+        s.op = STRING_COMPARE;
+        break;
+    case 0xaa:
+        s.op = STRING_STORE;
+        break;
+    case 0xac:
+        s.op = STRING_LOAD;
+        break;
+    case 0xae:
+        s.op = STRING_SCAN;
+        break;
+    default: /* INS and OUTS */
         return BT_INTERP;
-    i->written = (lods ? BIT32(RAX) : BIT32(RDI)) | (stos ? 0 : BIT32(RSI)) |
-                 (i->string.repeated ? BIT32(RCX) : 0);
+    }
+    if (string_has_source(&s) &&
+        (zi->attributes &
+         (ZYDIS_ATTRIB_HAS_SEGMENT_FS | ZYDIS_ATTRIB_HAS_SEGMENT_GS | ZYDIS_ATTRIB_HAS_SEGMENT_CS)))
+        return BT_INTERP;
+    i->string = s;
+    i->flags_out = string_compares(&s);
+    i->written = (string_has_source(&s) ? BIT32(RSI) : 0) |
+                 (string_has_destination(&s) ? BIT32(RDI) : BIT32(RAX)) |
+                 (s.repeated ? BIT32(RCX) : 0);
     i->read = i->written | BIT32(RAX);
     return BT_STRING_INSN;
 }
@@ -696,8 +716,8 @@ static enum bt_op classify(struct soft_vcpu *v, struct bt_insn *i, const struct 
         return BT_INTERP; /* the page's offset is added to it */
     if (zi->mnemonic == ZYDIS_MNEMONIC_LEA)
         return BT_LEA;
-    if (i->mem && (i->high_byte || !i->mem_size))
-        return BT_INTERP; /* AH and R14 don't meet in one instruction */
+    if (i->mem && (i->high_byte != i->high_reg || !i->mem_size))
+        return BT_INTERP;
     if (is_bit_test(zi->mnemonic) && i->mem && raw->ops[1].type == ZYDIS_OPERAND_TYPE_REGISTER)
         return raw->ops[1].size < 32 || (i->address32 && !i->code32) ? BT_INTERP : BT_BIT_STRING;
     if (is_plain_integer(zi->mnemonic) || zi->meta.category == ZYDIS_CATEGORY_CMOV ||

@@ -23,7 +23,7 @@ enum bt_op {
     BT_CLD,
     BT_STD,
     BT_SWAPGS,
-    BT_STRING_INSN, /* MOVS, STOS, LODS: in C, by string.c */
+    BT_STRING_INSN, /* MOVS, STOS, LODS, SCAS, CMPS: in C, by string.c */
     BT_FAST, /* ends the block: the interpreter does it, and leaves the vector registers alone */
     /* These end the block, but for a conditional branch that isn't taken. */
     BT_JCC,
@@ -62,12 +62,28 @@ struct bt_recipe {
 };
 
 /* A string instruction that runs in C. */
+enum bt_string_op { STRING_MOVE, STRING_STORE, STRING_LOAD, STRING_COMPARE, STRING_SCAN };
 struct bt_string {
+    u8 op;   /* enum bt_string_op */
     u8 size; /* of an element */
     u8 len;  /* of the instruction */
     bool repeated;
-    bool source, destination; /* in memory; not both: the other is the accumulator */
+    bool until_equal; /* by REPNE */
 };
+
+/* Whether it uses memory at RSI, and at RDI; and whether it makes flags. */
+static inline bool string_has_source(const struct bt_string *s)
+{
+    return s->op == STRING_MOVE || s->op == STRING_LOAD || s->op == STRING_COMPARE;
+}
+static inline bool string_has_destination(const struct bt_string *s)
+{
+    return s->op != STRING_LOAD;
+}
+static inline bool string_compares(const struct bt_string *s)
+{
+    return s->op == STRING_COMPARE || s->op == STRING_SCAN;
+}
 
 struct bt_insn {
     u8 bytes[15], len;
@@ -92,6 +108,7 @@ struct bt_insn {
     bool reg_gpr, rm_gpr, vvvv_gpr; /* whether they are general registers */
     bool opcode_reg;                /* the register is in the opcode: `rm` */
     bool high_byte;                 /* AH, CH, DH or BH is an operand */
+    bool high_reg;                  /* it is that of the encoding's reg */
     u8 mem_size;                    /* 0: no memory access */
     bool mem, mem_write;            /* memory operand (LEA has one with no access) */
     bool rip_relative, address32;

@@ -290,7 +290,8 @@ static void execute_quick(struct soft_vcpu *v)
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
     const struct insn *i = v->bt->kept[site->resume];
 
-    bt_x87_point(v, site->x87);
+    if (unlikely(site->x87))
+        bt_x87_point(v, site->x87);
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
     v->block = NULL;
     i->fn(v, i);
