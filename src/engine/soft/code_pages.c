@@ -129,6 +129,7 @@ bool soft_code_protect(struct soft_vcpu *v, gpa_t gpa, u64 n)
     atomic_fetch_or(&t->code_users, me);
     atomic_fetch_or(&t->code_lines, soft_line_mask(gpa, n));
     pthread_mutex_unlock(&lock->lock);
+    bt_direct_protect(v, page, t);
     writers = atomic_load(&t->writers);
     if (writers & me)
         soft_tlb_protect(v, page);

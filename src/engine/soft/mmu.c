@@ -899,10 +899,6 @@ void soft_tlb_protect(struct soft_vcpu *v, gpa_t page)
     FOR_EACH_IN(used, v, tlb, n)
     if ((tlb->entries[n].info & ~(GUEST_PAGE_SIZE - 1)) == page)
         tlb->entries[n].write_tag = TLB_NO_TAG(n);
-    if (track->direct_write) { /* never with several vCPUs, so that none of them writes it */
-        bt_direct_protect(v, page);
-        track->direct_write = false;
-    }
     atomic_fetch_and(&track->writers, ~soft_vcpu_bit(v));
 }
 

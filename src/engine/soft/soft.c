@@ -72,6 +72,7 @@ static void soft_destroy(struct engine *engine)
             pages_free(e->pages[n], tracks_size(&e->config.memory->slots[n]));
         free((void *)e->dirty[n]);
     }
+    bt_direct_spaces_destroy(e->direct);
     if (e->lapic_bus)
         lapic_bus_destroy(e->lapic_bus);
     for (unsigned n = 0; n < SOFT_CODE_LOCKS; n++)
@@ -121,12 +122,12 @@ static struct engine *bt_create_engine(const struct engine_config *config, struc
     if (!engine)
         return NULL;
     engine_of(engine)->bt = true;
-    if (config->ncpus > 1) {
+    engine_of(engine)->direct = bt_direct_spaces_create(err);
+    if (config->ncpus > 1)
         engine_of(engine)->store = bt_store_create(bt_choose(&config->checks).store_size, err);
-        if (!engine_of(engine)->store) {
-            soft_destroy(engine);
-            return NULL;
-        }
+    if (!engine_of(engine)->direct || (config->ncpus > 1 && !engine_of(engine)->store)) {
+        soft_destroy(engine);
+        return NULL;
     }
     return engine;
 }

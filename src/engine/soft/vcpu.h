@@ -234,7 +234,7 @@ struct page_track {
     _Atomic u64 code_lines; /* which of its 64-byte lines hold code that a vCPU keeps blocks of */
     _Atomic u64 code_users; /* which vCPUs do */
     _Atomic u64 writers;    /* which vCPUs may have a write tag for it, or a store under way */
-    bool direct_write;      /* the one vCPU with direct mappings may have one for writing it */
+    _Atomic bool direct_write; /* a direct mapping for writing it may be there (bt/direct_space.c) */
 };
 
 /* Of some pages each: guards the clearing of code_lines (code_pages.c). */
@@ -243,6 +243,8 @@ struct code_lock {
     pthread_mutex_t lock;
     u64 blocks; /* made of these pages' code so far */
 };
+
+struct direct_spaces;
 
 struct soft_engine {
     struct engine_config config;
@@ -256,6 +258,7 @@ struct soft_engine {
     _Atomic bool dirty_logging;
     bool bt;                   /* vCPUs translate */
     struct bt_store *store;    /* of what they share of it; NULL: there is one vCPU */
+    struct direct_spaces *direct; /* of bt: the mappings that its vCPUs share */
     _Atomic unsigned sleeping; /* vCPUs, in HLT; those that wait for a start-up IPI, too */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */

@@ -47,14 +47,19 @@ void bt_thread_end(struct soft_vcpu *v);
 /* Runs translated and interpreted blocks until something calls for attention. */
 void bt_run(struct soft_vcpu *v);
 
+/* What the vCPUs of an engine share of direct mappings. NULL: err is set. */
+struct direct_spaces *bt_direct_spaces_create(struct error *err);
+void bt_direct_spaces_destroy(struct direct_spaces *all);
+
 /*
  * Direct mappings, as of the TLB: all translations of the current address space were dropped; of one page, in
- * any; CR3 was written. Writes to the page at gpa must not go by; there may be none at all (the dirty log).
+ * any; CR3 was written. No vCPU may write to the page at gpa, whose track has code_lines now, by one; v may have none at
+ * all (the dirty log).
  */
 void bt_direct_flush(struct soft_vcpu *v);
 void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin);
 void bt_direct_switch(struct soft_vcpu *v, unsigned pcid, bool keep);
-void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa);
+void bt_direct_protect(struct soft_vcpu *v, gpa_t gpa, struct page_track *track);
 void bt_direct_drop(struct soft_vcpu *v);
 
 /* Makes a vCPU that runs translated code leave it soon: attention was set. Any thread. */
@@ -130,7 +135,7 @@ bool bt_direct_want(struct soft_vcpu *v, u64 number);
 void bt_direct_fault(struct soft_vcpu *v, gva_t lin);
 /*
  * A link from another page to placed block b is about to be made. False: it must not. Such links are undone
- * (bt_cut_links) when the owner's page tables have something else there, or when there is another owner.
+ * (bt_cut_links) when the page tables have something else there, or when another address space is mapped.
  */
 bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b);
 int bt_direct_create(struct soft_vcpu *v, struct error *err);
