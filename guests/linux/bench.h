@@ -35,6 +35,7 @@ struct benchmark {
 extern const struct benchmark compute_benchmarks[]; /* integer code */
 extern const struct benchmark float_benchmarks[];   /* floating point and SIMD */
 extern const struct benchmark corner_benchmarks[];  /* not to be measured: see corners.c */
+extern const struct benchmark sharing_benchmarks[]; /* nor these: sharing.c */
 extern const struct benchmark
     system_benchmarks[]; /* the kernel's work, asked for by system calls */
 

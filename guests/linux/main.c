@@ -31,10 +31,8 @@ static const struct {
     const char *name;
     const struct benchmark *list;
 } classes[] = {
-    {"compute", compute_benchmarks},
-    {"fp", float_benchmarks},
-    {"system", system_benchmarks},
-    {CORNERS, corner_benchmarks},
+    {"compute", compute_benchmarks}, {"fp", float_benchmarks},      {"system", system_benchmarks},
+    {CORNERS, corner_benchmarks},    {CORNERS, sharing_benchmarks},
 };
 
 void die(const char *what)

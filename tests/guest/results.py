@@ -20,38 +20,45 @@ import system
 
 # Under an odd seed, user code is mapped at its own addresses from the start.
 DIRECT = "bt,seed=9"
-RESULT = re.compile(r"result (\S+) \S+ \S+ ([0-9a-f]{16})")
+# Engines, and numbers of processors.
+RUNS = [*((engine, 1) for engine in [*system.ENGINES, DIRECT]), ("bt", 3), (DIRECT, 2)]
+RESULT = re.compile(r"result (\S+) (\S+) \S+ ([0-9a-f]{16})")
+# The class of what several processors do.
+CORNERS = "corners"
 
 
 def main():
-    """A native run, and one an engine."""
+    """A native run, and those of RUNS."""
     program = os.path.abspath(sys.argv[1])
     cases = guest.Cases()
     try:
-        native = dict(RESULT.findall(subprocess.run([program, "--seconds", "0"], check=True,
-                                                    text=True, stdout=subprocess.PIPE).stdout))
+        native = RESULT.findall(subprocess.run([program, "--seconds", "0"], check=True, text=True,
+                                               stdout=subprocess.PIPE).stdout)
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
         print("ok native-results # skip: this kernel has no 32-bit programs")
         return
-    cases.check("native-results", len(native) >= 20, f"only {sorted(native)}")
+    cases.check("native-results", len(native) >= 20, f"only {native}")
     with guest.temporary() as directory:
-        script = f"{os.path.basename(program)} --seconds 0 2>&1\n"
-        initramfs = guest.initramfs(directory, script, program)
-        for engine in [*system.ENGINES, DIRECT]:
+        for engine, cpus in RUNS:
+            wanted = [result for result in native if cpus == 1 or result[1] == CORNERS]
+            script = f"{os.path.basename(program)} --seconds 0 {CORNERS if cpus > 1 else ''} 2>&1\n"
+            initramfs = guest.initramfs(directory, script, program)
             stats = os.path.join(directory, "stats")
-            vm = guest.Guest("--engine", engine, "--kernel", guest.kernel(), "--initrd", initramfs,
-                             "--append", "console=ttyS0 quiet", "--stats", stats)
+            label = engine if cpus == 1 else f"{engine}-{cpus}-cpus"
+            vm = guest.Guest("--engine", engine, "--cpus", str(cpus), "--kernel", guest.kernel(),
+                             "--initrd", initramfs, "--append", "console=ttyS0 quiet", "--stats", stats)
             status = vm.finish()
             failed = cases.failed
-            results = dict(RESULT.findall("\n".join(line for _, line in vm.lines)))
-            for name, checksum in native.items():
-                cases.equal(f"{engine}-{name}", results.get(name), checksum)
-            cases.equal(f"{engine}-power-off", status, 0)
+            results = RESULT.findall("\n".join(line for _, line in vm.lines))
+            for name, _, checksum in wanted:
+                cases.equal(f"{label}-{name}", [got for same, _, got in results if same == name],
+                            [checksum])
+            cases.equal(f"{label}-power-off", status, 0)
             if engine == DIRECT and not program.endswith("32"):
                 with open(stats, encoding="ascii") as file:
-                    cases.check("direct-mappings", json.load(file)["direct_mappings"] > 100,
+                    cases.check(f"{label}-direct-mappings", json.load(file)["direct_mappings"] > 100,
                                 "no user pages were mapped at their own addresses")
             if cases.failed > failed:
                 vm.show()

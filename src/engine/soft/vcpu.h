@@ -234,7 +234,8 @@ struct page_track {
     _Atomic u64 code_lines; /* which of its 64-byte lines hold code that a vCPU keeps blocks of */
     _Atomic u64 code_users; /* which vCPUs do */
     _Atomic u64 writers;    /* which vCPUs may have a write tag for it, or a store under way */
-    _Atomic bool direct_write; /* a direct mapping for writing it may be there (bt/direct_space.c) */
+    _Atomic bool
+        direct_write; /* a direct mapping for writing it may be there (bt/direct_space.c) */
 };
 
 /* Of some pages each: guards the clearing of code_lines (code_pages.c). */
@@ -256,10 +257,10 @@ struct soft_engine {
     _Atomic u64 *dirty[MEMORY_MAX_SLOTS]; /* one bit a page, while dirty_logging */
     struct code_lock code_locks[SOFT_CODE_LOCKS];
     _Atomic bool dirty_logging;
-    bool bt;                   /* vCPUs translate */
-    struct bt_store *store;    /* of what they share of it; NULL: there is one vCPU */
+    bool bt;                      /* vCPUs translate */
+    struct bt_store *store;       /* of what they share of it; NULL: there is one vCPU */
     struct direct_spaces *direct; /* of bt: the mappings that its vCPUs share */
-    _Atomic unsigned sleeping; /* vCPUs, in HLT; those that wait for a start-up IPI, too */
+    _Atomic unsigned sleeping;    /* vCPUs, in HLT; those that wait for a start-up IPI, too */
     _Atomic bool a20;
     _Atomic bool extint;        /* the level at every LINT0 */
     _Atomic unsigned exclusive; /* number, from 1, of the vCPU that alone may run: posts.h */

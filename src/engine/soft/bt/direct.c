@@ -58,8 +58,9 @@ struct direct {
     bool off;                   /* user code runs whose stack can't be mapped */
     struct view *views;         /* by a chunk's place in the space */
     struct direct_links *links;
-    unsigned idle;   /* ticks since the space was seen */
-    gpa_t candidate; /* the address space seen last, by its tables; how often in a row; and when (TSC) */
+    unsigned idle; /* ticks since the space was seen */
+    gpa_t
+        candidate; /* the address space seen last, by its tables; how often in a row; and when (TSC) */
     unsigned seen;
     u64 last_tick;
     unsigned budget;

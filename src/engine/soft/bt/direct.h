@@ -62,7 +62,7 @@ struct direct_space {
 /* An engine's. */
 struct direct_spaces {
     pthread_mutex_t lock;
-    bool possible; /* the first chunk is reserved; never changes */
+    bool possible;       /* the first chunk is reserved; never changes */
     _Atomic bool failed; /* the host refused something: nothing more is mapped */
     unsigned nmaps;      /* of all spaces */
     struct direct_space *all[SOFT_MAX_CPUS];
