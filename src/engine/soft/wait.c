@@ -7,7 +7,8 @@
  *
  * A guest spins for a lock in the belief that its owner is running. Where there are more vCPUs than processors
  * for them, the owner may be waiting for the very processor. The guest's loops say by PAUSE that they are
- * such: one that goes on for longer than a lock is held gives the processor away.
+ * such: one that goes on for longer than a lock is held gives the processor away. On a busy host it may be long
+ * until it has it again, so the APIC timer is looked at each time, not once in so many blocks (run.c).
  */
 #include "engine/soft/wait.h"
 
@@ -136,5 +137,6 @@ void soft_pause(struct soft_vcpu *v)
         sched_yield();
     else
         nanosleep(&nap, NULL);
+    v->poll = 0;
     v->spin_last = __rdtsc();
 }
