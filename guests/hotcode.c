@@ -302,6 +302,52 @@ static void remapped_by_cr3(void)
     set_cr4(cr4() & ~CR4_PCIDE);
 }
 
+/* --- A call from page to page --- */
+
+static void map_callee(volatile u64 *entry, const u8 *code, u64 flags)
+{
+    entry[1] = (word)code | 3 | flags;
+    invlpg(WINDOW + 4096);
+}
+
+/* The caller's page and, at first, the other one are global. */
+static void calls_other_page(void)
+{
+    static const u8 call_next_page[] = {0xe8, 0xfb, 0x0f, 0, 0, 0xc3}; /* call WINDOW + 4096; ret */
+    volatile u64 *entry = entry_of(WINDOW);
+    u8 *first = page + 4096, *second = page + 8192;
+
+    set_cr4(cr4() | CR4_PGE);
+    memcpy(page, call_next_page, sizeof(call_next_page));
+    write_function(first, 1);
+    write_function(second, 2);
+    *entry = (word)page | 3 | PTE_GLOBAL;
+    invlpg(WINDOW);
+    map_callee(entry, first, PTE_GLOBAL);
+    check("callee", runs((void *)WINDOW, 1));
+    map_callee(entry, second, PTE_GLOBAL);
+    check("callee-remapped-by-invlpg", runs((void *)WINDOW, 2));
+    entry[1] = (word)first | 3 | PTE_GLOBAL;
+    set_cr4(cr4() & ~CR4_PGE);
+    set_cr4(cr4() | CR4_PGE);
+    check("callee-remapped-by-pge", runs((void *)WINDOW, 1));
+    write_function(first, 3);
+    check("callee-written", runs((void *)WINDOW, 3));
+    map_callee(entry, first, 0);
+    check("callee-not-global", runs((void *)WINDOW, 3));
+    entry[1] = (word)second | 3;
+    set_cr3(cr3());
+    check("callee-remapped-by-cr3", runs((void *)WINDOW, 2));
+    map_callee(entry, first, PTE_GLOBAL);
+    check("callee-global-again", runs((void *)WINDOW, 3));
+    entry[1] = 0;
+    invlpg(WINDOW + 4096);
+    TRY("call *%0", : : "r"(WINDOW) : "memory", "ax");
+    check("callee-gone", trap.vector == PF && trap.cr2 == WINDOW + 4096);
+    map_callee(entry, second, PTE_GLOBAL);
+    check("callee-back", runs((void *)WINDOW, 2));
+}
+
 void guest_main(void)
 {
     patched_loop();
@@ -312,4 +358,5 @@ void guest_main(void)
     by_dma();
     remapped_by_invlpg();
     remapped_by_cr3();
+    calls_other_page();
 }

@@ -91,6 +91,17 @@ static inline void put_store_gs_imm32(u8 **p, u32 offset, u32 imm)
     put32(p, offset);
     put32(p, imm);
 }
+/* mov qword gs:[offset], imm (sign-extended) */
+static inline void put_store_gs_simm32(u8 **p, u32 offset, s32 imm)
+{
+    put8(p, 0x65);
+    put8(p, 0x48);
+    put8(p, 0xc7);
+    put_modrm(p, 0, 0, 4);
+    put8(p, 0x25);
+    put32(p, offset);
+    put32(p, (u32)imm);
+}
 /* The groups with an immediate byte: OP_GROUP_BYTE (80) and OP_TEST_BYTE (f6) of a byte, 83 of more. */
 enum { OP_GROUP_BYTE = 0x80, OP_GROUP = 0x83, OP_TEST_BYTE = 0xf6 };
 static inline void put_op_gs_imm8(u8 **p, unsigned op, unsigned ext, u32 offset, u8 imm)
@@ -140,6 +151,13 @@ static inline void put_mov_imm(u8 **p, unsigned reg, u64 imm)
 {
     bool wide = imm > UINT32_MAX;
 
+    if (wide && imm == (u64)(s64)(s32)imm) { /* mov reg, imm (sign-extended) */
+        put_rex(p, true, 0, 0, reg);
+        put8(p, 0xc7);
+        put_modrm(p, 3, 0, reg);
+        put32(p, (u32)imm);
+        return;
+    }
     if (wide || reg >= 8)
         put_rex(p, wide, 0, 0, reg);
     put8(p, 0xb8 | (reg & 7));

@@ -307,7 +307,7 @@ static bool add_resume(struct audit *a)
 /* Another block may follow. */
 static bool audit_stack(struct audit *a)
 {
-    return !bt_is_placed(a->b->mode) || direct_stack_is_settled(&a->known.direct)
+    return !(a->b->mode & BT_MODE_DIRECT) || direct_stack_is_settled(&a->known.direct)
                ? true
                : refuse(a, "a way out without a look at RSP");
 }
@@ -424,10 +424,10 @@ static bool is_direct_block(const struct audit *a)
     return (a->b->mode & (BT_MODE_DIRECT | BT_MODE_NARROW)) == BT_MODE_DIRECT;
 }
 
-/* Placed blocks have the stack's instructions as they are, direct code LEAVE too. */
+/* Those of BT_MODE_DIRECT have the stack's instructions as they are, direct code LEAVE too. */
 static bool is_direct_stack(const struct audit *a, const ZydisDecodedInstruction *zi)
 {
-    return (bt_is_placed(a->b->mode) &&
+    return ((a->b->mode & BT_MODE_DIRECT) &&
             (zi->mnemonic == ZYDIS_MNEMONIC_PUSH || zi->mnemonic == ZYDIS_MNEMONIC_POP)) ||
            (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE);
 }
@@ -581,7 +581,7 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
         return refuse(a, "an address off FS");
     if (is_direct_block(a) && size <= 64 && direct_allows(&a->known.direct, m))
         return true;
-    if (bt_is_placed(a->b->mode) && direct_allows_stack(&a->known.direct, m))
+    if ((a->b->mode & BT_MODE_DIRECT) && direct_allows_stack(&a->known.direct, m))
         return true;
     if (is_direct_block(a) && zi->mnemonic == ZYDIS_MNEMONIC_LEAVE)
         return direct_allows_leave(&a->known.direct) ? true

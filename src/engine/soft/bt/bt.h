@@ -24,10 +24,15 @@
 #define BT_MODE_DIRECT                                                                             \
     0x100u /* user addresses are the host's, where direct_map says so: direct.c */
 
+/* Kernel code of 64-bit mode: its links between pages are in links.c. */
+static inline bool bt_is_kernel(u32 mode)
+{
+    return !(mode & (BT_MODE_USER | BT_MODE_CODE32));
+}
 /* Whether blocks of the mode know their linear address (cache.h). */
 static inline bool bt_is_placed(u32 mode)
 {
-    return mode & BT_MODE_DIRECT;
+    return (mode & BT_MODE_DIRECT) || bt_is_kernel(mode);
 }
 
 /* 0, or an error that names what this host's processor lacks. */
@@ -112,6 +117,8 @@ void bt_vectors_load(struct soft_vcpu *v);
 /* fill.c: fills the TLB for an access of the current privilege if that needs no change to the page
  * tables; false: the interpreter must see to it. */
 bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write);
+/* fill.c: whether the kernel's code at page lin is fetched from gpa, by a global translation. */
+bool bt_kernel_code_is_at(const struct soft_vcpu *v, gva_t lin, gpa_t gpa);
 /* string.c: runs a string instruction; false: the interpreter must go on with it. */
 bool bt_string(struct soft_vcpu *v, const struct bt_string *s);
 /* x87.c: an instruction of the interpreter's comes next: makes the x87 pointers what the one numbered
@@ -138,6 +145,14 @@ void bt_direct_fault(struct soft_vcpu *v, gva_t lin);
  * (bt_cut_links) when the page tables have something else there, or when another address space is mapped.
  */
 bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b);
+/*
+ * links.c: the same for kernel code, whose RIP, where the link leads, is exact. Such links are undone when what is
+ * mapped there may have changed: all translations were dropped; those of one page. Every block was dropped.
+ */
+bool bt_kernel_link(struct soft_vcpu *v, const struct bt_block *b);
+void bt_kernel_links_check(struct soft_vcpu *v);
+void bt_kernel_links_cut(struct soft_vcpu *v, gva_t lin);
+void bt_kernel_links_forget(struct bt *bt);
 int bt_direct_create(struct soft_vcpu *v, struct error *err);
 void bt_direct_destroy(struct soft_vcpu *v);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */

@@ -459,6 +459,7 @@ void bt_mappings_dropped(struct soft_vcpu *v)
     memset(v->bt->contexts, 0, sizeof(v->bt->contexts));
     forget_user(v->bt);
     v->bt->kernel_nonglobal = false;
+    bt_kernel_links_check(v);
     bt_update_key(v);
 }
 
@@ -506,6 +507,7 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 
     if (!v->bt)
         return;
+    bt_kernel_links_cut(v, lin);
     /* An instruction that goes on in this page begins in the last bytes of the one before. */
     for (unsigned n = 1; n < 15; n++)
         jump_empty(v, bt_jump_slot(page - n));
@@ -692,6 +694,7 @@ void bt_flush(struct soft_vcpu *v)
     memset(bt->hash, 0, sizeof(bt->hash));
     memset(bt->pages, 0, sizeof(bt->pages));
     memset(bt->crossing, 0, sizeof(bt->crossing));
+    bt_kernel_links_forget(bt);
     bt_jump_clear(v);
 }
 

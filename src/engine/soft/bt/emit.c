@@ -646,7 +646,7 @@ static void group_after(struct translation *t, const struct bt_insn *i)
     u32 changed = insn_changed_regs(i);
     s32 by;
 
-    if (is_placed(t))
+    if (has_direct_stack(t))
         direct_after(t, i);
     if (is_direct(t))
         return;
@@ -1022,7 +1022,7 @@ static void emit_push(struct translation *t, const struct bt_insn *i)
     u8 **p = &t->p;
     s32 disp;
 
-    if (is_direct(t) || (is_placed(t) && !i->mem)) {
+    if (is_direct(t) || (has_direct_stack(t) && !i->mem)) {
         direct_push(t, i);
         return;
     }
@@ -1062,7 +1062,7 @@ static void emit_pop(struct translation *t, const struct bt_insn *i)
     u8 **p = &t->p, to = in_memory(t, i->rm) ? S2 : t->home[i->rm];
     s32 disp;
 
-    if (is_placed(t)) {
+    if (has_direct_stack(t)) {
         direct_pop(t, i);
         return;
     }
@@ -1093,7 +1093,7 @@ void emit_push_return(struct translation *t, const struct bt_insn *i)
 {
     s32 disp;
 
-    if (is_placed(t)) {
+    if (has_direct_stack(t)) {
         direct_push_return(t, i);
         return;
     }
@@ -1109,7 +1109,7 @@ void emit_pop_return(struct translation *t, const struct bt_insn *i)
 {
     s32 disp;
 
-    if (is_placed(t)) {
+    if (has_direct_stack(t)) {
         direct_pop_return(t, i);
         return;
     }

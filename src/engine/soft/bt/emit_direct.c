@@ -190,7 +190,7 @@ void stack_settle(struct translation *t, s64 offset)
 {
     const struct stack_state *s = &t->stack;
 
-    if (!is_placed(t) || (s->known && (s->touched || !s->drift)))
+    if (!has_direct_stack(t) || (s->known && (s->touched || !s->drift)))
         return;
     if (!s->known) {
         flags_clobber(t);

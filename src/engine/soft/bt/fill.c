@@ -13,7 +13,7 @@
 struct leaf {
     gpa_t gpa;
     u64 entry, mask;
-    bool user, writable;
+    bool user, writable, executable;
 };
 
 static const struct memory_slot *find_slot(const struct guest_memory *m, gpa_t gpa)
@@ -75,7 +75,7 @@ static bool walk_64(const struct soft_vcpu *v, gva_t lin, struct leaf *leaf)
     bool pae = !(cpu->msr.efer & EFER_LMA);
     gpa_t table = cpu->cr3 & address;
 
-    leaf->user = leaf->writable = true;
+    leaf->user = leaf->writable = leaf->executable = true;
     if (!(cpu->msr.efer & EFER_NXE))
         reserved |= PTE_NX;
     if (pae) {
@@ -95,6 +95,7 @@ static bool walk_64(const struct soft_vcpu *v, gva_t lin, struct leaf *leaf)
             return false;
         leaf->user &= !!(entry & PTE_U);
         leaf->writable &= !!(entry & PTE_W);
+        leaf->executable &= !(entry & PTE_NX);
         if (level && !(entry & PTE_PS)) {
             table = entry & address;
             continue;
@@ -141,6 +142,15 @@ static bool rights(const struct soft_vcpu *v, const struct leaf *leaf, enum tlb_
             return false;
     }
     return true;
+}
+
+bool bt_kernel_code_is_at(const struct soft_vcpu *v, gva_t lin, gpa_t gpa)
+{
+    struct leaf leaf;
+
+    return (v->cpu.msr.efer & EFER_LMA) && (v->cpu.cr4 & CR4_PGE) && walk_64(v, lin, &leaf) &&
+           leaf.gpa == gpa && leaf.executable && (leaf.entry & PTE_G) &&
+           !(leaf.user && (v->cpu.cr4 & CR4_SMEP));
 }
 
 bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)

@@ -247,6 +247,11 @@ static void on_fault(struct soft_vcpu *v)
         bt_direct_fault(v, v->bt_shared.linear);
 }
 
+static bool link_across(struct soft_vcpu *v, const struct bt_block *b)
+{
+    return bt_is_kernel(b->mode) ? bt_kernel_link(v, b) : bt_direct_link(v, b);
+}
+
 /* A direct exit that isn't linked, or was undone by a kick. */
 static const u8 *on_link(struct soft_vcpu *v)
 {
@@ -258,10 +263,11 @@ static const u8 *on_link(struct soft_vcpu *v)
         struct bt_block *b = find_block(v);
 
         bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
-        if (!b || b->gpa2 || v->journal || (bt_exit_is_across(e) && !bt_direct_link(v, b)))
+        if (!b || b->gpa2 || v->journal || (bt_exit_is_across(e) && !link_across(v, b)))
             return NULL;
         bt_exit_link(bt, e, b);
     }
+    v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     return bt_run_at(bt, e->to->memory_entry);
 }
 

@@ -24,13 +24,13 @@
  * flags in the host's register, and in memory.
  *
  * RIP. Code is shared by all mappings of its page, so it knows its offset in the page and
- * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left. Direct code is made for one address, which it
- * knows (placed, cache.h); it has ip_page right when it is left.
+ * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left. Direct code and kernel code are made for one
+ * address, which they know (placed, cache.h); direct code has ip_page right when it is left, the others always.
  *
  * Ways out of a block
  *  - a direct branch within the page: a jump that is patched to the target's code, once there is any. No
- *    check is needed: who runs in a page has its translation. In direct code, branches to other pages likewise, for
- *    as long as direct.c knows what is mapped there.
+ *    check is needed: who runs in a page has its translation. In direct code and kernel code, branches to other pages
+ *    likewise, for as long as direct.c, or links.c, knows what is mapped there.
  *  - any other branch: the jump cache is asked for the linear address (put_jump).
  *  - the slow path of an access, and instructions that are not translated: back to C, which goes on
  *    by the interpreter at exactly that instruction.
@@ -86,15 +86,25 @@ static void lead(struct translation *t, u8 *from, const u8 *to)
     add_reloc(t, from + 4, RELOC_CODE);
 }
 
+/* v->bt_shared.ip_page = page; the flags stay. */
+static void put_store_page(struct translation *t, gva_t page)
+{
+    if (page == (u64)(s64)(s32)page) {
+        put_store_gs_simm32(&t->p, GS_OFFSET(bt_shared.ip_page), (s32)page);
+        return;
+    }
+    put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page), (u32)page);
+    put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page) + 4, (u32)(page >> 32));
+}
+
+/* Kernel code has ip_page right all the time, but between an exit to another page and its stub. */
 static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 {
     put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.site), number);
     if (reason != BT_JUMP)
         add_reloc(t, t->p, reason == BT_LINK || reason == BT_NARROW ? RELOC_EXIT : RELOC_SITE);
-    if (is_placed(t)) {
-        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page), (u32)t->block->page);
-        put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page) + 4, (u32)(t->block->page >> 32));
-    }
+    if ((t->block->mode & BT_MODE_DIRECT) || (reason == BT_LINK && is_placed(t)))
+        put_store_page(t, t->block->page);
     lead(t, put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
 }
 
@@ -106,10 +116,14 @@ static void put_far_jump(struct translation *t, s32 target)
     put_jump(t, BT_JUMP, 0);
 }
 
-/* Whether an exit to there may be linked: it isn't in another page, or the block is placed. */
+static bool is_in_page(s64 target)
+{
+    return target >= 0 && target < (s64)GUEST_PAGE_SIZE;
+}
+
 static bool can_link(const struct translation *t, s64 target)
 {
-    return is_placed(t) ? target == (s32)target : target >= 0 && target < (s64)GUEST_PAGE_SIZE;
+    return is_in_page(target) || (t->links_pages && target == (s32)target);
 }
 
 /* The displacement at `from` leads to `target`, from the page's start; the flags are as they are now. */
@@ -133,7 +147,7 @@ static bool overwrites_flags(const struct translation *t, s64 target)
 {
     const struct bt_block *b = t->block, *to = b;
 
-    if (target < 0 || target >= (s64)GUEST_PAGE_SIZE)
+    if (!is_in_page(target))
         return false;
     if (target != t->insns[0].offset)
         to = bt_block_find(t->v, (b->gpa & ~(GUEST_PAGE_SIZE - 1)) + (u64)target, b->page, b->mode);
@@ -157,15 +171,29 @@ static void put_pending(struct translation *t, s64 target)
         t->pending |= BIT32(r->b);
 }
 
+/* Whether an exit to there moves ip_page on its way. */
+static bool moves_page(const struct translation *t, s64 target)
+{
+    return bt_is_kernel(t->block->mode) && !is_in_page(target);
+}
+
+/* A jump that may be linked. */
+static void put_exit(struct translation *t, s64 target)
+{
+    if (!t->flags.memory)
+        flags_need(t);
+    put_pending(t, target);
+    if (moves_page(t, target))
+        put_store_page(t, (t->block->page + (u64)target) & ~(GUEST_PAGE_SIZE - 1));
+    add_exit(t, put_jmp(&t->p), target);
+}
+
 /* From the instruction at an offset from the page's start to another. */
 static void put_direct(struct translation *t, s64 offset, s64 target)
 {
     stack_settle(t, offset);
     if (can_link(t, target)) {
-        if (!t->flags.memory)
-            flags_need(t);
-        put_pending(t, target);
-        add_exit(t, put_jmp(&t->p), target);
+        put_exit(t, target);
     } else {
         flags_to_memory(t);
         put_far_jump(t, (s32)target);
@@ -181,7 +209,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     flags_settle(t);
     stack_settle(t, i->offset);
     flags_need(t);
-    if (can_link(t, target)) {
+    if (can_link(t, target) && !moves_page(t, target)) {
         put_pending(t, target);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
@@ -362,6 +390,10 @@ static void put_stub(struct translation *t, const struct stub *stub)
         put_leave(t, BT_LINK, stub->number);
         break;
     case STUB_FAR:
+        if (can_link(t, stub->target)) {
+            put_exit(t, stub->target);
+            break;
+        }
         flags_to_memory(t);
         put_far_jump(t, stub->target);
         break;
@@ -435,14 +467,18 @@ static void find_kept_regs(const struct translation *t, struct bt_block *b)
 /*
  * From the jump cache: RIP is the block's own address. The store of ip_page is branched round when nothing
  * changes: else each call's return address would depend, through memory, on the last return's. Placed blocks
- * know their address.
+ * know their address; those of BT_MODE_DIRECT store it when they leave for C.
  */
 static void put_jump_prefix(struct translation *t, gpa_t gpa)
 {
     u8 *skip;
 
-    if (is_placed(t))
+    if (t->block->mode & BT_MODE_DIRECT)
         return;
+    if (is_placed(t)) {
+        put_store_page(t, t->block->page);
+        return;
+    }
     put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
     put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
     put_op_gs(&t->p, true, OP_CMP, S1, GS_OFFSET(bt_shared.ip_page));
@@ -825,6 +861,8 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->x87 = 0;
     t->x87_live = false;
     t->quick_site = NO_SITE;
+    t->links_pages =
+        bt_is_kernel(mode) ? soft_fetch_is_global(v, v->cpu.gpr[GPR_RIP]) : bt_is_placed(mode);
     b = &bt->blocks[bt->nblocks];
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,

@@ -56,7 +56,7 @@ struct direct_group {
 #define NO_SITE UINT32_MAX
 
 /*
- * Placed blocks: what is known of RSP, which is used without a look into the map. Wherever one block goes on to
+ * With BT_MODE_DIRECT: what is known of RSP, which is used without a look into the map. Wherever one block goes on to
  * another, RSP is in a chunk that was found mapped, or at most STACK_SLACK away from an address at which a stack access
  * was made since.
  */
@@ -116,6 +116,7 @@ struct translation {
      * are borrowed for host addresses.
      */
     u8 home[16], memory_reg[2], perm[BT_PERM];
+    bool links_pages; /* exits to other pages may be linked (links.c, direct.c) */
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
     u32 x87;          /* as in a site */
     bool x87_live;    /* the x87 registers were made live in this block */
@@ -133,6 +134,12 @@ struct translation {
 static inline bool is_placed(const struct translation *t)
 {
     return bt_is_placed(t->block->mode);
+}
+
+/* Whether RSP is one that accesses may use as it is (struct stack_state). */
+static inline bool has_direct_stack(const struct translation *t)
+{
+    return t->block->mode & BT_MODE_DIRECT;
 }
 
 static inline u32 code_offset(const struct translation *t, const u8 *p)
