@@ -26,9 +26,7 @@
 #define SHARED 0x20000 /* pages for KVM to write to */
 
 #define PORT_VECTOR 0x80 /* a handler says its vector */
-#define PORT_END 0x81    /* and that it is done */
-#define PORT_PAUSE                                                                                 \
-    0x82 /* says nothing; KVM enters the guest anew, and reports an EOI before that */
+#define PORT_END 0x81    /* and that it is done: KVM may owe the report of its EOI still */
 
 #define MSI_ADDRESS 0xfee00000
 #define MSI_LEVEL 0xc000 /* asserted */
@@ -81,7 +79,7 @@ static void port_write(void *opaque, u64 offset, u64 value, unsigned size)
     case PORT_END:
         engine_kvm.vcpu_kick(r->vcpu);
         break;
-    default: /* PORT_PAUSE */
+    default:
         break;
     }
 }
@@ -109,13 +107,12 @@ static void put_code(struct rig *r)
 {
     static const u8 wait[] = {0xfb, 0xf4, 0xeb, 0xfc}; /* sti; hlt; jmp to sti */
     static const u8 end[] = {
-        0x66, 0xb9,       0x0b, 0x08, 0x00, 0x00, /* mov $0x80b, %ecx: x2APIC's EOI register */
-        0x66, 0x31,       0xc0,                   /* xor %eax, %eax */
-        0x66, 0x31,       0xd2,                   /* xor %edx, %edx */
-        0x0f, 0x30,                               /* wrmsr */
-        0xe6, PORT_PAUSE,                         /* out %al, $PORT_PAUSE */
-        0xe6, PORT_END,                           /* out %al, $PORT_END */
-        0xcf,                                     /* iret */
+        0x66, 0xb9,     0x0b, 0x08, 0x00, 0x00, /* mov $0x80b, %ecx: x2APIC's EOI register */
+        0x66, 0x31,     0xc0,                   /* xor %eax, %eax */
+        0x66, 0x31,     0xd2,                   /* xor %edx, %edx */
+        0x0f, 0x30,                             /* wrmsr */
+        0xe6, PORT_END,                         /* out %al, $PORT_END */
+        0xcf,                                   /* iret */
     };
     static const u8 show[] = {
         0x66, 0xb8,     0x01, 0x00, 0x00, 0x40, /* mov $0x40000001, %eax */
@@ -174,7 +171,7 @@ static struct rig *rig_create(u32 pv_off)
     r->clock = vm_clock_create(r->loop, &err);
     r->ports = io_bus_create("port", 0x10000, &err);
     r->mmio = io_bus_create("mmio", BIT(36), &err);
-    r->range = (struct io_range){"test", PORT_VECTOR, 3, &port_ops, r};
+    r->range = (struct io_range){"test", PORT_VECTOR, 2, &port_ops, r};
     if (memory_add_slot(&r->memory, 0, MIB(1), 0, &err) || io_bus_add(r->ports, &r->range, &err))
         die(err.text);
     put_code(r);

@@ -12,6 +12,7 @@
 #include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -144,9 +145,31 @@ static void a_missing_capability_is_named(void **state)
         const char *name;
     } caps[] = {
 #define CAP(cap) {cap, #cap}
-        CAP(KVM_CAP_SPLIT_IRQCHIP), CAP(KVM_CAP_IRQ_ROUTING), CAP(KVM_CAP_IRQFD),
-        CAP(KVM_CAP_IOEVENTFD),     CAP(KVM_CAP_SIGNAL_MSI),  CAP(KVM_CAP_VCPU_EVENTS),
-        CAP(KVM_CAP_SREGS2),        CAP(KVM_CAP_XSAVE),       CAP(KVM_CAP_IMMEDIATE_EXIT),
+        CAP(KVM_CAP_USER_MEMORY),
+        CAP(KVM_CAP_READONLY_MEM),
+        CAP(KVM_CAP_EXT_CPUID),
+        CAP(KVM_CAP_SPLIT_IRQCHIP),
+        CAP(KVM_CAP_IRQ_ROUTING),
+        CAP(KVM_CAP_SIGNAL_MSI),
+        CAP(KVM_CAP_IRQFD),
+        CAP(KVM_CAP_IOEVENTFD),
+        CAP(KVM_CAP_IOEVENTFD_ANY_LENGTH),
+        CAP(KVM_CAP_X2APIC_API),
+        CAP(KVM_CAP_TSC_DEADLINE_TIMER),
+        CAP(KVM_CAP_MP_STATE),
+        CAP(KVM_CAP_USER_NMI),
+        CAP(KVM_CAP_VCPU_EVENTS),
+        CAP(KVM_CAP_DEBUGREGS),
+        CAP(KVM_CAP_XSAVE),
+        CAP(KVM_CAP_XCRS),
+        CAP(KVM_CAP_SREGS2),
+        CAP(KVM_CAP_MCE),
+        CAP(KVM_CAP_ADJUST_CLOCK),
+        CAP(KVM_CAP_VCPU_ATTRIBUTES),
+        CAP(KVM_CAP_IMMEDIATE_EXIT),
+        CAP(KVM_CAP_SET_TSS_ADDR),
+        CAP(KVM_CAP_SET_IDENTITY_MAP_ADDR),
+        CAP(KVM_CAP_X86_USER_SPACE_MSR),
 #undef CAP
     };
 
@@ -183,6 +206,50 @@ static void a_guest_that_goes_wrong_is_told(void **state)
     assert_int_equal(runs, 2);
 }
 
+/* What is said on stderr while `name` is looked for, and the engine found. */
+static const struct engine_ops *choose(const char *name, char *said, size_t size)
+{
+    int to = memfd_create("said", MFD_CLOEXEC), saved = dup(STDERR_FILENO);
+    const struct engine_ops *found;
+    struct engine_checks checks;
+    struct error err = {0};
+    ssize_t n;
+
+    dup2(to, STDERR_FILENO);
+    found = engine_choose(name, &checks, &err);
+    dup2(saved, STDERR_FILENO);
+    n = pread(to, said, size - 1, 0);
+    said[MAX(n, 0)] = '\0';
+    close(saved);
+    close(to);
+    return found;
+}
+
+static u64 cpu_ms(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
+    return (u64)ts.tv_sec * 1000 + (u64)ts.tv_nsec / 1000000;
+}
+
+static void auto_says_why_in_one_line_and_soon(void **state)
+{
+    u64 begin = cpu_ms();
+    char said[256];
+
+    run_mode = RUN_HANGS;
+    assert_ptr_equal(choose("auto", said, sizeof(said)), &engine_bt);
+    assert_true(cpu_ms() - begin < 50);
+    assert_string_equal(said,
+                        "doppel: info: engine kvm can't run here: KVM hangs in a 64-bit guest that "
+                        "computes for a millisecond: Timer expired\n");
+    /* A host without the device has nothing to be told of. */
+    open_error = ENOENT;
+    assert_ptr_equal(choose("auto", said, sizeof(said)), &engine_bt);
+    assert_string_equal(said, "");
+}
+
 static void auto_takes_another_engine_then(void **state)
 {
     struct engine_checks checks;
@@ -204,7 +271,7 @@ int main(void)
         TEST(a_missing_device_is_told),         TEST(a_missing_permission_is_told),
         TEST(an_old_kernel_is_told_by_version), TEST(a_missing_capability_is_named),
         TEST(a_guest_that_hangs_is_ended),      TEST(a_guest_that_goes_wrong_is_told),
-        TEST(auto_takes_another_engine_then),
+        TEST(auto_takes_another_engine_then),   TEST(auto_says_why_in_one_line_and_soon),
     };
 #undef TEST
 

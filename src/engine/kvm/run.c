@@ -12,6 +12,9 @@
  * An exit for I/O is complete only when KVM_RUN is called again: so the loop always calls it after
  * one, with immediate_exit set when it is time to leave, and leaves on EINTR only.
  *
+ * An end of interrupt is reported only as KVM is about to enter the guest, and is no part of the state
+ * that KVM tells. So before the vCPU is left, KVM is brought to just that point: collect_owed().
+ *
  * The 8259's interrupts: KVM says when the vCPU could take one (ready_for_interrupt_injection, which
  * heeds LINT0 too), then the vector is fetched from the PIC and given to KVM for the next entry;
  * until then an exit is asked for (request_interrupt_window).
@@ -22,6 +25,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <x86intrin.h>
+
+#define KERNEL_SIGSET_SIZE 8 /* a set of 64 signals, the first bytes of a sigset_t */
 
 enum verdict { GO_ON, LEAVE };
 
@@ -243,14 +248,67 @@ static enum verdict dispatch(struct kvm_vcpu *v, struct vcpu_exit *exit, u64 beg
     return verdict;
 }
 
+/*
+ * Calls KVM_RUN until it has nothing more to report, without the guest running: a signal is pending
+ * that KVM_RUN alone doesn't block. immediate_exit wouldn't do: it ends KVM_RUN before KVM looks at
+ * what is to be reported; of a signal it takes notice after that, just before it enters the guest.
+ */
+static enum verdict run_without_entry(struct kvm_vcpu *v, struct vcpu_exit *exit)
+{
+    enum verdict verdict = GO_ON;
+
+    v->run->request_interrupt_window = 0;
+    while (verdict == GO_ON) {
+        int ret;
+
+        __atomic_store_n(&v->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        ret = ioctl(v->fd, KVM_RUN, 0);
+        if (unlikely(v->extint.queued))
+            settle_extint(v, true);
+        if (ret == 0)
+            verdict = dispatch(v, exit, __rdtsc());
+        else if (!__atomic_load_n(&v->run->immediate_exit, __ATOMIC_SEQ_CST))
+            break;
+    }
+    return verdict;
+}
+
+/* The reports that KVM owes are made before the vCPU is left. LEAVE: one of them ended the guest's run. */
+static enum verdict collect_owed(struct kvm_vcpu *v, struct vcpu_exit *exit)
+{
+    union {
+        struct kvm_signal_mask head;
+        u8 room[sizeof(struct kvm_signal_mask) + KERNEL_SIGSET_SIZE];
+    } inside = {.head.len = KERNEL_SIGSET_SIZE};
+    enum verdict verdict = GO_ON;
+    sigset_t kick, outside;
+
+    sigemptyset(&kick);
+    sigaddset(&kick, KVM_KICK_SIGNAL);
+    pthread_sigmask(SIG_BLOCK, &kick, &outside);
+    memcpy(inside.head.sigset, &outside, KERNEL_SIGSET_SIZE);
+    pthread_kill(pthread_self(), KVM_KICK_SIGNAL);
+    if (ioctl(v->fd, KVM_SET_SIGNAL_MASK, &inside) == 0) {
+        verdict = run_without_entry(v, exit);
+        ioctl(v->fd, KVM_SET_SIGNAL_MASK, NULL);
+    }
+    pthread_sigmask(SIG_SETMASK, &outside, NULL);
+    return verdict;
+}
+
 /* KVM_RUN failed with `error`. */
 static enum verdict interrupted(struct kvm_vcpu *v, struct vcpu_exit *exit, int error, u64 begin)
 {
     if (error == EINTR) {
         __atomic_store_n(&v->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
         count(v, KVM_CLASS_KICK, begin);
-        if (!atomic_exchange(&v->kicked, false))
+        if (!atomic_load(&v->kicked))
             return GO_ON;
+        if (collect_owed(v, exit) == LEAVE) { /* the kick is for the next time */
+            __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+            return LEAVE;
+        }
+        atomic_store(&v->kicked, false);
         exit->reason = VCPU_EXIT_KICKED;
         return LEAVE;
     }
