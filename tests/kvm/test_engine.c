@@ -1,6 +1,6 @@
 /*
  * The KVM engine by its contract alone (engine/engine.h), with a few instructions of real-mode code for a guest:
- * which ends of interrupt it reports, messages that eventfds send, and the paravirtual features.
+ * which ends of interrupt it reports, messages that eventfds send, the dirty log, and the paravirtual features.
  *
  * Such code runs under any KVM, in its emulator if need be: also where no 64-bit guest does.
  */
@@ -22,7 +22,10 @@
 #define END_OF_ALL 0x3000 /* where they all end */
 #define SHOW_PV 0x4000    /* writes CPUID's paravirtual features to PV_SEEN */
 #define PV_SEEN 0x5000
+#define WRITE 0x6000 /* writes to WRITTEN_A and WRITTEN_B */
 #define STACK_TOP 0x8000
+#define WRITTEN_A 0x9000
+#define WRITTEN_B 0xb000
 #define SHARED 0x20000 /* pages for KVM to write to */
 
 #define PORT_VECTOR 0x80 /* a handler says its vector */
@@ -121,7 +124,14 @@ static void put_code(struct rig *r)
         0xe6, PORT_END,                         /* out %al, $PORT_END */
     };
 
+    static const u8 write[] = {
+        0xc6, 0x06,     WRITTEN_A & 0xff, WRITTEN_A >> 8, 1, /* movb $1, WRITTEN_A */
+        0xc6, 0x06,     WRITTEN_B & 0xff, WRITTEN_B >> 8, 1, /* movb $1, WRITTEN_B */
+        0xe6, PORT_END,                                      /* out %al, $PORT_END */
+    };
+
     put(r, CODE, wait, sizeof(wait));
+    put(r, WRITE, write, sizeof(write));
     put(r, END_OF_ALL, end, sizeof(end));
     put(r, SHOW_PV, show, sizeof(show));
     for (unsigned n = 0; n < 256; n++) {
@@ -413,23 +423,88 @@ static void test_vectors(void)
     rig_destroy(r);
 }
 
+/* ---- the dirty log ---- */
+
+static bool without_rings; /* the kernel doesn't say that it has them */
+
+int __real_ioctl(int fd, unsigned long request, void *arg);
+int __wrap_ioctl(int fd, unsigned long request, void *arg);
+
+int __wrap_ioctl(int fd, unsigned long request, void *arg)
+{
+    if (without_rings && request == KVM_CHECK_EXTENSION && (uintptr_t)arg == KVM_CAP_DIRTY_LOG_RING)
+        return 0;
+    return __real_ioctl(fd, request, arg);
+}
+
+static u64 page_bit(gpa_t gpa)
+{
+    return BIT(gpa >> GUEST_PAGE_SHIFT);
+}
+
+/* Whether the pages marked are those whose bits `wanted` has, all of them among the first 64. */
+static bool log_is(struct rig *r, u64 wanted)
+{
+    u64 bitmap[MIB(1) / GUEST_PAGE_SIZE / 64] = {0};
+    int ret = engine_kvm.dirty_log_read(r->engine, memory_find(&r->memory, 0), bitmap,
+                                        ARRAY_SIZE(bitmap));
+
+    for (size_t n = 1; n < ARRAY_SIZE(bitmap); n++)
+        ret |= bitmap[n] != 0;
+    return !ret && bitmap[0] == wanted;
+}
+
+static void test_dirty_log(bool rings)
+{
+    const char *kind = rings ? "rings" : "bitmaps";
+    struct error err = {0};
+    struct rig *r;
+    char name[64];
+
+    without_rings = !rings;
+    r = rig_create(0);
+    go_to(r, WRITE);
+    run(r);
+    snprintf(name, sizeof(name), "dirty-log-by-%s-starts-empty", kind);
+    check(!engine_kvm.dirty_log_start(r->engine, &err) && log_is(r, 0), name);
+    for (unsigned n = 0; n < 2; n++) { /* a page that was read from the log is watched again */
+        go_to(r, WRITE);
+        run(r);
+        engine_kvm.memory_written(r->engine, SHARED, 1);
+        snprintf(name, sizeof(name), "dirty-log-by-%s-%u", kind, n + 1);
+        check(log_is(r, page_bit(WRITTEN_A) | page_bit(WRITTEN_B) | page_bit(SHARED)), name);
+    }
+    snprintf(name, sizeof(name), "dirty-log-by-%s-is-taken", kind);
+    check(log_is(r, 0), name);
+    engine_kvm.dirty_log_stop(r->engine);
+    rig_destroy(r);
+    without_rings = false;
+}
+
 int main(void)
 {
     struct error err;
     int dev = kvm_host_open(&err);
     u32 offered;
+    bool rings;
 
     if (dev < 0) {
         printf("ok engine # skip %s\n", err.text);
         return 0;
     }
     offered = kvm_cpuid_pv_features(dev);
+    rings = kvm_host_cap(dev, KVM_CAP_DIRTY_LOG_RING) > 0;
     close(dev);
     test_messages();
     test_loaded(false);
     test_loaded(true);
     test_irqfd();
     test_vectors();
+    test_dirty_log(false);
+    if (rings)
+        test_dirty_log(true);
+    else
+        printf("ok engine: dirty-log-by-rings # skip the kernel has none\n");
     test_pv_cpuid(offered);
     test_pv_state(offered);
     return failures ? 1 : 0;
