@@ -45,6 +45,8 @@ static const u8 writable_pages[WRITABLE_PAGES] = {0, 1, 4};
 struct host {
     u32 mxcsr_mask;
     u64 xcr0;
+    bool sets_rf;        /* in the flags that a fault pushes; QEMU's TCG, for one, never does */
+    const char *without; /* mnemonics that are left out on it, as --without has them; NULL: none */
 };
 
 /* What user mode can see of a processor. Registers that the host lacks are zero. */

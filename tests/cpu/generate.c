@@ -1333,8 +1333,62 @@ static bool has_repeat_prefix(const ZydisDecodedInstruction *zi)
     return false;
 }
 
-static bool is_usable(const ZydisDecodedInstruction *zi)
+/* Loads CS, from an operand or the stack. */
+static bool is_far(const ZydisDecodedInstruction *zi)
 {
+    if (zi->opcode_map != ZYDIS_OPCODE_MAP_DEFAULT)
+        return false;
+    switch (zi->opcode) {
+    case 0x9a:
+    case 0xca:
+    case 0xcb:
+    case 0xcf:
+    case 0xea:
+        return true;
+    default:
+        return zi->opcode == 0xff && (zi->raw.modrm.reg == 3 || zi->raw.modrm.reg == 5);
+    }
+}
+
+/* Whether the name is one of a list's, which commas separate. */
+static bool is_listed(const char *list, const char *name)
+{
+    size_t len = strlen(name);
+
+    for (; *list; list += strcspn(list, ",") + 1) {
+        size_t n = strcspn(list, ",");
+
+        if (n == len && !strncasecmp(list, name, len))
+            return true;
+        if (!list[n])
+            break;
+    }
+    return false;
+}
+
+static bool has_mmx_register(const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *ops)
+{
+    for (unsigned n = 0; n < zi->operand_count_visible; n++) {
+        if (ops[n].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+            ZydisRegisterGetClass(ops[n].reg.value) == ZYDIS_REGCLASS_MMX)
+            return true;
+    }
+    return false;
+}
+
+static bool is_without(const char *list, const ZydisDecodedInstruction *zi,
+                       const ZydisDecodedOperand *ops)
+{
+    return is_listed(list, ZydisMnemonicGetString(zi->mnemonic)) ||
+           (is_far(zi) && is_listed(list, "far")) ||
+           (has_mmx_register(zi, ops) && is_listed(list, "mmx"));
+}
+
+static bool is_usable(const struct generator *g, const ZydisDecodedInstruction *zi,
+                      const ZydisDecodedOperand *ops)
+{
+    if (g->host.without && is_without(g->host.without, zi, ops))
+        return false;
     /* AMD's FXRSTOR raises #GP when base and index overflow a 32-bit address. */
     if (wants_xsave_image(zi->mnemonic) && zi->address_width == 32 &&
         zi->machine_mode == ZYDIS_MACHINE_MODE_LONG_64)
@@ -1367,7 +1421,8 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
                                    ZydisDecodedInstruction *zi, ZydisDecodedOperand *ops,
                                    bool *valid)
 {
-    bool keep_invalid = random_below(r, 24) == 0;
+    /* A processor that takes what it should not might take it for what is left out. */
+    bool keep_invalid = random_below(r, 24) == 0 && !g->host.without;
 
     for (;;) {
         const struct mnemonic_forms *m = pick_mnemonic(g, r);
@@ -1379,7 +1434,7 @@ static unsigned random_instruction(const struct generator *g, struct random *r, 
             for (unsigned at = n + 1; at < 32; at++)
                 code[at] = (u8)random_next(r);
             *valid = decode(g, code, 15, zi, ops);
-            if (*valid && is_usable(zi))
+            if (*valid && is_usable(g, zi, ops))
                 return zi->length;
             if (!*valid && keep_invalid && !may_call_kernel(code, 15) && !is_taken_by_amd(code))
                 return 15;
@@ -1482,8 +1537,9 @@ void generate_case(const struct generator *g, struct random *r, struct test_case
             for (unsigned n = 0; n < len; n++)
                 c->code[n] = (u8)random_next(r);
             valid = decode(g, c->code, len, &zi, ops);
-        } while (valid ? !is_usable(&zi)
-                       : may_call_kernel(c->code, len) || is_taken_by_amd(c->code));
+        } while (valid ? !is_usable(g, &zi, ops)
+                       : g->host.without || may_call_kernel(c->code, len) ||
+                             is_taken_by_amd(c->code));
         if (valid)
             len = zi.length;
     } else {
@@ -1514,7 +1570,7 @@ bool generate_probe(const struct generator *g, struct random *r, u32 form, struc
         for (unsigned n = 0; n < 32; n++)
             c->code[n] = (u8)random_next(r);
         put_form(&g->forms[form], r, g->mode64, NULL, c->code);
-        if (!decode(g, c->code, 15, &zi, ops) || !is_usable(&zi))
+        if (!decode(g, c->code, 15, &zi, ops) || !is_usable(g, &zi, ops))
             continue;
         finish_case(g, r, c, zi.length, true);
         c->code_offset = 0x100; /* all of it is there */
@@ -1540,5 +1596,6 @@ bool generate_candidate(const struct generator *g, struct random *r, enum choice
     for (unsigned n = 0; n < sizeof(out->code); n++)
         out->code[n] = (u8)random_next(r);
     put_form(&g->forms[form], r, g->mode64, a, out->code);
-    return decode(g, out->code, 15, &out->zi, out->ops) && is_usable(&out->zi) && goes_on(&out->zi);
+    return decode(g, out->code, 15, &out->zi, out->ops) && is_usable(g, &out->zi, out->ops) &&
+           goes_on(&out->zi);
 }

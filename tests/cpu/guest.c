@@ -55,6 +55,7 @@ struct guest {
     struct cpu start;
     struct lapic_state apics[CPUS_MAX]; /* at the start, too */
     u8 code[CODE_SIZE];                 /* what the code pages hold */
+    u64 flags;                          /* those that can be compared */
     int vector;                         /* of the stub that wrote its port; -1: none did */
     bool kicked;                        /* from time to time, by the kicker */
     _Atomic bool kicking;
@@ -135,6 +136,27 @@ static struct segment segment_of(struct guest *g, u16 selector)
     return s;
 }
 
+/* Bits of CR4 as a kernel sets them: those of the processor's that it knows. */
+static u64 known_cr4(const struct cpuid_model *cpuid)
+{
+    static const struct {
+        enum cpuid_feature feature;
+        u64 bit;
+    } optional[] = {
+        {FEATURE_UMIP, CR4_UMIP},
+        {FEATURE_FSGSBASE, CR4_FSGSBASE},
+        {FEATURE_SMEP, CR4_SMEP},
+        {FEATURE_SMAP, CR4_SMAP},
+    };
+    u64 cr4 = 0;
+
+    for (unsigned n = 0; n < ARRAY_SIZE(optional); n++) {
+        if (cpuid_model_has(cpuid, optional[n].feature))
+            cr4 |= optional[n].bit;
+    }
+    return cr4;
+}
+
 static void make_start(struct guest *g, const struct host *host)
 {
     struct cpu *cpu = &g->start;
@@ -144,7 +166,7 @@ static void make_start(struct guest *g, const struct host *host)
     cpu->cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     cpu->cr3 = PML4;
     cpu->cr4 = CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT |
-               CR4_UMIP | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP;
+               CR4_OSXSAVE | known_cr4(g->cpuid);
     cpu->msr.efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
     if (host->xcr0 & XCR0_PKRU)
         cpu->cr4 |= CR4_PKE;
@@ -248,6 +270,7 @@ struct guest *guest_create(const char *engine, const struct host *host, const u8
     put_descriptors(g);
     memory_write(&g->memory, WINDOW_GPA + WINDOW_READ_ONLY * PAGE, read_only, PAGE);
     make_start(g, host);
+    g->flags = host->sets_rf ? UINT64_MAX : ~(u64)EFLAGS_RF;
     return g;
 fail:
     guest_destroy(g);
@@ -380,7 +403,7 @@ static void get_state(struct guest *g, struct outcome *out)
     memcpy(s->gpr, cpu.gpr, sizeof(s->gpr));
     s->gpr[RSP] = frame[4];
     s->rip = frame[1];
-    s->rflags = frame[3];
+    s->rflags = frame[3] & g->flags;
     s->cs = (u16)frame[2];
     s->ss = (u16)frame[5];
     s->ds = cpu.seg[SEG_DS].selector;

@@ -16,6 +16,8 @@
  *     --first N     begin with case N
  *     --mode 64|32  only this one
  *     --only NAME   only this mnemonic
+ *     --without NAME,...  not these mnemonics; "far" is for far calls, jumps and returns, and IRET,
+ *                   "mmx" for what has an MMX register for an operand
  *     --bytes HEX   only this instruction
  *     --engine NAME as in doppel run (each of this build's software engines in turn)
  *     --errors N    stop after this many differences (10)
@@ -42,12 +44,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 struct options {
     u64 seed, first, count;
     unsigned mode, max_errors;
-    const char *only, *engine, *native;
+    const char *only, *without, *engine, *native;
     u8 bytes[15];
     unsigned nbytes, rounds;
     bool blocks, kicks, adopt, coverage, verbose;
@@ -294,21 +297,14 @@ static u64 parse_seed(const char *text)
 static int parse_options(int argc, char **argv)
 {
     static const struct option known[] = {
-        {"blocks", no_argument, NULL, 'B'},
-        {"rounds", required_argument, NULL, 'r'},
-        {"kicks", no_argument, NULL, 'k'},
-        {"seed", required_argument, NULL, 's'},
-        {"count", required_argument, NULL, 'c'},
-        {"first", required_argument, NULL, 'f'},
-        {"mode", required_argument, NULL, 'm'},
-        {"only", required_argument, NULL, 'o'},
-        {"bytes", required_argument, NULL, 'b'},
-        {"engine", required_argument, NULL, 'e'},
-        {"errors", required_argument, NULL, 'n'},
-        {"coverage", no_argument, NULL, 'C'},
-        {"verbose", no_argument, NULL, 'v'},
-        {"adopt", no_argument, NULL, 'a'},
-        {NULL, 0, NULL, 0},
+        {"blocks", no_argument, NULL, 'B'},        {"rounds", required_argument, NULL, 'r'},
+        {"kicks", no_argument, NULL, 'k'},         {"seed", required_argument, NULL, 's'},
+        {"count", required_argument, NULL, 'c'},   {"first", required_argument, NULL, 'f'},
+        {"mode", required_argument, NULL, 'm'},    {"only", required_argument, NULL, 'o'},
+        {"bytes", required_argument, NULL, 'b'},   {"engine", required_argument, NULL, 'e'},
+        {"errors", required_argument, NULL, 'n'},  {"coverage", no_argument, NULL, 'C'},
+        {"verbose", no_argument, NULL, 'v'},       {"adopt", no_argument, NULL, 'a'},
+        {"without", required_argument, NULL, 'w'}, {NULL, 0, NULL, 0},
     };
     const char *seed = getenv("ORACLE_SEED");
     int option;
@@ -352,6 +348,9 @@ static int parse_options(int argc, char **argv)
         case 'n':
             options.max_errors = (unsigned)atoi(optarg);
             break;
+        case 'w':
+            options.without = optarg;
+            break;
         case 'C':
             options.coverage = true;
             break;
@@ -385,6 +384,26 @@ static u64 host_xcr0(void)
         return XCR0_X87 | XCR0_SSE;
     __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
     return (u64)d << 32 | a;
+}
+
+static volatile sig_atomic_t rf_was_set;
+
+static void on_invalid_opcode(int sig, siginfo_t *info, void *context)
+{
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+
+    rf_was_set = !!(registers[REG_EFL] & EFLAGS_RF);
+    registers[REG_RIP] += 2; /* past UD2 */
+}
+
+static bool host_sets_rf(void)
+{
+    struct sigaction action = {.sa_sigaction = on_invalid_opcode, .sa_flags = SA_SIGINFO}, before;
+
+    sigaction(SIGILL, &action, &before);
+    __asm__ volatile("ud2");
+    sigaction(SIGILL, &before, NULL);
+    return rf_was_set;
 }
 
 /* Each returns how many differ. */
@@ -453,7 +472,12 @@ int main(int argc, char **argv)
         return 2;
     }
     printf("# seed %llu\n", (unsigned long long)options.seed);
-    host = (struct host){host_mxcsr_mask(), host_xcr0()};
+    host = (struct host){.mxcsr_mask = host_mxcsr_mask(),
+                         .xcr0 = host_xcr0(),
+                         .sets_rf = host_sets_rf(),
+                         .without = options.without};
+    if (!host.sets_rf)
+        printf("# this processor never sets RF: it isn't compared\n");
     /* Before the first engine, which puts its own handlers in front of these for good. */
     for (unsigned n = 0; n < ARRAY_SIZE(crashes); n++)
         signal(crashes[n], on_crash);

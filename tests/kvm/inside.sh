@@ -6,9 +6,11 @@
 #     devices CPUS          the same with a virtio disk and a user network
 #     nested                the same with --cpu host,nested=on
 #     start                 CPU time and memory that a machine takes, beside QEMU's microvm
+#     memory                the kinds of memory that --memory offers
 #     exits                 what leaving the guest costs on every engine
 #     guest FILE CPUS       one of our own guests, on every engine
 #     program NAME ARGS     a test program with cases of its own
+#     oracle OPTION...      random instructions, beside the processor that is below KVM
 #     auto                  --engine auto takes KVM
 #     refuse                --engine kvm says what is missing, and has status 1
 export PATH=/bin
@@ -107,6 +109,22 @@ start()
     compare start-bzimage /start.bz
 }
 
+# Memory of each kind that the option asks for, under a guest that ends at once; without huge pages it can't have them.
+memory()
+{
+    run="timeout 60 /doppel run --engine kvm --kernel /start.elf --no-reboot --memory 16M"
+    $run,hugepages=on </dev/null >/tmp/out 2>&1
+    report memory-no-huge-pages $? 1
+    grep -q 'vm.nr_hugepages' /tmp/out
+    report memory-no-huge-pages-says-why $? 0
+    echo 16 >/proc/sys/vm/nr_hugepages
+    for option in hugepages locked mergeable hugepages=on,locked; do
+        $run,$option=on </dev/null >/tmp/out 2>&1
+        report "memory-$option" $? 3
+    done
+    echo 0 >/proc/sys/vm/nr_hugepages
+}
+
 exits()
 {
     for engine in kvm bt interp; do
@@ -172,6 +190,12 @@ program()
         echo $? >/tmp/status
     } | tee /tmp/out | grep -E '^(ok|not ok) '
     report "$(basename "$1")-status" "$(cat /tmp/status)" 0
+}
+
+# Random instructions give under kvm what they give on the processor that KVM has.
+oracle()
+{
+    program /oracle --engine kvm "$@" /oracle_native
 }
 
 # What QEMU translates for the first time is slower than any processor, and so is a QEMU whose host is
