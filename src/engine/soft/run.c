@@ -46,10 +46,8 @@ static void leave(struct soft_vcpu *v, enum vcpu_exit_reason reason)
 void soft_attend(struct soft_vcpu *v, u32 bits)
 {
     atomic_fetch_or(&v->attention, bits);
-    pthread_mutex_lock(&v->wait_lock);
-    if (v->waiting)
-        pthread_cond_signal(&v->wait_cond);
-    pthread_mutex_unlock(&v->wait_lock);
+    if (atomic_load(&v->waiting))
+        soft_wake(v);
     if (v->bt)
         bt_kick(v);
 }

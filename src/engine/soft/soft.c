@@ -190,8 +190,6 @@ static void soft_vcpu_destroy(struct vcpu *vcpu)
     insn_decoder_destroy(v->decoder);
     v->engine->vcpus[v->index] = NULL;
     pthread_mutex_destroy(&v->posts_lock);
-    pthread_cond_destroy(&v->wait_cond);
-    pthread_mutex_destroy(&v->wait_lock);
     pages_free(v, sizeof(*v));
 }
 
@@ -225,7 +223,6 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
         .ops = &lapic_callbacks,
         .opaque = v,
     };
-    pthread_condattr_t monotonic;
 
     if (!v) {
         error_host(err, ENOMEM, "can't make vCPU %u", index);
@@ -239,11 +236,6 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
     v->timer_deadline = UINT64_MAX;
     v->cur = &insn_none;
     soft_tlb_init(v);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&v->wait_lock, NULL);
-    pthread_cond_init(&v->wait_cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
     pthread_mutex_init(&v->posts_lock, NULL);
     atomic_init(&v->asleep, true);
     e->vcpus[index] = v;

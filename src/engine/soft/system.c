@@ -16,8 +16,8 @@
 #include "engine/soft/operand.h"
 #include "engine/soft/posts.h"
 #include "engine/soft/pv.h"
+#include "engine/soft/wait.h"
 
-#include <errno.h>
 #include <sys/random.h>
 #include <time.h>
 
@@ -440,13 +440,8 @@ static void op_mwait(struct soft_vcpu *v, const struct insn *i)
         until.tv_sec++;
     }
     soft_posts_begin_sleep(v);
-    pthread_mutex_lock(&v->wait_lock);
-    v->waiting = true;
-    while (!atomic_load(&v->attention) &&
-           pthread_cond_timedwait(&v->wait_cond, &v->wait_lock, &until) != ETIMEDOUT)
+    while (!atomic_load(&v->attention) && soft_sleep(v, 0, &until))
         ;
-    v->waiting = false;
-    pthread_mutex_unlock(&v->wait_lock);
     soft_posts_end_sleep(v);
     v->poll = 0;
 }

@@ -202,13 +202,10 @@ struct soft_vcpu {
 
     struct engine_stats stats;
 
-    /* HLT sleeps here; whoever sets attention wakes. */
-    pthread_mutex_t wait_lock;
-    pthread_cond_t wait_cond;
-    bool waiting;
-    u32 poll_ns;      /* for how long to look for attention before that: wait.c */
-    bool unhalted;    /* the next HLT is over at once */
-    int schedstat_fd; /* the host's account of this thread; 0: not opened, -1: there is none */
+    _Atomic bool waiting; /* asleep, in HLT or MWAIT: whoever sets attention wakes it (wait.c) */
+    u32 poll_ns;          /* for how long to look for attention before that: wait.c */
+    bool unhalted;        /* the next HLT is over at once */
+    int schedstat_fd;     /* the host's account of this thread; 0: not opened, -1: there is none */
     u64 steal_seen, steal_looked_at; /* of that account, ns; VM time, ns */
     u32 spin_yields;
     u64 spin_start, spin_last; /* of PAUSEs, in host TSC ticks */

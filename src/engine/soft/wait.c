@@ -14,8 +14,10 @@
 
 #include "engine/soft/posts.h"
 
+#include <errno.h>
+#include <linux/futex.h>
 #include <sched.h>
-#include <time.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <x86intrin.h>
 
@@ -33,9 +35,33 @@ static u64 now(const struct soft_vcpu *v)
     return vm_clock_now(v->engine->config.clock);
 }
 
-static bool may_wake(const struct soft_vcpu *v)
+/* Whether what calls for attention ends HLT. */
+static bool wakes(u32 attention)
 {
-    return atomic_load(&v->attention) & ~(ATTN_SHADOW | ATTN_LEFT);
+    return attention & ~(ATTN_SHADOW | ATTN_LEFT);
+}
+
+/* --- Sleeping --- */
+
+/*
+ * On attention itself, which the kernel compares before it lets the thread sleep. Who sets attention looks at `waiting`
+ * after that; it is set before the comparison: so one of the two is seen.
+ */
+bool soft_sleep(struct soft_vcpu *v, u32 seen, const struct timespec *until)
+{
+    bool late;
+
+    atomic_store(&v->waiting, true);
+    late = syscall(SYS_futex, &v->attention, FUTEX_WAIT_BITSET_PRIVATE, seen, until, NULL,
+                   FUTEX_BITSET_MATCH_ANY) < 0 &&
+           errno == ETIMEDOUT;
+    atomic_store(&v->waiting, false);
+    return !late;
+}
+
+void soft_wake(struct soft_vcpu *v)
+{
+    syscall(SYS_futex, &v->attention, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 /* --- HLT --- */
@@ -55,7 +81,7 @@ static bool poll_for_attention(struct soft_vcpu *v, u64 start)
 {
     u64 end = MIN(start + v->poll_ns, v->timer_deadline);
 
-    while (!may_wake(v)) {
+    while (!wakes(atomic_load(&v->attention))) {
         for (unsigned n = 0; n < 8; n++)
             __builtin_ia32_pause();
         if (now(v) >= end || !may_poll(v))
@@ -77,27 +103,19 @@ static void adapt_polling(struct soft_vcpu *v, u64 waited)
 
 static void sleep_until_attention(struct soft_vcpu *v)
 {
-    struct vm_clock *clock = v->engine->config.clock;
+    u64 deadline = v->timer_deadline;
+    struct timespec until = {0};
+    u32 seen;
 
-    atomic_fetch_add_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
-    pthread_mutex_lock(&v->wait_lock);
-    v->waiting = true;
-    while (!may_wake(v)) {
-        u64 deadline = v->timer_deadline;
+    if (deadline != UINT64_MAX) {
+        u64 host = vm_clock_to_host(v->engine->config.clock, deadline);
 
-        if (deadline == UINT64_MAX) {
-            pthread_cond_wait(&v->wait_cond, &v->wait_lock);
-        } else if (deadline <= now(v)) {
-            break;
-        } else {
-            u64 host = vm_clock_to_host(clock, deadline);
-            struct timespec ts = {(time_t)(host / NS_PER_SEC), (long)(host % NS_PER_SEC)};
-
-            pthread_cond_timedwait(&v->wait_cond, &v->wait_lock, &ts);
-        }
+        until = (struct timespec){(time_t)(host / NS_PER_SEC), (long)(host % NS_PER_SEC)};
     }
-    v->waiting = false;
-    pthread_mutex_unlock(&v->wait_lock);
+    atomic_fetch_add_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
+    while (!wakes(seen = atomic_load(&v->attention)) &&
+           soft_sleep(v, seen, deadline == UINT64_MAX ? NULL : &until))
+        ;
     atomic_fetch_sub_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
 }
 
