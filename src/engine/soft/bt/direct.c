@@ -232,7 +232,7 @@ bool bt_direct_want(struct soft_vcpu *v, u64 number)
     if (!maps || !bt_direct_enter(v, true))
         return false;
     lock(v);
-    c = space_reserve(d->space, number);
+    c = space_reserve(v, d->space, number);
     if (c) {
         activate(v, c, &maps);
         spend(d, LOOK_COST + d->budget - maps);
@@ -273,7 +273,7 @@ static bool is_eligible(const struct soft_vcpu *v)
     const struct soft_engine *e = v->engine;
 
     return e->direct->possible && !atomic_load(&e->direct->failed) && e->config.memory->in_file &&
-           !e->dirty_logging && !v->journal && (v->bt_mode & BT_MODE_USER) && soft_code64(v) &&
+           !e->dirty_logging && (v->bt_mode & BT_MODE_USER) && soft_code64(v) &&
            !(v->cpu.cr4 & CR4_LA57);
 }
 

@@ -62,9 +62,10 @@ struct direct_space {
 /* An engine's. */
 struct direct_spaces {
     pthread_mutex_t lock;
-    bool possible;       /* the first chunk is reserved; never changes */
-    _Atomic bool failed; /* the host refused something: nothing more is mapped */
-    unsigned nmaps;      /* of all spaces */
+    bool possible;                    /* the first chunk is reserved; never changes */
+    const struct direct_space *first; /* that has it; NULL: none */
+    _Atomic bool failed;              /* the host refused something: nothing more is mapped */
+    unsigned nmaps;                   /* of all spaces */
     struct direct_space *all[SOFT_MAX_CPUS];
 };
 
@@ -80,7 +81,7 @@ static inline unsigned space_place(const struct direct_space *s, const struct ch
     return (unsigned)(c - s->chunks);
 }
 /* Has the chunk's addresses, and the neighbours', for the guest. NULL: somebody else has some, or there are too many. */
-struct chunk *space_reserve(struct direct_space *s, u64 number);
+struct chunk *space_reserve(const struct soft_vcpu *v, struct direct_space *s, u64 number);
 /*
  * Makes the mappings of pages from `first` to `end` what v's page tables say now, by at most *maps changes, which are
  * taken off. prune: what is wrong is only taken away. False: that wasn't enough, or the host refused one.

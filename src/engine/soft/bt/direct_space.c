@@ -3,8 +3,8 @@
  *
  * A space is mapped for all vCPUs that have joined it. Its chunks are reserved by it, and what isn't reserved it
  * can't use: so no two spaces come near each other's, and addresses that somebody else in this process has stay his
- * (MAP_FIXED_NOREPLACE). The first chunk is reserved for good and never mapped: an address near the end of the
- * address space may wrap round to it.
+ * (MAP_FIXED_NOREPLACE). The first chunk is the engine's for good, for an address near the end of the address space may
+ * wrap round to it; one space at a time has it.
  *
  * Reading the page tables and making the mappings what they say is one step under the lock. So a mapping is never
  * older than the last flush after which a vCPU looked at it: what another vCPU read meanwhile is newer. That it may
@@ -79,6 +79,12 @@ struct chunk *space_find(const struct direct_space *s, gva_t lin)
     return &s->chunks[s->index[number] - 1];
 }
 
+static bool map_nothing(void *at, u64 size)
+{
+    return mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
+                0) != MAP_FAILED;
+}
+
 static bool reserve_addresses(u32 number)
 {
     void *start = chunk_start(number);
@@ -92,28 +98,49 @@ static bool reserve_addresses(u32 number)
     return false;
 }
 
-static struct chunk *reserve(struct direct_space *s, u32 number)
+static bool reserve_for(struct direct_spaces *all, const struct direct_space *s, u32 number)
+{
+    if (number)
+        return reserve_addresses(number);
+    if (all->first)
+        return false;
+    all->first = s;
+    return true;
+}
+
+/* What can't be given back stays reserved, by nobody. */
+static void give_back(struct direct_spaces *all, const struct chunk *c)
+{
+    if (c->number) {
+        munmap(chunk_start(c->number), chunk_size(c->number));
+        return;
+    }
+    if (!c->mapped || map_nothing(chunk_start(0), chunk_size(0)))
+        all->first = NULL;
+}
+
+static struct chunk *reserve(struct direct_spaces *all, struct direct_space *s, u32 number)
 {
     struct chunk *c = space_find(s, (gva_t)number << DIRECT_SHIFT);
 
     if (c)
         return c->foreign ? NULL : c;
-    if (number == 0 || s->nchunks == MAX_CHUNKS)
+    if (s->nchunks == MAX_CHUNKS)
         return NULL;
     c = &s->chunks[s->nchunks++];
     s->index[number] = (u16)s->nchunks;
-    *c = (struct chunk){.number = number, .foreign = !reserve_addresses(number)};
+    *c = (struct chunk){.number = number, .foreign = !reserve_for(all, s, number)};
     return c->foreign ? NULL : c;
 }
 
-struct chunk *space_reserve(struct direct_space *s, u64 number)
+struct chunk *space_reserve(const struct soft_vcpu *v, struct direct_space *s, u64 number)
 {
-    if (number == 0 || number >= DIRECT_CHUNKS)
+    struct direct_spaces *all = spaces_of(v);
+
+    if (number >= DIRECT_CHUNKS || (number > 0 && !reserve(all, s, (u32)number - 1)) ||
+        (number + 1 < DIRECT_CHUNKS && !reserve(all, s, (u32)number + 1)))
         return NULL;
-    if ((number > 1 && !reserve(s, (u32)number - 1)) ||
-        (number + 1 < DIRECT_CHUNKS && !reserve(s, (u32)number + 1)))
-        return NULL;
-    return reserve(s, (u32)number);
+    return reserve(all, s, (u32)number);
 }
 
 /* --- What is to be mapped --- */
@@ -176,12 +203,6 @@ static void read_tables(const struct soft_vcpu *v, struct chunk *c, unsigned fir
 }
 
 /* --- Mapping --- */
-
-static bool map_nothing(void *at, u64 size)
-{
-    return mmap(at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
-                0) != MAP_FAILED;
-}
 
 /*
  * The host refused a change: what was there before may be there still, or a hole, which would become anybody's. If it
@@ -391,7 +412,7 @@ void space_leave(struct soft_vcpu *v, struct direct_space *s)
         const struct chunk *c = &s->chunks[n];
 
         if (!c->foreign)
-            munmap(chunk_start(c->number), chunk_size(c->number));
+            give_back(spaces_of(v), c);
         if (c->mapped)
             memset(s->pages[n], 0, sizeof(*s->pages));
         s->index[c->number] = 0;

@@ -412,18 +412,22 @@ static void run_code(struct soft_vcpu *v, const u8 *code)
 /* One block beside the interpreter. False: there is none for the exact RIP. */
 static bool verify_block(struct soft_vcpu *v)
 {
-    const struct bt_block *b = find_block(v);
+    const struct bt_block *b;
     u32 reason;
 
+    if (v->bt_mode & BT_MODE_DIRECT)
+        bt_direct_stack(v);
+    b = find_block(v);
     if (!b)
         return false;
     v->bt_shared.ip_page = v->cpu.gpr[GPR_RIP] & ~(GUEST_PAGE_SIZE - 1);
     bt_verify_begin(v, b);
     if (b->dropped)
         return true; /* the interpreter dropped it on its way: begin anew */
-    bt_vectors_load(v);
     v->bt_shared.entry = bt_run_at(v->bt, b->memory_entry);
     do {
+        if (!v->vectors_live)
+            bt_vectors_load(v);
         reason = enter(v);
         if (reason == BT_QUICK) { /* not undone, so not compared */
             const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
@@ -435,7 +439,8 @@ static bool verify_block(struct soft_vcpu *v)
             return true;
         }
         v->bt_shared.entry = came_back(v, reason);
-    } while ((reason == BT_SLOW || reason == BT_FPU || reason == BT_FLAGS) && v->bt_shared.entry);
+    } while ((reason == BT_SLOW || reason == BT_FPU || reason == BT_FLAGS || reason == BT_NARROW) &&
+             v->bt_shared.entry);
     bt_verify_end(v, b, reason == BT_FAULT);
     return true;
 }

@@ -23,6 +23,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#define FSW_TOP 0x3800
 #define MAX_STEPS 65
 #define MAX_WRITES 512
 #define WRITE_MAX 64
@@ -99,11 +100,13 @@ static void undo_x87(struct cpu *cpu, const struct step *s)
     cpu->fdp = s->fdp;
 }
 
-static bool same_x87(const struct cpu *cpu, const struct step *s)
+static bool same_x87(const struct cpu *cpu, const struct step *s, bool faulted)
 {
+    u16 kept = faulted ? (u16)~FSW_TOP : UINT16_MAX;
+
     return memcmp(s->fpr, cpu->fpr, sizeof(s->fpr)) == 0 && s->fcw == cpu->fcw &&
-           s->fsw == cpu->fsw && s->ftw == cpu->ftw && s->fop == cpu->fop && s->fcs == cpu->fcs &&
-           s->fds == cpu->fds && s->fip == cpu->fip && s->fdp == cpu->fdp;
+           !((s->fsw ^ cpu->fsw) & kept) && (faulted || s->ftw == cpu->ftw) && s->fop == cpu->fop &&
+           s->fcs == cpu->fcs && s->fds == cpu->fds && s->fip == cpu->fip && s->fdp == cpu->fdp;
 }
 
 static void record(struct soft_vcpu *v, struct step *s)
@@ -205,8 +208,10 @@ static bool store_differs(const struct bt_journal *j, const struct write *w, uns
     return false;
 }
 
-/* faulted: the host raised an exception, and so has set MXCSR's flag for it, which is the interpreter's
- * next step. */
+/*
+ * faulted: the host raised an exception, and so has done what is the interpreter's next step: it set MXCSR's flag for that,
+ * and went to the MMX state if a conversion is from an MMX register (SDM vol. 2A, CVTPI2PS).
+ */
 static bool differs(struct soft_vcpu *v, const struct step *s, bool faulted, const char **what,
                     char *buf, size_t n)
 {
@@ -248,7 +253,7 @@ static bool differs(struct soft_vcpu *v, const struct step *s, bool faulted, con
             snprintf(buf, n, "vector register %u", r);
             return true;
         }
-    if (!same_x87(&v->cpu, s)) {
+    if (!same_x87(&v->cpu, s, faulted)) {
         snprintf(buf, n,
                  "x87: status, tags, FIP, FDP, FOP: interpreter %04x %04x %" PRIx64 " %" PRIx64
                  " %03x, translation %04x %04x %" PRIx64 " %" PRIx64 " %03x",
