@@ -5,7 +5,7 @@
  *
  * Debian's kernel boots under kvm and runs its script. While it does, the machine is paused, its state
  * is taken, and a fresh machine goes on with it: under kvm, under bt or interp, under kvm again. The guest
- * must come to its end with the same output as ever.
+ * must come to its end with the same output as ever. By --long it is moved more often, and with two processors, too.
  *
  * Between two machines of one engine the states must compare equal. Between kvm and the others they do but
  * for what neither can hold of the other, so there the guest is the judge.
@@ -49,6 +49,7 @@ static void die(const char *what)
 /* ---- one guest, and the machines that it passes through ---- */
 
 struct guest {
+    unsigned cpus;
     struct machine *machine;
     struct chardev *console;
     unsigned machines; /* so far: the console of each is /tmp/console.N */
@@ -63,7 +64,7 @@ static void create(struct guest *g, const struct engine_ops *engine, struct mach
         .engine = engine,
         .cpu = "host", /* the processor that QEMU emulates lacks VME, which v2 has */
         .memory = MEMORY,
-        .cpus = 1,
+        .cpus = g->cpus,
         .kernel = kernel,
         .initrd = initrd,
         .cmdline = "console=ttyS0 quiet",
@@ -156,9 +157,9 @@ static void move(struct guest *g, const struct engine_ops *engine, bool same, co
 /* ---- the tests ---- */
 
 /* To where the script is running. */
-static bool boot(struct guest *g, const struct engine_ops *engine)
+static bool boot(struct guest *g, unsigned cpus, const struct engine_ops *engine)
 {
-    *g = (struct guest){0};
+    *g = (struct guest){.cpus = cpus};
     create(g, engine, &g->machine, &g->console);
     for (unsigned i = 0; i < 600; i++) {
         if (!run_for(g, 100))
@@ -171,24 +172,26 @@ static bool boot(struct guest *g, const struct engine_ops *engine)
 
 static void finish(struct guest *g, const char *name)
 {
-    char label[64];
+    char label[64], cpus[32];
     const char *text;
 
     run_for(g, 240 * 1000);
     leave(g->machine, g->console);
     text = console_text(g);
-    snprintf(label, sizeof(label), "%s-power-off", name);
+    snprintf(label, sizeof(label), "%s-%u-cpus-power-off", name, g->cpus);
     check(g->end.reason == MACHINE_END_POWER_OFF, label, g->end.error.text);
-    snprintf(label, sizeof(label), "%s-output", name);
-    check(strstr(text, "sum=ok procs=ok") != NULL, label, "the guest's script went wrong");
-    snprintf(label, sizeof(label), "%s-no-complaint", name);
+    snprintf(label, sizeof(label), "%s-%u-cpus-output", name, g->cpus);
+    snprintf(cpus, sizeof(cpus), "guest: cpus=%u ", g->cpus);
+    check(strstr(text, cpus) && strstr(text, "sum=ok procs=ok"), label,
+          "the guest's script went wrong");
+    snprintf(label, sizeof(label), "%s-%u-cpus-no-complaint", name, g->cpus);
     check(!strstr(text, "Call Trace") && !strstr(text, "stall"), label, "its kernel complained");
 }
 
 /* Under kvm only: the states must be the same, at any moment of the boot. */
-static void test_same(unsigned moves)
+static void test_same(unsigned cpus, unsigned moves)
 {
-    struct guest g = {0};
+    struct guest g = {.cpus = cpus};
 
     create(&g, &engine_kvm, &g.machine, &g.console);
     for (unsigned i = 0; i < moves && run_for(&g, 200 + 150 * i); i++)
@@ -197,7 +200,7 @@ static void test_same(unsigned moves)
 }
 
 /* There and back. The software processor is slow down here, so it doesn't get much of the work. */
-static void test_between(unsigned rounds)
+static void test_between(unsigned cpus, unsigned rounds)
 {
     static const struct {
         const struct engine_ops *engine;
@@ -206,7 +209,7 @@ static void test_between(unsigned rounds)
                   {&engine_interp, "kvm-to-interp", "interp-to-kvm"}};
     struct guest g;
 
-    if (!boot(&g, &engine_kvm)) {
+    if (!boot(&g, cpus, &engine_kvm)) {
         check(false, "boot", console_text(&g));
         return;
     }
@@ -263,7 +266,7 @@ static void test_dirty_log(void)
     u8 *before;
     u64 page;
 
-    if (!boot(&g, &engine_kvm)) {
+    if (!boot(&g, 1, &engine_kvm)) {
         check(false, "dirty-log-boot", console_text(&g));
         return;
     }
@@ -309,9 +312,13 @@ int main(int argc, char **argv)
     loop = event_loop_create(&err);
     if (!loop)
         die(err.text);
-    test_same(all ? 8 : 2);
-    test_between(all ? 6 : 2);
+    test_same(1, all ? 8 : 2);
+    test_between(1, all ? 6 : 2);
     test_dirty_log();
+    if (all) {
+        test_same(2, 4);
+        test_between(2, 2);
+    }
     event_loop_destroy(loop);
     return failures ? 1 : 0;
 }
