@@ -22,7 +22,7 @@ import cproject  # noqa: E402 pylint: disable=wrong-import-position
 SCRIPT = """\
 chroot /debian /bin/sh /work/build
 echo "made $? $(sha256sum </debian/work/all.o)"
-dmesg | grep -E 'WARNING:|BUG|Call Trace|Oops|stall|soft lockup|segfault|traps:'
+dmesg | grep -E 'WARNING:|BUG|Call Trace|Oops|detected stall|self-detected|soft lockup|segfault|traps:'
 exit 0
 """
 PATIENCE = 900 # seconds: on a busy machine, too
