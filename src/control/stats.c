@@ -109,6 +109,7 @@ int stats_write(const struct vm_stats *stats, FILE *out, const char *path, struc
         {"blocks_decoded", json_integer((json_int_t)e->blocks_decoded)},
         {"blocks_translated", json_integer((json_int_t)e->blocks_translated)},
         {"blocks_adopted", json_integer((json_int_t)e->blocks_adopted)},
+        {"blocks_evicted", json_integer((json_int_t)e->blocks_evicted)},
         {"cache_bytes", json_integer((json_int_t)e->cache_bytes)},
         {"tlb_misses", json_integer((json_int_t)e->tlb_misses)},
         {"tlb_flushes", json_integer((json_int_t)e->tlb_flushes)},

@@ -78,6 +78,7 @@ struct engine_stats {
     u64 ns_port, ns_mmio, ns_irq_window, ns_eoi, ns_msr, ns_dirty_ring, ns_signal;
     u64 blocks_decoded, blocks_translated, cache_bytes, tlb_misses, tlb_flushes, smc_invalidations;
     u64 blocks_adopted; /* bt: copied from another vCPU's translation */
+    u64 blocks_evicted; /* bt: that made room for others */
     u64 direct_mappings,
         direct_faults; /* bt: made at the guest's own addresses; met by accesses there */
     u64 spins;         /* times that a vCPU which spun gave way (soft) */

@@ -4,7 +4,7 @@
  * Linux). A name is guest_user_ADDRESS or guest_kernel_ADDRESS; or, for supervisor code, the symbol of a
  * System.map that the address belongs to. Such a guest must not move its kernel (nokaslr).
  *
- * Code that a full cache has dropped stays in the map: where it is overwritten, perf may show either name.
+ * Code that was evicted from a full cache stays in the map: where it is overwritten, perf may show either name.
  *
  * perf_map_add may be called from any thread.
  */

@@ -23,8 +23,7 @@ static inline struct bt *code_create(struct bt_block *block, struct bt_exit *exi
     bt->exits = exit;
     for (unsigned n = 0; n <= BT_FAULT; n++)
         bt->glue[n] = n;
-    *block = (struct bt_block){.hot = HOT,
-                               .cold = COLD,
+    *block = (struct bt_block){.start = {{.hot = HOT, .cold = COLD}},
                                .jump_entry = HOT,
                                .memory_entry = HOT,
                                .host_entry = HOT,

@@ -167,6 +167,13 @@ static void block_drop(struct block_cache *c, struct block *b)
         b->insns[n].fn = leave_block;
 }
 
+bool block_cache_uses(struct block_cache *c, gpa_t page)
+{
+    const struct code_page *p = page_find(c, page);
+
+    return p && p->blocks;
+}
+
 /* Of [gpa, gpa + n), within one page. */
 static void drop_in_page(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {

@@ -51,6 +51,9 @@ bool block_cache_has(struct soft_vcpu *v);
 void block_cache_drop(struct soft_vcpu *v, gpa_t gpa, u64 n);
 void block_cache_drop_all(struct soft_vcpu *v);
 
+/* Whether there may be decoded blocks of a page. */
+bool block_cache_uses(struct block_cache *c, gpa_t page);
+
 /* Drops everything, translations too. Only between blocks. */
 void block_cache_flush(struct soft_vcpu *v);
 

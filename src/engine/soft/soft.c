@@ -446,6 +446,7 @@ static void soft_stats(struct engine *engine, struct engine_stats *out)
         out->cache_bytes += block_cache_bytes(v->blocks) + bt_bytes(v);
         out->blocks_translated += v->stats.blocks_translated;
         out->blocks_adopted += v->stats.blocks_adopted;
+        out->blocks_evicted += v->stats.blocks_evicted;
         out->tlb_misses += v->stats.tlb_misses;
         out->tlb_flushes += v->stats.tlb_flushes;
         out->spins += v->stats.spins;

@@ -168,11 +168,11 @@ static enum tlb_field tlb_field(const struct audit *a, u64 disp)
 
 static bool in_hot(const struct audit *a, u32 at)
 {
-    return at >= a->b->hot && at < a->b->hot_end;
+    return at >= a->b->start.hot && at < a->b->hot_end;
 }
 static bool in_cold(const struct audit *a, u32 at)
 {
-    return at >= a->b->cold && at < a->b->cold_end;
+    return at >= a->b->start.cold && at < a->b->cold_end;
 }
 
 static bool is_way_out(const struct audit *a, u32 at)
@@ -320,7 +320,7 @@ static bool audit_exit(struct audit *a)
 {
     const struct bt_block *b = a->b;
 
-    for (u32 n = b->exits; n < b->exits + b->nexits; n++) {
+    for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++) {
         const struct bt_exit *e = &a->bt->exits[n];
         bool native = e->at2 && memcmp(e->perm, b->perm, BT_PERM) == 0;
 
@@ -341,7 +341,7 @@ static bool add_narrow_resume(struct audit *a)
     struct known known = guest_known();
     u32 exit = a->known.site - 1;
 
-    if (!a->known.site || exit < b->exits || exit >= b->exits + b->nexits)
+    if (!a->known.site || exit < b->start.exits || exit >= b->start.exits + b->nexits)
         return refuse(a, "a way out without its exit");
     known.direct = a->known.direct;
     return put_target(a, 0, a->bt->exits[exit].resume, &known);
@@ -840,7 +840,7 @@ static bool audit_half(struct audit *a, u32 from, u32 to, u8 *starts)
 
 static bool is_start(const struct audit *a, u32 at)
 {
-    u32 n = in_hot(a, at) ? at - a->b->hot : at - a->b->cold;
+    u32 n = in_hot(a, at) ? at - a->b->start.hot : at - a->b->start.cold;
 
     if (!in_hot(a, at) && !in_cold(a, at))
         return false;
@@ -874,7 +874,7 @@ static bool audit_targets(struct audit *a)
     for (unsigned k = 0; k < BT_BORROWED; k++)
         if (b->perm[2 + k] != NO_REG && is_way_out(a, b->fault))
             return refuse(a, "a host address goes out");
-    for (u32 n = b->exits; n < b->exits + b->nexits; n++) {
+    for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++) {
         const struct bt_exit *e = &a->bt->exits[n];
         const u32 ways[] = {e->stub, e->bridge};
 
@@ -908,8 +908,8 @@ bool bt_audit(const struct bt *bt, const struct bt_block *b, const u32 sites[2],
         /* The first finds what branches there are; so none is without a change. */
         a->changed = round == 0;
         a->unreached = 0;
-        fine = audit_half(a, b->hot, b->hot_end, a->starts[0]) &&
-               audit_half(a, b->cold, b->cold_end, a->starts[1]) &&
+        fine = audit_half(a, b->start.hot, b->hot_end, a->starts[0]) &&
+               audit_half(a, b->start.cold, b->cold_end, a->starts[1]) &&
                (round < MAX_ROUNDS || refuse(a, "no end of changes"));
     }
     if (fine && a->unreached) {

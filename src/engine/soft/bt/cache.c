@@ -2,10 +2,10 @@
  * The cache of translated code. See cache.h.
  *
  * Invariants
- *  1. A block is in the hash and in its page's list exactly while it isn't dropped; no exit leads to a
- *     dropped block, and the jump entry of one leaves at once.
- *  2. Code memory of a dropped block isn't used again before the next flush, so that the code that is
- *     being left stays whole.
+ *  1. A block is in the hash exactly while it isn't dropped, and in its pages' lists at least as long; no exit
+ *     leads to a dropped block, and the jump entry of one leaves at once.
+ *  2. Memory of a dropped block isn't used again before it is evicted (evict.c), which happens only where code
+ *     that was left isn't gone on with. So the code that is being left stays whole.
  *  3. An entry of the jump cache is used only while its key is current. Keys are never given twice
  *     between two clearings of the table.
  */
@@ -25,9 +25,6 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-/* Room for a block, in each half of the code. */
-#define BLOCK_ROOM KIB(64)
 
 /* --- Choices --- */
 
@@ -49,7 +46,7 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
         .group_span = BT_GROUP_SPAN,
         .direct_ticks = BT_DIRECT_TICKS,
         .direct_period = BT_DIRECT_PERIOD,
-        .code_size = BT_COLD_START - BLOCK_ROOM,
+        .code_size = BT_COLD_START,
         .store_size = BT_STORE_SIZE,
     };
     u64 random = scramble(checks->seed);
@@ -59,7 +56,8 @@ struct bt_choices bt_choose(const struct engine_checks *checks)
     c.hot_runs = random & 3 ? 0 : random >> 2 & 15;
     c.max_insns = 1 + (unsigned)(random >> 6) % (random >> 12 & 3 ? BT_MAX_INSNS : 4);
     c.group_span = spans[random >> 14 & 3];
-    c.code_size = MIN(c.code_size, (u32)KIB(256) << (random >> 16) % 8);
+    c.code_size = (u32)KIB(256) << (random >> 16) % 8;
+    c.array_shift = (random >> 24) % 14;
     c.store_size = (u32)KIB(128) << (random >> 20) % 12;
     c.direct_ticks = checks->seed & 1 ? 0 : UINT_MAX;
     c.direct_period = 0;
@@ -76,12 +74,12 @@ void bt_cache_destroy(struct soft_vcpu *v)
         return;
     pages_free(bt->writable, BT_CODE_SIZE);
     pages_free((void *)(uintptr_t)bt->executable, BT_CODE_SIZE);
-    pages_free(bt->blocks, BT_BLOCKS * sizeof(*bt->blocks));
-    pages_free(bt->exits, BT_EXITS * sizeof(*bt->exits));
-    pages_free(bt->sites, BT_SITES * sizeof(*bt->sites));
-    pages_free(bt->points, BT_POINTS * sizeof(*bt->points));
-    pages_free(bt->x87s, BT_X87S * sizeof(*bt->x87s));
-    pages_free(bt->kept, BT_KEPT * sizeof(*bt->kept));
+    pages_free(bt->blocks, BT_BLOCKS_MAX * sizeof(*bt->blocks));
+    pages_free(bt->exits, BT_EXITS_MAX * sizeof(*bt->exits));
+    pages_free(bt->sites, BT_SITES_MAX * sizeof(*bt->sites));
+    pages_free(bt->points, BT_POINTS_MAX * sizeof(*bt->points));
+    pages_free(bt->x87s, BT_X87S_MAX * sizeof(*bt->x87s));
+    pages_free(bt->kept, BT_KEPT_MAX * sizeof(*bt->kept));
     pages_free(bt, sizeof(*bt));
     v->bt = NULL;
 }
@@ -130,12 +128,12 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
         return error_host(err, ENOMEM, "can't make the cache of translated code");
     v->bt = bt;
     bt->choices = bt_choose(&v->engine->config.checks);
-    bt->blocks = pages_alloc_huge(BT_BLOCKS * sizeof(*bt->blocks));
-    bt->exits = pages_alloc_huge(BT_EXITS * sizeof(*bt->exits));
-    bt->sites = pages_alloc_huge(BT_SITES * sizeof(*bt->sites));
-    bt->points = pages_alloc_huge(BT_POINTS * sizeof(*bt->points));
-    bt->x87s = pages_alloc_huge(BT_X87S * sizeof(*bt->x87s));
-    bt->kept = pages_alloc_huge(BT_KEPT * sizeof(*bt->kept));
+    bt->blocks = pages_alloc_huge(BT_BLOCKS_MAX * sizeof(*bt->blocks));
+    bt->exits = pages_alloc_huge(BT_EXITS_MAX * sizeof(*bt->exits));
+    bt->sites = pages_alloc_huge(BT_SITES_MAX * sizeof(*bt->sites));
+    bt->points = pages_alloc_huge(BT_POINTS_MAX * sizeof(*bt->points));
+    bt->x87s = pages_alloc_huge(BT_X87S_MAX * sizeof(*bt->x87s));
+    bt->kept = pages_alloc_huge(BT_KEPT_MAX * sizeof(*bt->kept));
     if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
         goto fail;
     if (v->engine->config.perf_map)
@@ -145,9 +143,6 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     if (!bt->writable || !bt->executable)
         goto fail;
     bt->next_context = 1;
-    bt->nx87s = 1;
-    bt->hot = 0;
-    bt->cold = BT_COLD_START;
     return 0;
 
 fail:
@@ -175,13 +170,10 @@ static unsigned page_hash(gpa_t gpa)
     return (unsigned)(((gpa >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL) >> (64 - BT_PAGES_BITS));
 }
 
-static struct bt_block **page_slot(struct bt *bt, gpa_t gpa)
+/* The list of blocks that begin in the page of gpa, and others; or of those whose second page it is. */
+static struct bt_block **page_slot(struct bt *bt, gpa_t gpa, unsigned part)
 {
-    return &bt->pages[page_hash(gpa)];
-}
-static struct bt_block **crossing_slot(struct bt *bt, gpa_t gpa)
-{
-    return &bt->crossing[page_hash(gpa)];
+    return &bt->pages[part][page_hash(gpa)];
 }
 
 struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, gva_t lin, u32 mode)
@@ -200,32 +192,38 @@ void bt_block_insert(struct soft_vcpu *v, struct bt_block *b)
 
     b->hash_next = *slot;
     *slot = b;
-    slot = page_slot(v->bt, b->gpa);
-    b->page_next = *slot;
-    *slot = b;
-    if (b->gpa2) {
-        slot = crossing_slot(v->bt, b->gpa2);
-        b->page2_next = *slot;
+    for (unsigned part = 0; part < (b->gpa2 ? 2 : 1); part++) {
+        slot = page_slot(v->bt, part ? b->gpa2 : b->gpa, part);
+        b->page_next[part] = *slot;
+        b->listed[part] = true;
         *slot = b;
     }
+    v->bt->nblocks++;
 }
 
+/* Blocks are the farther from the oldest, the younger they are. */
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc)
 {
     u32 offset, low = 0, high = bt->nblocks;
-    bool cold;
+    const union bt_position *start = &bt_block_nth(bt, 0)->start;
+    enum bt_part half;
 
     if (pc < bt->executable || pc >= bt->executable + BT_CODE_SIZE)
         return NULL;
     offset = (u32)(pc - bt->executable);
-    cold = offset >= BT_COLD_START;
+    half = offset >= BT_COLD_START ? BT_COLD : BT_HOT;
+    if (offset < bt->begin.of[half] || offset >= bt->end.of[half])
+        return NULL;
+    offset = bt_distance(bt, half, start->of[half], offset);
     while (low < high) {
         u32 middle = (low + high) / 2;
-        struct bt_block *b = &bt->blocks[middle];
+        struct bt_block *b = bt_block_nth(bt, middle);
+        u32 from = bt_distance(bt, half, start->of[half], b->start.of[half]);
+        u32 size = (half == BT_COLD ? b->cold_end : b->hot_end) - b->start.of[half];
 
-        if (offset < (cold ? b->cold : b->hot))
+        if (offset < from)
             high = middle;
-        else if (offset >= (cold ? b->cold_end : b->hot_end))
+        else if (offset - from >= size)
             low = middle + 1;
         else
             return b;
@@ -262,37 +260,34 @@ void bt_exit_link(struct bt *bt, struct bt_exit *e, struct bt_block *to)
 {
     e->to = to;
     e->next_in = to->incoming;
+    e->link_in = &to->incoming;
+    if (e->next_in)
+        e->next_in->link_in = &e->next_in;
     to->incoming = e;
     bt_exit_attach(bt, e);
 }
 
-/* An exit of a block that goes is nobody's incoming one any more. */
+/* The exit is nobody's incoming one any more. */
 static void exit_unlink(struct bt_exit *e)
 {
-    struct bt_exit **link = &e->to->incoming;
-
-    while (*link != e)
-        link = &(*link)->next_in;
-    *link = e->next_in;
+    *e->link_in = e->next_in;
+    if (e->next_in)
+        e->next_in->link_in = e->link_in;
     e->to = NULL;
 }
 
 void bt_cut_links(struct bt *bt, gpa_t gpa, gva_t lin)
 {
-    for (struct bt_block *b = *page_slot(bt, gpa); b; b = b->page_next) {
-        struct bt_exit **link = &b->incoming;
+    for (struct bt_block *b = *page_slot(bt, gpa, 0); b; b = b->page_next[0]) {
+        struct bt_exit *next;
 
         if (b->dropped || b->page != lin || ((b->gpa ^ gpa) & ~(GUEST_PAGE_SIZE - 1)))
             continue;
-        while (*link) {
-            struct bt_exit *e = *link;
-
-            if (!bt_exit_is_across(e)) {
-                link = &e->next_in;
+        for (struct bt_exit *e = b->incoming; e; e = next) {
+            next = e->next_in;
+            if (!bt_exit_is_across(e))
                 continue;
-            }
-            *link = e->next_in;
-            e->to = NULL;
+            exit_unlink(e);
             bt_exit_detach(bt, e);
         }
     }
@@ -334,6 +329,15 @@ void bt_jump_clear(struct soft_vcpu *v)
     for (unsigned slot = 0; slot < JUMP_SIZE; slot++)
         jump_empty(v, slot);
     memset(v->bt->filter, 0, sizeof(v->bt->filter));
+}
+
+void bt_jump_forget(struct soft_vcpu *v, u32 from, u32 end)
+{
+    uintptr_t first = (uintptr_t)bt_run_at(v->bt, from);
+
+    for (unsigned slot = 0; slot < JUMP_SIZE; slot++)
+        if ((uintptr_t)v->bt_shared.jump_code[slot] - first < end - from)
+            jump_empty(v, slot);
 }
 
 /*
@@ -521,9 +525,9 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 
 /* --- Dropping --- */
 
-static void block_drop(struct soft_vcpu *v, struct bt_block *b)
+/* Nobody finds the block any more, nor is led to it by an exit. */
+static void block_hide(struct bt *bt, const struct bt_block *b)
 {
-    struct bt *bt = v->bt;
     struct bt_block **link = hash_slot(bt, b->gpa, b->page, b->mode);
 
     while (*link != b)
@@ -532,11 +536,18 @@ static void block_drop(struct soft_vcpu *v, struct bt_block *b)
     while (b->incoming) {
         struct bt_exit *e = b->incoming;
 
-        b->incoming = e->next_in;
-        e->to = NULL;
+        exit_unlink(e);
         bt_exit_detach(bt, e);
     }
-    for (u32 n = b->exits; n < b->exits + b->nexits; n++) {
+}
+
+/* Its memory stays: it may be running, or just have been left. */
+static void block_drop(struct soft_vcpu *v, struct bt_block *b)
+{
+    struct bt *bt = v->bt;
+
+    block_hide(bt, b);
+    for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++) {
         if (bt->exits[n].to) {
             exit_unlink(&bt->exits[n]);
             bt_exit_detach(bt, &bt->exits[n]);
@@ -546,12 +557,21 @@ static void block_drop(struct soft_vcpu *v, struct bt_block *b)
     b->dropped = true;
 }
 
-static u64 line_mask(gpa_t gpa, u64 n)
+void bt_block_forget(struct soft_vcpu *v, struct bt_block *b)
 {
-    unsigned first = (gpa & (GUEST_PAGE_SIZE - 1)) / 64;
-    unsigned last = (unsigned)(((gpa & (GUEST_PAGE_SIZE - 1)) + n - 1) / 64);
+    struct bt *bt = v->bt;
 
-    return (~0ULL >> (63 - (last - first))) << first;
+    if (!b->dropped) {
+        block_hide(bt, b);
+        v->stats.blocks_evicted++;
+    }
+    /* One that was dropped while it was left by an exit may have had that linked after. */
+    for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++)
+        if (bt->exits[n].to)
+            exit_unlink(&bt->exits[n]);
+    if (bt->from == b)
+        bt->from = NULL;
+    b->dropped = true;
 }
 
 /* Bytes of a block in its first page. */
@@ -560,78 +580,71 @@ static u64 first_bytes(const struct bt_block *b)
     return MIN((u64)b->bytes, GUEST_PAGE_SIZE - (b->gpa & (GUEST_PAGE_SIZE - 1)));
 }
 
-/* [start, start + size) are a block's bytes in the page of gpa: drops it, or adds its lines. */
-static void written_at(struct soft_vcpu *v, struct bt_block *b, gpa_t start, u64 size, gpa_t gpa,
-                       u64 n, u64 *left)
+/* Where a block's part in its first page (0) or second page (1) begins, and how many bytes it has. */
+static gpa_t part_start(const struct bt_block *b, unsigned part)
 {
-    if (((start ^ gpa) & ~(GUEST_PAGE_SIZE - 1)) || b->dropped)
-        return;
-    if (start < gpa + n && gpa < start + size)
-        block_drop(v, b);
-    else
-        *left |= line_mask(start, size);
+    return part ? b->gpa2 : b->gpa;
+}
+static u64 part_size(const struct bt_block *b, unsigned part)
+{
+    return part ? b->bytes - first_bytes(b) : first_bytes(b);
+}
+
+static bool is_in_page(const struct bt_block *b, unsigned part, gpa_t gpa)
+{
+    return !((part_start(b, part) ^ gpa) & ~(GUEST_PAGE_SIZE - 1));
+}
+
+u64 bt_lines(struct soft_vcpu *v, gpa_t page)
+{
+    u64 lines = 0;
+
+    for (unsigned part = 0; v->bt && part < 2; part++) {
+        for (struct bt_block **link = page_slot(v->bt, page, part); *link;) {
+            struct bt_block *b = *link;
+
+            if (b->dropped && is_in_page(b, part, page)) {
+                *link = b->page_next[part];
+                b->listed[part] = false;
+                continue;
+            }
+            if (is_in_page(b, part, page))
+                lines |= soft_line_mask(part_start(b, part), part_size(b, part));
+            link = &b->page_next[part];
+        }
+    }
+    return lines;
 }
 
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n)
 {
-    struct bt_block **link;
-    u64 left = 0;
+    for (unsigned part = 0; v->bt && part < 2; part++) {
+        for (struct bt_block *b = *page_slot(v->bt, gpa, part); b; b = b->page_next[part]) {
+            gpa_t start = part_start(b, part);
 
-    if (!v->bt)
-        return 0;
-    /* Both lists also hold what was dropped by way of the other. */
-    for (link = page_slot(v->bt, gpa); *link;) {
-        struct bt_block *b = *link;
-
-        written_at(v, b, b->gpa, first_bytes(b), gpa, n, &left);
-        if (b->dropped)
-            *link = b->page_next;
-        else
-            link = &b->page_next;
+            if (!b->dropped && is_in_page(b, part, gpa) && start < gpa + n &&
+                gpa < start + part_size(b, part))
+                block_drop(v, b);
+        }
     }
-    for (link = crossing_slot(v->bt, gpa); *link;) {
-        struct bt_block *b = *link;
-
-        written_at(v, b, b->gpa2, b->bytes - first_bytes(b), gpa, n, &left);
-        if (b->dropped)
-            *link = b->page2_next;
-        else
-            link = &b->page2_next;
-    }
-    return left;
+    return bt_lines(v, gpa);
 }
 
-u64 bt_lines(const struct soft_vcpu *v, gpa_t page)
+void bt_leave_pages(struct soft_vcpu *v, const struct bt_block *b)
 {
-    u64 lines = 0;
-
-    if (!v->bt)
-        return 0;
-    for (const struct bt_block *b = *page_slot(v->bt, page); b; b = b->page_next)
-        if (!b->dropped && b->gpa - page < GUEST_PAGE_SIZE)
-            lines |= line_mask(b->gpa, first_bytes(b));
-    for (const struct bt_block *b = *crossing_slot(v->bt, page); b; b = b->page2_next)
-        if (!b->dropped && b->gpa2 == page)
-            lines |= line_mask(page, b->bytes - first_bytes(b));
-    return lines;
-}
-
-/* Nothing is left of any block in the pages of b. */
-static void leave_pages(struct soft_vcpu *v, const struct bt_block *b)
-{
-    soft_code_dropped(v, b->gpa & ~(GUEST_PAGE_SIZE - 1), 0);
-    if (b->gpa2)
-        soft_code_dropped(v, b->gpa2, 0);
+    for (unsigned part = 0; part < 2; part++)
+        if (b->listed[part])
+            soft_code_dropped(v, part_start(b, part) & ~(GUEST_PAGE_SIZE - 1), 0);
 }
 
 void bt_drop_all(struct soft_vcpu *v)
 {
     for (u32 n = 0; v->bt && n < v->bt->nblocks; n++) {
-        struct bt_block *b = &v->bt->blocks[n];
+        struct bt_block *b = bt_block_nth(v->bt, n);
 
         if (!b->dropped)
             block_drop(v, b);
-        leave_pages(v, b);
+        bt_leave_pages(v, b);
     }
 }
 
@@ -665,46 +678,7 @@ static void leave_kept(struct soft_vcpu *v, const struct insn *i)
 
 u32 bt_keep_insn(struct bt *bt, const struct insn *i)
 {
-    bt->kept[bt->nkept][0] = *i;
-    bt->kept[bt->nkept][1] = (struct insn){.fn = leave_kept, .offset = i->len};
-    return bt->nkept++;
-}
-
-bool bt_is_full(const struct bt *bt)
-{
-    return bt->nkept + 1 > BT_KEPT || bt->hot > bt->choices.code_size ||
-           bt->cold > BT_COLD_START + bt->choices.code_size || bt->nblocks + 1 > BT_BLOCKS ||
-           bt->nexits + 512 > BT_EXITS || bt->nsites + 512 > BT_SITES ||
-           bt->npoints + 1024 > BT_POINTS || bt->nx87s + 256 > BT_X87S;
-}
-
-void bt_flush(struct soft_vcpu *v)
-{
-    struct bt *bt = v->bt;
-
-    if (!bt)
-        return;
-    for (u32 n = 0; n < bt->nblocks; n++)
-        leave_pages(v, &bt->blocks[n]);
-    bt->nblocks = bt->nexits = bt->nsites = bt->npoints = bt->nkept = 0;
-    bt->nx87s = 1;
-    bt->nunlinked = 0;
-    bt->hot = bt->glue_end;
-    bt->cold = BT_COLD_START;
-    memset(bt->hash, 0, sizeof(bt->hash));
-    memset(bt->pages, 0, sizeof(bt->pages));
-    memset(bt->crossing, 0, sizeof(bt->crossing));
-    bt_kernel_links_forget(bt);
-    bt_jump_clear(v);
-}
-
-u64 bt_bytes(const struct soft_vcpu *v)
-{
-    const struct bt *bt = v->bt;
-
-    if (!bt)
-        return 0;
-    return bt->hot + (bt->cold - BT_COLD_START) + bt->nblocks * sizeof(*bt->blocks) +
-           bt->nexits * sizeof(*bt->exits) + bt->nsites * sizeof(*bt->sites) +
-           bt->npoints * sizeof(*bt->points) + bt->nx87s * sizeof(*bt->x87s);
+    bt->kept[bt->next.kept][0] = *i;
+    bt->kept[bt->next.kept][1] = (struct insn){.fn = leave_kept, .offset = i->len};
+    return bt->next.kept++;
 }

@@ -2,8 +2,8 @@
  * The cache of translated code: memory, blocks, and how they are found, linked and dropped.
  *
  * Memory is one memfd, mapped twice: where it is written and where it runs; never both in one mapping.
- * Code is handed out in order from both ends: hot code upward from the start, cold code (exits, slow
- * paths) in the second half. When either is full, everything is dropped.
+ * The first half has hot code, the second cold code (exits, slow paths). Both are handed out in order and
+ * round, as is all else that blocks are made of; who needs room evicts the oldest blocks (evict.c).
  *
  * A block is keyed by the guest-physical address of its first byte and the mode (v->bt_mode). It lies
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
@@ -102,7 +102,18 @@ struct bt_exit {
     u8 perm[BT_PERM];
     u32 recipe_regs;     /* EXIT_RECIPE: registers that it is made from; RECIPE_NO_REGS: it isn't */
     struct bt_block *to; /* NULL: not linked */
-    struct bt_exit *next_in;
+    struct bt_exit *next_in, **link_in; /* to->incoming: the next, and what points to this one */
+};
+
+/* What blocks are made of. */
+enum bt_part { BT_HOT, BT_COLD, BT_EXITS, BT_SITES, BT_POINTS, BT_X87S, BT_KEPT, BT_PARTS };
+
+/* A place in each: code offsets, and numbers. */
+union bt_position {
+    struct {
+        u32 hot, cold, exits, sites, points, x87s, kept;
+    };
+    u32 of[BT_PARTS]; /* by enum bt_part */
 };
 
 /* What happens first to the flags that a block is entered with. */
@@ -115,7 +126,9 @@ struct bt_block {
     u32 mode;
     u16 bytes, count; /* of guest code; of the instructions that are translated */
     bool dropped;
-    u32 hot, hot_end, cold, cold_end; /* code offsets */
+    bool listed[2]; /* in the list of its first page's blocks; of its second page's */
+    union bt_position start;
+    u32 hot_end, cold_end; /* code offsets */
     /* Entries, as code offsets: from the jump cache; with the flags in memory; in the host's register. */
     u32 jump_entry, memory_entry, host_entry;
     u8 first_use; /* enum first_use */
@@ -127,26 +140,25 @@ struct bt_block {
     u8 perm[BT_PERM];
     u32 memory_native, host_native;
     u32 fault; /* code offset: leaves with BT_FAULT */
-    u32 exits, nexits;
-    u32 points, npoints;
-    struct bt_block *hash_next, *page_next, *page2_next;
+    u32 nexits, npoints;
+    struct bt_block *hash_next, *page_next[2];
     struct bt_exit *incoming;
 };
 
 #define BT_STORE_SIZE MIB(128)
 #define BT_CODE_SIZE MIB(256)
 #define BT_COLD_START MIB(128)
-#define BT_BLOCKS (1u << 20)
-#define BT_EXITS (1u << 22)
-#define BT_SITES (1u << 22)
-#define BT_POINTS (1u << 23)
-#define BT_X87S (1u << 18)
+#define BT_BLOCKS_MAX (1u << 20)
+#define BT_EXITS_MAX (1u << 22)
+#define BT_SITES_MAX (1u << 22)
+#define BT_POINTS_MAX (1u << 23)
+#define BT_X87S_MAX (1u << 18)
+#define BT_KEPT_MAX (1u << 16)
 #define BT_HASH_BITS 19
 #define BT_PAGES_BITS 16
 #define BT_FILTER_BITS 16
 #define BT_SPACES 16
 #define BT_MODES 512
-#define BT_KEPT (1u << 16)
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
 #define BT_LINKED_PAGES 2048
@@ -158,8 +170,9 @@ struct bt_choices {
     s32 group_span;        /* bytes that the check for a group of accesses covers at most */
     unsigned direct_ticks; /* moments that user code was seen in, before it is mapped directly */
     u64 direct_period;     /* TSC ticks between such moments */
-    u32 code_size;         /* bytes of hot code, and of cold, at which the cache is full */
-    u32 store_size;        /* bytes of what vCPUs share */
+    u32 code_size;         /* bytes that hot code has, and cold code */
+    unsigned array_shift; /* blocks, exits and so on: a 2^array_shift-th of the most there can be */
+    u32 store_size;       /* bytes of what vCPUs share */
 };
 
 struct direct;
@@ -168,8 +181,6 @@ struct bt {
     struct bt_choices choices;
     u8 *writable;
     const u8 *executable;
-    u32 hot, cold;          /* code offsets: the next free bytes */
-    u32 glue_end;           /* where blocks begin */
     u32 glue[BT_FAULT + 1]; /* code offsets of the ways out, by reason */
     u32 (*enter)(void);     /* runs v->bt_shared.entry; returns enum bt_reason */
 
@@ -178,10 +189,16 @@ struct bt {
     struct bt_site *sites;
     struct bt_point *points;
     struct bt_x87 *x87s; /* the first is none */
-    u32 nblocks, nexits, nsites, npoints, nx87s;
+    /* Instructions of BT_QUICK, each with one behind it that leaves. */
+    struct insn (*kept)[2];
+
+    /* What is handed out: from where on, to where, the next that is free, and how far there is nothing of the
+     * oldest block's in the way. */
+    union bt_position begin, end, next, bound;
+    u32 oldest, nblocks, max_blocks; /* blocks there are, from the oldest on, round: bt_block_nth */
     struct bt_block *hash[1u << BT_HASH_BITS];
-    struct bt_block *pages[1u << BT_PAGES_BITS];    /* by page_next */
-    struct bt_block *crossing[1u << BT_PAGES_BITS]; /* by page2_next: those with a gpa2 */
+    /* By page_next: blocks that begin in a page; those with a gpa2. */
+    struct bt_block *pages[2][1u << BT_PAGES_BITS];
 
     /* jump_key by mode; 0: to be given anew. */
     u16 contexts[BT_MODES]; /* of supervisor code */
@@ -193,10 +210,6 @@ struct bt {
     u32 next_context;
     bool kernel_nonglobal; /* supervisor code ran from pages that a write of CR3 drops */
     u64 filter[(1u << BT_FILTER_BITS) / 64]; /* hashes of pages with entries in the jump cache */
-
-    /* Instructions of BT_QUICK, each with one behind it that leaves. */
-    struct insn (*kept)[2];
-    u32 nkept;
 
     /* By number; 0 is none. They are few: equal ones share a number for good. */
     struct bt_recipe recipes[BT_RECIPES];
@@ -244,11 +257,23 @@ static inline const u8 *bt_run_at(const struct bt *bt, u32 offset)
     return bt->executable + offset;
 }
 
+/* The n-th oldest block; n is nblocks: the next one to be made. */
+static inline struct bt_block *bt_block_nth(const struct bt *bt, u32 n)
+{
+    return &bt->blocks[(bt->oldest + n) % bt->max_blocks];
+}
+
+/* How far it is from one place to another in what is handed out round. */
+static inline u32 bt_distance(const struct bt *bt, unsigned part, u32 from, u32 to)
+{
+    return to >= from ? to - from : to - from + (bt->end.of[part] - bt->begin.of[part]);
+}
+
 /* The block of a mode at gpa, or NULL. lin: where that is mapped. */
 struct bt_block *bt_block_find(const struct soft_vcpu *v, gpa_t gpa, gva_t lin, u32 mode);
 /* The page of bt_block.page for code at lin. */
 gva_t bt_place(gva_t lin, u32 mode);
-/* Makes a finished block known; its bytes' lines are protected by the caller. */
+/* Makes known the block that is the next, and finished; its bytes' lines are protected by the caller. */
 void bt_block_insert(struct soft_vcpu *v, struct bt_block *b);
 /* The block that a host address lies in, or NULL. Async-signal-safe. */
 struct bt_block *bt_block_at(const struct bt *bt, const u8 *pc);
@@ -279,24 +304,40 @@ static inline unsigned bt_jump_slot(u64 lin)
 void bt_jump_clear(struct soft_vcpu *v);
 /* Code was left by a jump to lin: what the slot holds for it is of no use, or was dropped. */
 void bt_jump_missed(struct soft_vcpu *v, gva_t lin);
+/* What leads to hot code at offsets from `from` to `end` goes. */
+void bt_jump_forget(struct soft_vcpu *v, u32 from, u32 end);
 /* Enters a block into the jump cache for the linear address lin. */
 void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b);
 
 /* [gpa, gpa + n) within one page is written: drops its blocks. Returns the lines that blocks still
  * use in the page. */
 u64 bt_written(struct soft_vcpu *v, gpa_t gpa, u64 n);
-/* The lines that blocks use in the page at gpa. */
-u64 bt_lines(const struct soft_vcpu *v, gpa_t page);
+/* The lines that blocks use in a page. Its lists are rid of dropped ones. */
+u64 bt_lines(struct soft_vcpu *v, gpa_t page);
 /* Drops every block. */
 void bt_drop_all(struct soft_vcpu *v);
-/* Drops everything, and uses its memory again. Not while translated code runs. */
-void bt_flush(struct soft_vcpu *v);
+/* Nothing is left of any block in the pages of b. */
+void bt_leave_pages(struct soft_vcpu *v, const struct bt_block *b);
+/* Drops a block, so that its memory may be used again: nothing leads to it but the jump cache and the pages' lists. */
+void bt_block_forget(struct soft_vcpu *v, struct bt_block *b);
 /* The number of a recipe; 0: there are too many. */
 u16 bt_recipe_number(struct bt *bt, const struct bt_recipe *r);
 /* Keeps an instruction for BT_QUICK; returns its number. */
 u32 bt_keep_insn(struct bt *bt, const struct insn *i);
-/* Whether there may not be room for one more block. */
-bool bt_is_full(const struct bt *bt);
+
+/* --- evict.c --- */
+
+/* Begins with an empty cache; begin.hot is set. */
+void bt_room_create(struct bt *bt);
+/* Whether there is room for one more block, whatever it is. */
+bool bt_has_room(const struct bt *bt);
+/*
+ * Makes room: evicts some of the oldest blocks, in a time that is bounded. There may not be enough yet: then it is to be
+ * called again. Not while code that was left may be gone on with.
+ */
+void bt_evict(struct soft_vcpu *v);
+/* Drops everything, and uses its memory again. As bt_evict. */
+void bt_flush(struct soft_vcpu *v);
 
 /* The mode changed: bt_mode and bt_possible, and the key of the jump cache. */
 void bt_mode_changed(struct soft_vcpu *v);

@@ -375,7 +375,7 @@ struct stub *add_stub(struct translation *t, enum stub_kind kind, u8 *from)
 
 u32 add_site(struct translation *t, const struct bt_insn *i)
 {
-    struct bt_site *s = &t->bt->sites[t->bt->nsites];
+    struct bt_site *s = &t->bt->sites[t->bt->next.sites];
 
     *s = (struct bt_site){
         .offset = i->offset,
@@ -383,7 +383,7 @@ u32 add_site(struct translation *t, const struct bt_insn *i)
         .recipe = t->flags.recipe,
         .x87 = t->x87,
     };
-    return t->bt->nsites++;
+    return t->bt->next.sites++;
 }
 
 void add_point(struct translation *t, const struct bt_insn *i)
@@ -393,7 +393,7 @@ void add_point(struct translation *t, const struct bt_insn *i)
 
 void add_point_at(struct translation *t, s64 offset)
 {
-    t->bt->points[t->bt->npoints++] =
+    t->bt->points[t->bt->next.points++] =
         (struct bt_point){.at = code_offset(t, t->p),
                           .offset = (u16)offset,
                           .flags = t->flags.memory ? SITE_FLAGS_MEMORY

@@ -37,7 +37,7 @@ void x87_make_live(struct translation *t, const struct bt_insn *i)
 void x87_note(struct translation *t, const struct bt_insn *i)
 {
     const struct bt_x87 *before = &t->bt->x87s[t->x87];
-    struct bt_x87 *x = &t->bt->x87s[t->bt->nx87s];
+    struct bt_x87 *x = &t->bt->x87s[t->bt->next.x87s];
 
     if (!i->x87_points)
         return;
@@ -54,7 +54,7 @@ void x87_note(struct translation *t, const struct bt_insn *i)
         x->seg = i->insn.seg;
         x->disp = i->rip_relative ? i->offset + i->len + i->disp : i->disp;
     }
-    t->x87 = t->bt->nx87s++;
+    t->x87 = t->bt->next.x87s++;
 }
 
 /* v->cpu.to = the selector of seg */

@@ -67,8 +67,7 @@ void bt_glue_emit(struct bt *bt)
     for (unsigned reason = 0; reason <= BT_FAULT; reason++)
         patch_rel32(jumps[reason], leave);
     put_leave(&p);
-    bt->glue_end = ((u32)(p - bt->writable) + 63) & ~63u;
-    bt->hot = bt->glue_end;
+    bt->begin.hot = ((u32)(p - bt->writable) + 63) & ~63u;
 }
 
 #define EACH_VECTOR(X)                                                                             \

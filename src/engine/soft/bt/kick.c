@@ -54,7 +54,7 @@ static void undo_exits(struct bt *bt, struct bt_block *b)
         return; /* the code left already, or is about to: these are the blocks it could be in */
     bt->unlinked[bt->nunlinked] = b;
     bt->nunlinked = bt->nunlinked + 1;
-    for (u32 n = b->exits; n < b->exits + b->nexits; n++)
+    for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++)
         if (bt->exits[n].to)
             bt_exit_detach(bt, &bt->exits[n]);
 }
@@ -102,7 +102,7 @@ void bt_relink(struct soft_vcpu *v)
     for (u32 k = 0; k < bt->nunlinked; k++) {
         const struct bt_block *b = bt->unlinked[k];
 
-        for (u32 n = b->exits; n < b->exits + b->nexits; n++)
+        for (u32 n = b->start.exits; n < b->start.exits + b->nexits; n++)
             if (bt->exits[n].to)
                 bt_exit_attach(bt, &bt->exits[n]);
     }
@@ -126,7 +126,7 @@ static bool on_exception(void *opaque, void *context)
 
     if (!b || v != current)
         return false;
-    for (u32 n = b->points; n < b->points + b->npoints; n++) {
+    for (u32 n = b->start.points; n < b->start.points + b->npoints; n++) {
         const struct bt_point *point = &bt->points[n];
 
         if (bt_run_at(bt, point->at) != pc)

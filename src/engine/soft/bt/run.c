@@ -89,7 +89,9 @@ static const u8 *code_here(struct soft_vcpu *v)
 /* Whether this run of a block is one too many to be interpreted. */
 static bool grows_hot(const struct soft_vcpu *v, struct block *b)
 {
-    return b->heat < NEVER_HOT && ++b->heat > v->bt->choices.hot_runs;
+    if (b->heat <= v->bt->choices.hot_runs)
+        b->heat++;
+    return b->heat < NEVER_HOT && b->heat > v->bt->choices.hot_runs;
 }
 
 /* Where the code at the exact RIP is. False: nowhere that it could be translated from. Raises what the fetch raises. */
@@ -139,12 +141,12 @@ static void interpret(struct soft_vcpu *v)
     struct block *b;
 
     soft_vectors_sync(v);
-    if (unlikely(bt_is_full(v->bt)))
-        block_cache_flush(v);
+    if (unlikely(!bt_has_room(v->bt)))
+        bt_evict(v);
     if (may_translate && v->engine->store && adopt(v))
         return;
     b = block_cache_find(v);
-    if (may_translate && grows_hot(v, b) && translate(v, b))
+    if (may_translate && grows_hot(v, b) && bt_has_room(v->bt) && translate(v, b))
         return;
     v->bt->interp_next = false;
     v->bt->from = NULL;
@@ -487,6 +489,7 @@ int bt_create(struct soft_vcpu *v, struct error *err)
     if (ret < 0)
         return ret;
     bt_glue_emit(v->bt);
+    bt_room_create(v->bt);
     bt_jump_clear(v);
     ret = bt_kick_create(v, err);
     if (!ret)

@@ -82,9 +82,9 @@ void bt_publish(const struct translation *t, u32 first_site, u32 first_x87)
     struct bt_store_key key = key_of(b->gpa, b->gpa2, b->page, b->mode);
     struct record_head head = {.block = *b,
                                .first_site = first_site,
-                               .nsites = bt->nsites - first_site,
+                               .nsites = bt->next.sites - first_site,
                                .first_x87 = first_x87,
-                               .nx87s = bt->nx87s - first_x87,
+                               .nx87s = bt->next.x87s - first_x87,
                                .nrelocs = t->nrelocs,
                                .quick_site = t->quick_site};
     const struct insn *quick = &bt->kept[0][0];
@@ -98,14 +98,14 @@ void bt_publish(const struct translation *t, u32 first_site, u32 first_x87)
                  (const struct iovec[]){
                      part(&head, sizeof(head)),
                      part(quick, t->quick_site != NO_SITE ? sizeof(*quick) : 0),
-                     part(&bt->exits[b->exits], b->nexits * sizeof(*bt->exits)),
+                     part(&bt->exits[b->start.exits], b->nexits * sizeof(*bt->exits)),
                      part(&bt->sites[first_site], head.nsites * sizeof(*bt->sites)),
-                     part(&bt->points[b->points], b->npoints * sizeof(*bt->points)),
+                     part(&bt->points[b->start.points], b->npoints * sizeof(*bt->points)),
                      part(&bt->x87s[first_x87], head.nx87s * sizeof(*bt->x87s)),
                      part(t->relocs, head.nrelocs * sizeof(*t->relocs)),
                      part(recipes, head.nrecipes * sizeof(*recipes)),
-                     part(bt_write_at(bt, b->hot), b->hot_end - b->hot),
-                     part(bt_write_at(bt, b->cold), b->cold_end - b->cold),
+                     part(bt_write_at(bt, b->start.hot), b->hot_end - b->start.hot),
+                     part(bt_write_at(bt, b->start.cold), b->cold_end - b->start.cold),
                      part(t->code, b->bytes),
                  },
                  11);
@@ -135,8 +135,8 @@ static struct record open_record(const void *bytes)
     r.x87s = next_part(&at, head->nx87s * sizeof(*r.x87s));
     r.relocs = next_part(&at, head->nrelocs * sizeof(*r.relocs));
     r.recipes = next_part(&at, head->nrecipes * sizeof(*r.recipes));
-    r.hot = next_part(&at, b->hot_end - b->hot);
-    r.cold = next_part(&at, b->cold_end - b->cold);
+    r.hot = next_part(&at, b->hot_end - b->start.hot);
+    r.cold = next_part(&at, b->cold_end - b->start.cold);
     r.code = next_part(&at, b->bytes);
     return r;
 }
@@ -146,16 +146,16 @@ static u32 moved(const struct record *r, const struct bt *bt, u32 offset)
 {
     const struct bt_block *b = &r->head->block;
 
-    if (offset >= b->hot && offset < b->hot_end)
-        return offset - b->hot + bt->hot;
-    if (offset >= b->cold && offset < b->cold_end)
-        return offset - b->cold + bt->cold;
+    if (offset >= b->start.hot && offset < b->hot_end)
+        return offset - b->start.hot + bt->next.hot;
+    if (offset >= b->start.cold && offset < b->cold_end)
+        return offset - b->start.cold + bt->next.cold;
     return offset;
 }
 
 static u32 moved_x87(const struct record *r, const struct bt *bt, u32 number)
 {
-    return number ? number - r->head->first_x87 + bt->nx87s : 0;
+    return number ? number - r->head->first_x87 + bt->next.x87s : 0;
 }
 
 /* What stands at a relocation in the copy; before it is moved, *imm. False: there are too many recipes. */
@@ -169,10 +169,10 @@ static bool relocate(const struct record *r, struct bt *bt, const struct bt_relo
         *imm = moved(r, bt, reloc->at + 4 + *imm) - (moved(r, bt, reloc->at) + 4);
         return true;
     case RELOC_SITE:
-        *imm += bt->nsites - r->head->first_site;
+        *imm += bt->next.sites - r->head->first_site;
         return true;
     case RELOC_EXIT:
-        *imm += bt->nexits - r->head->block.exits;
+        *imm += bt->next.exits - r->head->block.start.exits;
         return true;
     default: /* RELOC_RECIPE */
         number = bt_recipe_number(bt, (*recipe)++);
@@ -187,8 +187,8 @@ static bool copy_code(const struct record *r, struct bt *bt)
     const struct bt_block *b = &r->head->block;
     const struct bt_recipe *recipe = r->recipes;
 
-    memcpy(bt_write_at(bt, bt->hot), r->hot, b->hot_end - b->hot);
-    memcpy(bt_write_at(bt, bt->cold), r->cold, b->cold_end - b->cold);
+    memcpy(bt_write_at(bt, bt->next.hot), r->hot, b->hot_end - b->start.hot);
+    memcpy(bt_write_at(bt, bt->next.cold), r->cold, b->cold_end - b->start.cold);
     for (u32 n = 0; n < r->head->nrelocs; n++) {
         u8 *at = bt_write_at(bt, moved(r, bt, r->relocs[n].at));
         u32 imm;
@@ -204,7 +204,7 @@ static bool copy_code(const struct record *r, struct bt *bt)
 static void copy_exits(const struct record *r, struct bt *bt)
 {
     for (u32 n = 0; n < r->head->block.nexits; n++) {
-        struct bt_exit *e = &bt->exits[bt->nexits + n];
+        struct bt_exit *e = &bt->exits[bt->next.exits + n];
 
         *e = r->exits[n];
         e->at = moved(r, bt, e->at);
@@ -218,7 +218,7 @@ static void copy_exits(const struct record *r, struct bt *bt)
 static void copy_sites(const struct record *r, struct bt *bt)
 {
     for (u32 n = 0; n < r->head->nsites; n++) {
-        struct bt_site *s = &bt->sites[bt->nsites + n];
+        struct bt_site *s = &bt->sites[bt->next.sites + n];
 
         *s = r->sites[n];
         s->x87 = moved_x87(r, bt, s->x87);
@@ -230,7 +230,7 @@ static void copy_sites(const struct record *r, struct bt *bt)
 static void copy_points(const struct record *r, struct bt *bt)
 {
     for (u32 n = 0; n < r->head->block.npoints; n++) {
-        struct bt_point *p = &bt->points[bt->npoints + n];
+        struct bt_point *p = &bt->points[bt->next.points + n];
 
         *p = r->points[n];
         p->at = moved(r, bt, p->at);
@@ -242,19 +242,16 @@ static struct bt_block moved_block(const struct record *r, const struct bt *bt)
 {
     struct bt_block b = r->head->block;
 
-    b.exits = bt->nexits;
-    b.points = bt->npoints;
     b.jump_entry = moved(r, bt, b.jump_entry);
     b.memory_entry = moved(r, bt, b.memory_entry);
     b.host_entry = moved(r, bt, b.host_entry);
     b.memory_native = moved(r, bt, b.memory_native);
     b.host_native = moved(r, bt, b.host_native);
     b.fault = moved(r, bt, b.fault);
-    b.hot_end += bt->hot - b.hot;
-    b.cold_end += bt->cold - b.cold;
-    b.hot = bt->hot;
-    b.cold = bt->cold;
-    b.hash_next = b.page_next = b.page2_next = NULL;
+    b.hot_end += bt->next.hot - b.start.hot;
+    b.cold_end += bt->next.cold - b.start.cold;
+    b.start = bt->next;
+    b.hash_next = b.page_next[0] = b.page_next[1] = NULL;
     return b;
 }
 
@@ -264,15 +261,15 @@ struct bt_block *bt_adopt(struct soft_vcpu *v, const struct bt_source *source, u
     struct bt *bt = v->bt;
     struct bt_store_key key = key_of(source->gpa, source->host2 ? source->gpa2 : 0,
                                      bt_place(v->cpu.gpr[GPR_RIP], mode), mode);
-    u32 first_site = bt->nsites;
+    u32 first_site = bt->next.sites;
     struct bt_block *b;
     struct record r;
 
-    if (!v->engine->store || bt_is_full(bt) ||
+    if (!v->engine->store || !bt_has_room(bt) ||
         !bt_store_get(v->engine->store, &key, bytes, sizeof(bytes)))
         return NULL;
     r = open_record(bytes);
-    b = &bt->blocks[bt->nblocks];
+    b = bt_block_nth(bt, bt->nblocks);
     if (!bt_source_is(source, r.code, r.head->block.bytes))
         return NULL;
     if (!bt_block_protect(v, &r.head->block, source, r.code) || !copy_code(&r, bt))
@@ -281,11 +278,11 @@ struct bt_block *bt_adopt(struct soft_vcpu *v, const struct bt_source *source, u
     copy_exits(&r, bt);
     copy_sites(&r, bt);
     copy_points(&r, bt);
-    memcpy(&bt->x87s[bt->nx87s], r.x87s, r.head->nx87s * sizeof(*r.x87s));
-    bt->nexits += b->nexits;
-    bt->nsites += r.head->nsites;
-    bt->npoints += b->npoints;
-    bt->nx87s += r.head->nx87s;
+    memcpy(&bt->x87s[bt->next.x87s], r.x87s, r.head->nx87s * sizeof(*r.x87s));
+    bt->next.exits += b->nexits;
+    bt->next.sites += r.head->nsites;
+    bt->next.points += b->npoints;
+    bt->next.x87s += r.head->nx87s;
     bt_block_finish(v, b, first_site, r.code);
     v->stats.blocks_adopted++;
     return b;

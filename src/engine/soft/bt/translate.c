@@ -130,7 +130,7 @@ static bool can_link(const struct translation *t, s64 target)
 static void add_exit(struct translation *t, u8 *from, s64 target)
 {
     struct bt *bt = t->bt;
-    u32 number = bt->nexits++;
+    u32 number = bt->next.exits++;
 
     bt->exits[number] = (struct bt_exit){.at = code_offset(t, from),
                                          .target = (s32)target,
@@ -331,7 +331,7 @@ static void put_stack_exit(struct translation *t, const struct stub *stub)
 /* To code for the instruction at offset with a check by the TLB: an exit that has its jump in cold code. */
 static void put_narrow_exit(struct translation *t, const struct stub *stub)
 {
-    u32 number = t->bt->nexits++;
+    u32 number = t->bt->next.exits++;
     struct bt_exit *e = &t->bt->exits[number];
 
     if (stub->number == CHUNK_IN_S2) {
@@ -798,7 +798,7 @@ static unsigned decode(struct translation *t, const struct bt_source *source)
 static void audit_block(const struct bt *bt, const struct bt_block *b, u32 first_site,
                         const u8 *code)
 {
-    u32 sites[2] = {first_site, bt->nsites};
+    u32 sites[2] = {first_site, bt->next.sites};
     struct bt_fault_found found;
     char text[3 * 15 * BT_MAX_INSNS + 1] = "";
 
@@ -806,7 +806,7 @@ static void audit_block(const struct bt *bt, const struct bt_block *b, u32 first
         return;
     log_message(LOG_ERROR,
                 "audit of translated code: %s, %u bytes into %s part of the block at %#llx",
-                found.what, found.at - (found.at < BT_COLD_START ? b->hot : b->cold),
+                found.what, found.at - (found.at < BT_COLD_START ? b->start.hot : b->start.cold),
                 found.at < BT_COLD_START ? "the hot" : "the cold", (unsigned long long)b->gpa);
     for (unsigned n = 0; n < b->bytes; n++)
         snprintf(text + 3 * n, sizeof(text) - 3 * n, "%02x ", code[n]);
@@ -821,21 +821,20 @@ static void name_block(const struct soft_vcpu *v, const struct bt_block *b)
     u64 lin = v->cpu.gpr[GPR_RIP];
     bool user = b->mode & BT_MODE_USER;
 
-    perf_map_add(m, bt_run_at(v->bt, b->hot), b->hot_end - b->hot, lin, user);
-    perf_map_add(m, bt_run_at(v->bt, b->cold), b->cold_end - b->cold, lin, user);
+    perf_map_add(m, bt_run_at(v->bt, b->start.hot), b->hot_end - b->start.hot, lin, user);
+    perf_map_add(m, bt_run_at(v->bt, b->start.cold), b->cold_end - b->start.cold, lin, user);
 }
 
 void bt_block_finish(struct soft_vcpu *v, struct bt_block *b, u32 first_site, const u8 *code)
 {
     struct bt *bt = v->bt;
 
-    bt->hot = (b->hot_end + 15) & ~15u;
-    bt->cold = b->cold_end;
+    bt->next.hot = (b->hot_end + 15) & ~15u;
+    bt->next.cold = b->cold_end;
     if (BT_AUDIT)
         audit_block(bt, b, first_site, code);
     if (v->engine->config.perf_map)
         name_block(v, b);
-    bt->nblocks++;
     bt_block_insert(v, b);
 }
 
@@ -846,9 +845,9 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     struct bt *bt = v->bt;
     const struct bt_insn *last;
     struct bt_block *b;
-    u32 sites = bt->nsites, x87s = bt->nx87s;
+    u32 sites = bt->next.sites, x87s = bt->next.x87s;
 
-    if (bt_is_full(bt))
+    if (!bt_has_room(bt))
         return NULL;
     t->v = v;
     t->bt = bt;
@@ -863,15 +862,12 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     t->quick_site = NO_SITE;
     t->links_pages =
         bt_is_kernel(mode) ? soft_fetch_is_global(v, v->cpu.gpr[GPR_RIP]) : bt_is_placed(mode);
-    b = &bt->blocks[bt->nblocks];
+    b = bt_block_nth(bt, bt->nblocks);
     *b = (struct bt_block){.gpa = source->gpa,
                            .gpa2 = source->host2 ? source->gpa2 : 0,
                            .page = bt_place(v->cpu.gpr[GPR_RIP], mode),
                            .mode = mode,
-                           .hot = bt->hot,
-                           .cold = bt->cold,
-                           .exits = bt->nexits,
-                           .points = bt->npoints};
+                           .start = bt->next};
     b->bytes = (u16)decode(t, source);
     gather_code(t);
     if (!b->bytes || !bt_block_protect(v, b, source, t->code))
@@ -883,7 +879,7 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     use_perm(t, b->perm);
     t->block = b;
     t->at = 0;
-    t->p = bt_write_at(bt, bt->hot);
+    t->p = bt_write_at(bt, bt->next.hot);
     put_entries(t, b);
     last = &t->insns[t->count - 1];
     for (t->at = 0; t->at < t->count; t->at++) {
@@ -907,15 +903,15 @@ struct bt_block *bt_translate(struct soft_vcpu *v, const struct bt_source *sourc
     }
     b->hot_end = code_offset(t, t->p);
 
-    t->p = bt_write_at(bt, bt->cold);
+    t->p = bt_write_at(bt, bt->next.cold);
     put_cold_entries(t, b);
     for (unsigned n = 0; n < t->nstubs; n++)
         put_stub(t, &t->stubs[n]);
     b->cold_end = code_offset(t, t->p);
 
     b->count = (u16)(t->count - (last->op == BT_INTERP || last->op == BT_FAST));
-    b->nexits = bt->nexits - b->exits;
-    b->npoints = bt->npoints - b->points;
+    b->nexits = bt->next.exits - b->start.exits;
+    b->npoints = bt->next.points - b->start.points;
     bt_block_finish(v, b, sites, t->code);
     bt_publish(t, sites, x87s);
     v->stats.blocks_translated++;
