@@ -324,6 +324,21 @@ static void the_stack_behind_a_look(void **state)
     assert_accepted(r);
 }
 
+/* What goes by the TLB beside direct code has the stack as that has it. */
+static void the_stack_of_what_goes_by_the_tlb(void **state)
+{
+    struct rig *r = *state;
+
+    r->block.mode |= BT_MODE_NARROW;
+    put_look_of(r, RSP);
+    PUT(r, "\x58\x50"); /* pop rax; push rax */
+    assert_accepted(r);
+    begin_anew(r);
+    put_mov_rr(&r->p, RSP, RBX);
+    PUT(r, "\x58");
+    assert_refused(r, UNCHECKED);
+}
+
 /* The next block takes RSP as it is. */
 static void ways_out_with_another_stack(void **state)
 {
@@ -488,6 +503,7 @@ int main(void)
         TEST(the_stack),
         TEST(the_stack_out_of_reach),
         TEST(the_stack_behind_a_look),
+        TEST(the_stack_of_what_goes_by_the_tlb),
         TEST(ways_out_with_another_stack),
         TEST(addresses_that_are_numbers),
         TEST(other_numbers),

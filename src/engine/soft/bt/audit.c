@@ -545,7 +545,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
     if (!is_bit_inside(a, zi, ops))
         return refuse(a, "a bit outside of its operand");
     if (m->segment == ZYDIS_REGISTER_GS) {
-        if (is_direct_block(a) && direct_is_look(&a->known.direct, zi, m))
+        if ((is_direct_block(a) && direct_is_look(&a->known.direct, zi, m)) ||
+            ((a->b->mode & BT_MODE_DIRECT) && direct_is_stack_look(&a->known.direct, zi, m)))
             return size == 1 && !writes(op) ? true : refuse(a, "no look into the map");
         if (m->base == ZYDIS_REGISTER_NONE && m->index == ZYDIS_REGISTER_NONE &&
             is_kept_address((u64)disp, size))

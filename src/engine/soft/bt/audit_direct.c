@@ -247,6 +247,12 @@ bool direct_is_look(const struct direct_known *k, const ZydisDecodedInstruction 
            m->index == ZYDIS_REGISTER_NONE && m->disp.value == (s64)GS_OFFSET(direct_map);
 }
 
+bool direct_is_stack_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
+                          const ZydisDecodedOperandMem *m)
+{
+    return direct_is_look(k, zi, m) && !is_known_chunk(m) && is_stack(&k->s2) && !k->s2.disp;
+}
+
 /* --- Changes --- */
 
 static bool is_reg64(const ZydisDecodedOperand *op, unsigned number)

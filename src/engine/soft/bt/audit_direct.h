@@ -76,6 +76,9 @@ bool direct_allows_string(const struct direct_known *k, const ZydisDecodedInstru
 /* Whether it is the look into direct_map, by a chunk's number. */
 bool direct_is_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
                     const ZydisDecodedOperandMem *m);
+/* And whether it is at RSP: what goes by the TLB in direct code has no other. */
+bool direct_is_stack_look(const struct direct_known *k, const ZydisDecodedInstruction *zi,
+                          const ZydisDecodedOperandMem *m);
 /* The instruction comes next. A branch is not taken. */
 void direct_known_after(struct direct_known *k, const ZydisDecodedInstruction *zi,
                         const ZydisDecodedOperand *ops);
