@@ -43,8 +43,35 @@ def disjoint(pieces):
     return all(at + size <= after for (at, size, _), (after, _, _) in zip(pieces, pieces[1:]))
 
 
+def profile(cases, directory):
+    """Linux under perf: its report names code of the guest's kernel and of its programs."""
+    data, pid = os.path.join(directory, "perf.data"), os.path.join(directory, "pid")
+    record = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "999", "-o", data]
+    try:
+        probe = subprocess.run([*record, "true"], check=False, capture_output=True, timeout=60)
+    except FileNotFoundError:
+        print("ok perf-names-guest-code # skip: no perf here")
+        return
+    if probe.returncode:
+        print("ok perf-names-guest-code # skip: perf may not record here")
+        return
+    work = "for n in 1 2 3 4; do seq 1 20000 | sha256sum; done\n"
+    command = [guest.DOPPEL, "run", "--engine", "bt", "--perf-map", "--kernel", guest.kernel(), "--initrd",
+               guest.initramfs(directory, work), "--append", "console=ttyS0 quiet"]
+    done = subprocess.run([*record, "sh", "-c", f"echo $$ >{pid}; exec \"$@\"", "sh", *command], check=False,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=guest.PATIENCE)
+    cases.equal("perf-status", done.returncode, 0)
+    report = subprocess.run(["perf", "report", "-i", data, "--stdio", "--sort", "symbol"], check=False, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with open(pid, encoding="ascii") as file:
+        os.unlink(f"/tmp/perf-{file.read().strip()}.map")
+    for side in ("kernel", "user"):
+        found = set(re.findall(rf"guest_{side}_[0-9a-f]+", report.stdout))
+        cases.check(f"perf-names-{side}-code", len(found) >= 5, f"{sorted(found)} of {len(report.stdout)} bytes")
+
+
 def main():
-    """A guest without a map, with one, and with symbols."""
+    """A guest without a map, with one, with symbols, and one under perf."""
     image = sys.argv[1]
     cases = guest.Cases()
     with guest.temporary() as directory:
@@ -90,6 +117,7 @@ def main():
             cases.check(f"refused-{name}",
                         done.returncode == 2 and len(done.stderr.splitlines()) == 1,
                         f"status {done.returncode}, {done.stderr!r}")
+        profile(cases, directory)
     cases.done()
 
 
