@@ -1195,8 +1195,17 @@ static void put_rflags_op(struct translation *t, unsigned ext, u32 imm)
 }
 
 /*
- * STI at CPL 0. When IF was clear and an interrupt waits for it, the interpreter executes it and takes
- * the interrupt behind the next instruction. Else the shadow makes no difference: an interrupt that
+ * Whether an interrupt between STI and what follows may be one too early: HLT and MWAIT, which are the interpreter's,
+ * would then wait for another.
+ */
+static bool shadow_matters(const struct translation *t)
+{
+    return t->at + 1 >= t->count || t->insns[t->at + 1].op == BT_INTERP;
+}
+
+/*
+ * STI at CPL 0. When IF was clear and an interrupt waits for it, or the next instruction may wait for one, the interpreter
+ * executes it and takes the interrupt behind the next instruction. Else the shadow makes no difference: an interrupt that
  * comes now may as well have come an instruction later.
  */
 static void emit_sti(struct translation *t, const struct bt_insn *i)
@@ -1210,11 +1219,15 @@ static void emit_sti(struct translation *t, const struct bt_insn *i)
     put8(p, 0x75); /* jne: it is set */
     put8(p, 0);
     set = *p;
-    put_op_gs_imm8(p, OP_GROUP_BYTE, EXT_CMP, GS_OFFSET(irq_waiting), 0);
-    s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+    if (shadow_matters(t)) {
+        s = add_stub(t, STUB_SITE, put_jmp(p));
+    } else {
+        put_op_gs_imm8(p, OP_GROUP_BYTE, EXT_CMP, GS_OFFSET(irq_waiting), 0);
+        s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
+        put_rflags_op(t, EXT_OR, EFLAGS_IF);
+    }
     s->reason = BT_STOP;
     s->number = add_site(t, i);
-    put_rflags_op(t, EXT_OR, EFLAGS_IF);
     set[-1] = (u8)(*p - set);
 }
 
