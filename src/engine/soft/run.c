@@ -79,6 +79,7 @@ static void poll(struct soft_vcpu *v)
     u64 time;
 
     v->poll = POLL_BLOCKS;
+    soft_vectors_sync(v); /* PAUSE asks for this right behind translated code */
     if (unlikely(host_exec_full(v))) {
         block_cache_flush(v);
         host_exec_restart(v);
