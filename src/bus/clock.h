@@ -50,8 +50,8 @@ void vm_timer_cancel(struct vm_timer *t);
 void vm_timer_destroy(struct vm_timer *t);
 
 /*
- * For frequencies below 18 GHz: ticks = ns * hz / 10^9 without overflow, rounded down; and the smallest ns with that many ticks,
- * UINT64_MAX when it is beyond what 64 bits count: a timer for then never fires.
+ * For frequencies below 18 GHz: ticks = ns * hz / 10^9 without overflow, rounded down; and the smallest ns with that
+ * many ticks, UINT64_MAX when it is beyond what 64 bits count: a timer for then never fires.
  */
 static inline u64 clock_ns_to_ticks(u64 ns, u64 hz)
 {

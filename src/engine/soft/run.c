@@ -79,7 +79,6 @@ static void poll(struct soft_vcpu *v)
     u64 time;
 
     v->poll = POLL_BLOCKS;
-    soft_vectors_sync(v); /* PAUSE asks for this right behind translated code */
     if (unlikely(host_exec_full(v))) {
         block_cache_flush(v);
         host_exec_restart(v);
@@ -186,7 +185,6 @@ static void attend(struct soft_vcpu *v)
     u32 bits = atomic_exchange(&v->attention, 0);
 
     v->cur = &insn_none;
-    soft_vectors_sync(v);
     if (bits & ATTN_TIMER) {
         v->bt->timer_at = 0;
         if (v->timer_deadline != UINT64_MAX)
@@ -362,6 +360,7 @@ void soft_run(struct soft_vcpu *v)
             bt_run(v);
         else
             run_undisturbed(v);
+        soft_vectors_sync(v); /* what follows is compiled to use them */
         if (v->poll == 0)
             poll(v);
         attend(v);

@@ -108,6 +108,18 @@ fail:
     return NULL;
 }
 
+/* What vCPUs that translate share. False: err is set. */
+static bool share_among_vcpus(struct soft_engine *e, struct error *err)
+{
+    const struct engine_config *config = &e->config;
+
+    e->direct = bt_direct_spaces_create(err);
+    if (!e->direct || config->ncpus == 1)
+        return e->direct;
+    e->store = bt_store_create(bt_choose(&config->checks).store_size, err);
+    return e->store;
+}
+
 static struct engine *bt_create_engine(const struct engine_config *config, struct error *err)
 {
     struct engine *engine;
@@ -122,14 +134,10 @@ static struct engine *bt_create_engine(const struct engine_config *config, struc
     if (!engine)
         return NULL;
     engine_of(engine)->bt = true;
-    engine_of(engine)->direct = bt_direct_spaces_create(err);
-    if (config->ncpus > 1)
-        engine_of(engine)->store = bt_store_create(bt_choose(&config->checks).store_size, err);
-    if (!engine_of(engine)->direct || (config->ncpus > 1 && !engine_of(engine)->store)) {
-        soft_destroy(engine);
-        return NULL;
-    }
-    return engine;
+    if (share_among_vcpus(engine_of(engine), err))
+        return engine;
+    soft_destroy(engine);
+    return NULL;
 }
 
 /* --- vCPUs --- */

@@ -292,21 +292,27 @@ static const u8 *on_branch(struct soft_vcpu *v)
     return NULL;
 }
 
-/* One that the interpreter executes at once. */
-static void execute_quick(struct soft_vcpu *v)
+/* At one that the interpreter executes at once. */
+static void come_to_quick(struct soft_vcpu *v)
 {
     const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
-    const struct insn *i = v->bt->kept[site->resume];
 
     if (unlikely(site->x87))
         bt_x87_point(v, site->x87);
     v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
+}
+
+static void execute_quick(struct soft_vcpu *v)
+{
+    const struct insn *i = v->bt->kept[v->bt->sites[v->bt_shared.site].resume];
+
     v->block = NULL;
     i->fn(v, i);
 }
 
 static const u8 *on_quick(struct soft_vcpu *v)
 {
+    come_to_quick(v);
     execute_quick(v);
     return code_here(v);
 }
@@ -432,10 +438,7 @@ static bool verify_block(struct soft_vcpu *v)
             bt_vectors_load(v);
         reason = enter(v);
         if (reason == BT_QUICK) { /* not undone, so not compared */
-            const struct bt_site *site = &v->bt->sites[v->bt_shared.site];
-
-            bt_x87_point(v, site->x87);
-            v->cpu.gpr[GPR_RIP] = v->bt_shared.ip_page + site->offset;
+            come_to_quick(v);
             bt_verify_end(v, b, false);
             execute_quick(v);
             return true;

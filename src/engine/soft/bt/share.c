@@ -270,9 +270,8 @@ struct bt_block *bt_adopt(struct soft_vcpu *v, const struct bt_source *source, u
         return NULL;
     r = open_record(bytes);
     b = bt_block_nth(bt, bt->nblocks);
-    if (!bt_source_is(source, r.code, r.head->block.bytes))
-        return NULL;
-    if (!bt_block_protect(v, &r.head->block, source, r.code) || !copy_code(&r, bt))
+    if (!bt_source_is(source, r.code, r.head->block.bytes) ||
+        !bt_block_protect(v, &r.head->block, source, r.code) || !copy_code(&r, bt))
         return NULL;
     *b = moved_block(&r, bt);
     copy_exits(&r, bt);
