@@ -24,7 +24,10 @@
 #define BT_MODE_DIRECT                                                                             \
     0x100u /* user addresses are the host's, where direct_map says so: direct.c */
 
-/* Kernel code of 64-bit mode: its links between pages are in links.c. */
+/* Pages of a chunk: the addresses that one byte of direct_map is for. */
+#define CHUNK_PAGES (BIT(DIRECT_SHIFT) >> GUEST_PAGE_SHIFT)
+
+/* Kernel code of 64-bit mode: its links between pages are in kernel_links.c. */
 static inline bool bt_is_kernel(u32 mode)
 {
     return !(mode & (BT_MODE_USER | BT_MODE_CODE32));
@@ -146,13 +149,12 @@ void bt_direct_fault(struct soft_vcpu *v, gva_t lin);
  */
 bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b);
 /*
- * links.c: the same for kernel code, whose RIP, where the link leads, is exact. Such links are undone when what is
- * mapped there may have changed: all translations were dropped; those of one page. Every block was dropped.
+ * kernel_links.c: the same for kernel code, whose RIP, where the link leads, is exact. Such links are undone when what
+ * is mapped there may have changed: all translations were dropped; those of one page.
  */
 bool bt_kernel_link(struct soft_vcpu *v, const struct bt_block *b);
 void bt_kernel_links_check(struct soft_vcpu *v);
 void bt_kernel_links_cut(struct soft_vcpu *v, gva_t lin);
-void bt_kernel_links_forget(struct bt *bt);
 int bt_direct_create(struct soft_vcpu *v, struct error *err);
 void bt_direct_destroy(struct soft_vcpu *v);
 /* kick.c: undoes what the signal handler did to make the vCPU leave. */

@@ -15,6 +15,7 @@
 #include "bus/memory_file.h"
 #include "engine/soft/bt/asm.h"
 #include "engine/soft/bt/bt.h"
+#include "engine/soft/bt/links.h"
 #include "engine/soft/bt/translate.h"
 #include "engine/soft/code_pages.h"
 #include "engine/soft/mmu.h"
@@ -80,6 +81,7 @@ void bt_cache_destroy(struct soft_vcpu *v)
     pages_free(bt->points, BT_POINTS_MAX * sizeof(*bt->points));
     pages_free(bt->x87s, BT_X87S_MAX * sizeof(*bt->x87s));
     pages_free(bt->kept, BT_KEPT_MAX * sizeof(*bt->kept));
+    links_destroy(bt->kernel_links);
     pages_free(bt, sizeof(*bt));
     v->bt = NULL;
 }
@@ -134,7 +136,9 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
     bt->points = pages_alloc_huge(BT_POINTS_MAX * sizeof(*bt->points));
     bt->x87s = pages_alloc_huge(BT_X87S_MAX * sizeof(*bt->x87s));
     bt->kept = pages_alloc_huge(BT_KEPT_MAX * sizeof(*bt->kept));
-    if (!bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites || !bt->points)
+    bt->kernel_links = links_create();
+    if (!bt->kernel_links || !bt->kept || !bt->x87s || !bt->blocks || !bt->exits || !bt->sites ||
+        !bt->points)
         goto fail;
     if (v->engine->config.perf_map)
         map_code_for_perf(bt);

@@ -9,7 +9,7 @@
  * within one page. It holds no linear address: v->bt_shared.ip_page has the page's. So every mapping of
  * the page shares it. Not so direct code (BT_MODE_DIRECT), which is what runs longest, and kernel code: their blocks
  * are placed, that is, made for one linear address, which is part of their key. Theirs are the only exits that are
- * linked to other pages, while direct.c, or links.c, knows what is mapped there.
+ * linked to other pages, while direct.c, or kernel_links.c, knows what is mapped there.
  *
  * An instruction that lies across two pages is a block of its own. It is right only where both pages are
  * mapped, so no exit is linked to it: it is entered by the jump cache alone, which forgets it when either
@@ -161,7 +161,6 @@ struct bt_block {
 #define BT_MODES 512
 #define BT_UNLINKED 8
 #define BT_RECIPES (1u << 16)
-#define BT_LINKED_PAGES 2048
 
 /* What is chosen freely: it changes the speed, and nothing that the manual promises a guest. */
 struct bt_choices {
@@ -176,6 +175,7 @@ struct bt_choices {
 };
 
 struct direct;
+struct bt_links;
 
 struct bt {
     struct bt_choices choices;
@@ -231,11 +231,7 @@ struct bt {
     } old_stack;
     void *signal_stack;
     struct direct *direct;
-    /* Pages of kernel code with links from others, by hash (links.c); page 0: none. */
-    struct bt_linked_page {
-        gva_t page;
-        gpa_t gpa;
-    } linked_pages[BT_LINKED_PAGES];
+    struct bt_links *kernel_links;
     struct bt_block *from; /* whose exit led to where there is no code yet, or NULL */
     bool interp_next;      /* the next instruction is the interpreter's */
 };

@@ -20,7 +20,7 @@
  *  3. Direct code runs only in the space's address space: with its CR3 and the PCID that it had when it took over. When
  *     translations are dropped, all bytes of the vCPU's (or one page's chunk's) become 0, until the page tables are read
  *     anew, when user code is entered next: that is cheap if little has changed.
- *  4. A link from one page's code to another's (direct_links.c) is there while the page tables, as of the vCPU's last
+ *  4. A link from one page's code to another's (links.c) is there while the page tables, as of the vCPU's last
  *     flush, let user code be fetched from the page that the link's target was made of.
  *
  * A host's page fault of direct code costs some 4 us, a mapping 5 us or more. So there is a budget for both, from one
@@ -28,6 +28,7 @@
  * byte back when it's wanted next, with the pages that are there by then.
  */
 #include "engine/soft/bt/direct.h"
+#include "engine/soft/bt/links.h"
 
 #include "host/pages.h"
 
@@ -57,7 +58,7 @@ struct direct {
     bool stale;                 /* translations were dropped */
     bool off;                   /* user code runs whose stack can't be mapped */
     struct view *views;         /* by a chunk's place in the space */
-    struct direct_links *links;
+    struct bt_links *links;
     unsigned idle; /* ticks since the space was seen */
     gpa_t
         candidate; /* the address space seen last, by its tables; how often in a row; and when (TSC) */
@@ -258,7 +259,7 @@ bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b)
 {
     struct direct *d = v->bt->direct;
 
-    return d->current && links_add(v, d->links, b);
+    return d->current && b->page >> DIRECT_SHIFT < DIRECT_CHUNKS && links_add(v, d->links, b);
 }
 
 /* --- Whose turn it is --- */
@@ -351,10 +352,32 @@ static bool denies_key_0(const struct soft_vcpu *v)
     return (v->cpu.cr4 & CR4_PKE) && (v->cpu.pkru & 3);
 }
 
+/* The entries of the chunk that was asked for last. */
+struct fetched {
+    bool any;
+    u32 number;
+    struct direct_entries entries;
+};
+
+/* Links stay where user code may still be fetched from the same page. */
+static bool may_still_fetch(const struct soft_vcpu *v, void *opaque, gva_t lin, gpa_t gpa)
+{
+    struct fetched *f = opaque;
+    u32 number = (u32)(lin >> DIRECT_SHIFT);
+    gpa_t now = 0;
+    u64 entry;
+
+    if (!f->any || f->number != number)
+        *f = (struct fetched){true, number, direct_find_entries(v, number)};
+    entry = direct_entry(v, &f->entries, (lin >> GUEST_PAGE_SHIFT) % CHUNK_PAGES, &now);
+    return direct_may_fetch(v, &f->entries, entry) && now == gpa;
+}
+
 /* Has all that was dropped looked at. False: the space isn't the current one after all. */
 static bool look_again(struct soft_vcpu *v, struct direct *d)
 {
     unsigned maps = MAPS_AT_ONCE;
+    struct fetched fetched = {0};
 
     if (!space_is_of(v, d->space)) {
         d->current = false;
@@ -362,7 +385,7 @@ static bool look_again(struct soft_vcpu *v, struct direct *d)
     }
     if (denies_key_0(v))
         return false;
-    links_check(v, d->links);
+    links_check(v, d->links, may_still_fetch, &fetched);
     lock(v);
     for (unsigned n = 0; n < d->space->nchunks; n++)
         if (d->views[n].stale_end)
@@ -409,8 +432,7 @@ void bt_direct_destroy(struct soft_vcpu *v)
         return;
     bt_direct_drop(v);
     pages_free(d->views, MAX_CHUNKS * sizeof(*d->views));
-    if (d->links)
-        links_destroy(d->links);
+    links_destroy(d->links);
     pages_free(d, sizeof(*d));
     v->bt->direct = NULL;
 }

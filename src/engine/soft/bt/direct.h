@@ -1,7 +1,7 @@
 /*
  * Direct mappings, between their files: the guest's page tables as they see them (direct_tables.c), address spaces of
- * the guest that are mapped in this process, which vCPUs share (direct_space.c), and what a vCPU has of one (direct.c
- * and, of links between its blocks, direct_links.c). What it is all about: see direct.c.
+ * the guest that are mapped in this process, which vCPUs share (direct_space.c), and what a vCPU has of one (direct.c,
+ * which tells what it is all about).
  */
 #ifndef DOPPEL_ENGINE_SOFT_BT_DIRECT_H
 #define DOPPEL_ENGINE_SOFT_BT_DIRECT_H
@@ -10,7 +10,6 @@
 #include "engine/soft/mmu.h"
 
 #define CHUNK_SIZE BIT(DIRECT_SHIFT)
-#define CHUNK_PAGES (CHUNK_SIZE >> GUEST_PAGE_SHIFT)
 #define MAX_CHUNKS 4096 /* of a space */
 
 /* --- direct_tables.c: on the vCPU's thread, of its CR3 --- */
@@ -93,20 +92,5 @@ void space_clear_chunk(struct soft_vcpu *v, struct direct_space *s, struct chunk
 void space_clear(struct soft_vcpu *v, struct direct_space *s);
 /* Whether so much was changed that it's time for space_clear. */
 bool space_is_worn(const struct soft_vcpu *v);
-
-/* --- direct_links.c --- */
-
-struct direct_links;
-
-struct direct_links *links_create(void);
-void links_destroy(struct direct_links *l);
-/* Translations were dropped: of one address; of all. */
-void links_flush_page(struct direct_links *l, gva_t lin);
-void links_flush(struct direct_links *l);
-/* Undoes those that the page tables don't bear out any more; all. */
-void links_check(struct soft_vcpu *v, struct direct_links *l);
-void links_cut(struct soft_vcpu *v, struct direct_links *l);
-/* As bt_direct_link. */
-bool links_add(struct soft_vcpu *v, struct direct_links *l, const struct bt_block *b);
 
 #endif

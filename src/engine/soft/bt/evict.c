@@ -163,7 +163,6 @@ void bt_flush(struct soft_vcpu *v)
     bt->from = NULL;
     memset(bt->hash, 0, sizeof(bt->hash));
     memset(bt->pages, 0, sizeof(bt->pages));
-    bt_kernel_links_forget(bt);
     bt_jump_clear(v);
     empty(bt);
 }

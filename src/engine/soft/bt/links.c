@@ -1,76 +1,127 @@
 /*
- * Links between pages of kernel code.
- *
- * A kernel calls from page to page all the time, and what is mapped where its code is hardly ever changes. So blocks
- * of kernel code are placed, and their exits are linked to other pages where the translation of these is global: then
- * no write of CR3 has a part in it. What is left are CR4, INVLPG and the like. When all translations are dropped, the
- * page tables are asked at once whether each page with links is still there; the links to one that isn't are undone.
- *
- * Such an exit stores the page it leads to (v->bt_shared.ip_page) before it jumps, for code that is entered by a link
- * expects it to be right.
+ * Links between pages. See links.h. Pages are kept by 2 MiB of addresses, which have one table of the guest's.
  */
+#include "engine/soft/bt/links.h"
+
 #include "engine/soft/bt/bt.h"
+#include "host/pages.h"
 
-#include "engine/soft/mmu.h"
+/* 2 MiB of code each. Code beyond them has no links from other pages. */
+#define MAX_LINKED 256
+#define LINKED 1ULL
 
-/* A page is within PROBES of its place. An entry is never taken out, but by forgetting all: gpa is LINKS_NONE then. */
-#define PROBES 8
-#define LINKS_NONE UINT64_MAX
+struct linked_chunk {
+    gva_t start;
+    bool stale;             /* translations were dropped since its links were right */
+    u64 pages[CHUNK_PAGES]; /* guest-physical address | LINKED of pages with links; or 0 */
+};
 
-static struct bt_linked_page *place_of(struct bt *bt, gva_t page)
+struct bt_links {
+    unsigned nchunks;
+    struct linked_chunk chunks[MAX_LINKED];
+};
+
+struct bt_links *links_create(void)
 {
-    unsigned hash = (unsigned)((page >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ULL >> 48);
+    return pages_alloc(sizeof(struct bt_links));
+}
 
-    for (unsigned n = 0; n < PROBES; n++) {
-        struct bt_linked_page *l = &bt->linked_pages[(hash + n) % BT_LINKED_PAGES];
+void links_destroy(struct bt_links *l)
+{
+    pages_free(l, sizeof(*l));
+}
 
-        if (l->page == page || !l->page)
-            return l;
-    }
+static gva_t start_of(gva_t lin)
+{
+    return lin & ~(BIT(DIRECT_SHIFT) - 1);
+}
+
+static unsigned number_of(gva_t lin)
+{
+    return (lin >> GUEST_PAGE_SHIFT) % CHUNK_PAGES;
+}
+
+static struct linked_chunk *find(struct bt_links *l, gva_t lin)
+{
+    for (unsigned n = 0; n < l->nchunks; n++)
+        if (l->chunks[n].start == start_of(lin))
+            return &l->chunks[n];
     return NULL;
 }
 
-static void cut(struct bt *bt, struct bt_linked_page *l)
+static struct linked_chunk *find_or_add(struct bt_links *l, gva_t lin)
 {
-    if (l->gpa != LINKS_NONE)
-        bt_cut_links(bt, l->gpa, l->page);
-    l->gpa = LINKS_NONE;
+    struct linked_chunk *c = find(l, lin);
+
+    if (c || l->nchunks == MAX_LINKED)
+        return c;
+    c = &l->chunks[l->nchunks++];
+    c->start = start_of(lin);
+    return c;
 }
 
-bool bt_kernel_link(struct soft_vcpu *v, const struct bt_block *b)
+static void cut_page(struct soft_vcpu *v, struct linked_chunk *c, unsigned n)
 {
-    gpa_t gpa = b->gpa & ~(GUEST_PAGE_SIZE - 1);
-    struct bt_linked_page *l = place_of(v->bt, b->page);
+    if (c->pages[n])
+        bt_cut_links(v->bt, c->pages[n] & ~(GUEST_PAGE_SIZE - 1), c->start + n * GUEST_PAGE_SIZE);
+    c->pages[n] = 0;
+}
 
-    if (!l || !b->page || !soft_fetch_is_global(v, b->page))
+bool links_add(struct soft_vcpu *v, struct bt_links *l, const struct bt_block *b)
+{
+    u64 page = (b->gpa & ~(GUEST_PAGE_SIZE - 1)) | LINKED;
+    struct linked_chunk *c = find_or_add(l, b->page);
+    unsigned n = number_of(b->page);
+
+    if (!c)
         return false;
-    if (l->page && l->gpa != gpa)
-        cut(v->bt, l);
-    l->page = b->page;
-    l->gpa = gpa;
+    if (c->pages[n] != page)
+        cut_page(v, c, n);
+    c->pages[n] = page;
     return true;
 }
 
-void bt_kernel_links_check(struct soft_vcpu *v)
+void links_cut_page(struct soft_vcpu *v, struct bt_links *l, gva_t lin)
 {
-    for (unsigned n = 0; n < BT_LINKED_PAGES; n++) {
-        struct bt_linked_page *l = &v->bt->linked_pages[n];
+    struct linked_chunk *c = find(l, lin);
 
-        if (l->page && l->gpa != LINKS_NONE && !bt_kernel_code_is_at(v, l->page, l->gpa))
-            cut(v->bt, l);
+    if (c)
+        cut_page(v, c, number_of(lin));
+}
+
+void links_cut(struct soft_vcpu *v, struct bt_links *l)
+{
+    for (unsigned k = 0; k < l->nchunks; k++) {
+        for (unsigned n = 0; n < CHUNK_PAGES; n++)
+            cut_page(v, &l->chunks[k], n);
+        l->chunks[k].stale = false;
     }
+    l->nchunks = 0;
 }
 
-void bt_kernel_links_cut(struct soft_vcpu *v, gva_t lin)
+void links_flush_page(struct bt_links *l, gva_t lin)
 {
-    gva_t page = lin & ~(GUEST_PAGE_SIZE - 1);
-    struct bt_linked_page *l = place_of(v->bt, page);
+    struct linked_chunk *c = find(l, lin);
 
-    if (l && l->page == page)
-        cut(v->bt, l);
+    if (c)
+        c->stale = true;
 }
 
-void bt_kernel_links_forget(struct bt *bt)
+void links_flush(struct bt_links *l)
 {
-    memset(bt->linked_pages, 0, sizeof(bt->linked_pages));
+    for (unsigned k = 0; k < l->nchunks; k++)
+        l->chunks[k].stale = true;
+}
+
+void links_check(struct soft_vcpu *v, struct bt_links *l, links_is_there *is_there, void *opaque)
+{
+    for (unsigned k = 0; k < l->nchunks; k++) {
+        struct linked_chunk *c = &l->chunks[k];
+
+        for (unsigned n = 0; c->stale && n < CHUNK_PAGES; n++)
+            if (c->pages[n] && !is_there(v, opaque, c->start + n * GUEST_PAGE_SIZE,
+                                         c->pages[n] & ~(GUEST_PAGE_SIZE - 1)))
+                cut_page(v, c, n);
+        c->stale = false;
+    }
 }

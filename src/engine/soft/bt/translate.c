@@ -30,7 +30,7 @@
  * Ways out of a block
  *  - a direct branch within the page: a jump that is patched to the target's code, once there is any. No
  *    check is needed: who runs in a page has its translation. In direct code and kernel code, branches to other pages
- *    likewise, for as long as direct.c, or links.c, knows what is mapped there.
+ *    likewise, for as long as direct.c, or kernel_links.c, knows what is mapped there.
  *  - any other branch: the jump cache is asked for the linear address (put_jump).
  *  - the slow path of an access, and instructions that are not translated: back to C, which goes on
  *    by the interpreter at exactly that instruction.

@@ -116,7 +116,7 @@ struct translation {
      * are borrowed for host addresses.
      */
     u8 home[16], memory_reg[2], perm[BT_PERM];
-    bool links_pages; /* exits to other pages may be linked (links.c, direct.c) */
+    bool links_pages; /* exits to other pages may be linked (kernel_links.c, direct.c) */
     bool goes_across; /* behind the last instruction is one that lies across the page's end */
     u32 x87;          /* as in a site */
     bool x87_live;    /* the x87 registers were made live in this block */
