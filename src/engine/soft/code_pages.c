@@ -36,9 +36,7 @@ struct page_track *soft_page_track(const struct soft_engine *e, gpa_t gpa)
 {
     const struct memory_slot *slot = memory_find(e->config.memory, gpa);
 
-    if (!slot)
-        return NULL;
-    return &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
+    return slot ? soft_track_in(e, slot, gpa) : NULL;
 }
 
 u64 soft_line_mask(gpa_t from, u64 n)

@@ -10,6 +10,12 @@
 
 #include "engine/soft/vcpu.h"
 
+/* The track of the page at gpa, which is in the slot. */
+static inline struct page_track *soft_track_in(const struct soft_engine *e,
+                                               const struct memory_slot *slot, gpa_t gpa)
+{
+    return &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
+}
 /* The track of the page at gpa, or NULL: neither RAM nor ROM. */
 struct page_track *soft_page_track(const struct soft_engine *e, gpa_t gpa);
 

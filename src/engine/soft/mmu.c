@@ -51,7 +51,7 @@ static struct place place_of(struct soft_vcpu *v, gpa_t gpa)
         return p;
     p.host = slot->host + (gpa - slot->gpa);
     p.rom = slot->flags & MEMORY_ROM;
-    p.track = &e->pages[slot - e->config.memory->slots][(gpa - slot->gpa) >> GUEST_PAGE_SHIFT];
+    p.track = soft_track_in(e, slot, gpa);
     return p;
 }
 

@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include "engine/soft/bt/direct.h"
 
+#include "engine/soft/code_pages.h"
 #include "engine/soft/lapic.h"
 #include "host/log.h"
 #include "host/pages.h"
@@ -157,9 +158,7 @@ static bool has_key(const struct soft_vcpu *v, u64 entry)
 /* Whether the page has no code now, and who makes some will see to it that it isn't mapped for writing any more. */
 static bool announce_write(const struct soft_vcpu *v, const struct memory_slot *s, gpa_t gpa)
 {
-    const struct soft_engine *e = v->engine;
-    struct page_track *track =
-        &e->pages[s - e->config.memory->slots][(gpa - s->gpa) >> GUEST_PAGE_SHIFT];
+    struct page_track *track = soft_track_in(v->engine, s, gpa);
 
     if (!atomic_load_explicit(&track->direct_write, memory_order_relaxed))
         atomic_store(&track->direct_write, true);

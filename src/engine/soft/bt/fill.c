@@ -165,7 +165,6 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
     struct leaf leaf;
     bool may_write;
     gpa_t gpa;
-    u64 index;
 
     if (!soft_canonical(v, lin) || (write && e->dirty_logging) || !walk(v, lin, &leaf) ||
         !rights(v, &leaf, kind, &may_write))
@@ -175,8 +174,7 @@ bool bt_tlb_fill(struct soft_vcpu *v, gva_t lin, bool write)
     slot = find_slot(e->config.memory, gpa);
     if (!slot || lapic_claims(v->lapic, gpa))
         return false;
-    index = (gpa - slot->gpa) >> GUEST_PAGE_SHIFT;
-    track = &e->pages[slot - e->config.memory->slots][index];
+    track = soft_track_in(e, slot, gpa);
     if (may_write)
         soft_announce_store(v, track);
     entry->info = gpa | (may_write ? TLB_INFO_WRITABLE : 0);
