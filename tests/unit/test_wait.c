@@ -1,5 +1,5 @@
 /*
- * Sleeping: no wake is lost, and time ends it. Loops of PAUSE: who spins for long gives way, and has the APIC timer
+ * Sleeping: no wake is lost, time ends it, and wakes that come late are noticed, unless they are few. Loops of PAUSE: who spins for long gives way, and has the APIC timer
  * looked at each time, for giving way may take long; who spins for a moment, or alone, does neither.
  */
 #include "engine/soft/wait.h"
@@ -92,6 +92,31 @@ static void what_is_there_already_ends_sleep(void **state)
     assert_true(soft_sleep(v, 0, NULL));
 }
 
+/* As if the thread had been woken so long ago, and ran only now. */
+static bool sleep_and_wake(struct soft_vcpu *v, u64 ns_ago)
+{
+    atomic_store(&v->attention, ATTN_NMI);
+    atomic_store(&v->woken_at, vm_clock_now(v->engine->config.clock) - ns_ago);
+    soft_wait_for_attention(v);
+    assert_int_equal(atomic_load(&v->woken_at), 0);
+    return soft_wakes_late(v);
+}
+
+static void late_wakes_are_noticed(void **state)
+{
+    struct soft_vcpu *v = *state;
+    unsigned late = 0, in_time = 0;
+
+    v->engine->config.host_cpus = 1; /* so it doesn't poll */
+    vm_clock_set(v->engine->config.clock, NS_PER_SEC);
+    assert_false(sleep_and_wake(v, 1));
+    assert_false(sleep_and_wake(v, NS_PER_SEC / 10));
+    while (!sleep_and_wake(v, NS_PER_SEC / 100))
+        assert_true(++late < 10);
+    while (sleep_and_wake(v, 1))
+        assert_true(++in_time < 10);
+}
+
 static void long_loop_gives_way(void **state)
 {
     struct soft_vcpu *v = *state;
@@ -133,6 +158,7 @@ int main(void)
         TEST(no_wake_is_lost),
         TEST(time_ends_sleep),
         TEST(what_is_there_already_ends_sleep),
+        TEST(late_wakes_are_noticed),
         TEST(long_loop_gives_way),
         TEST(short_loop_does_not),
         TEST(alone_nobody_is_waited_for),

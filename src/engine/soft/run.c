@@ -331,7 +331,8 @@ static void sleep_or_stop(struct soft_vcpu *v)
     v->stats.exits_halt++;
     if (v->bt)
         atomic_store(&v->bt->running, false);
-    pv_begin_sleep(v);
+    if (soft_wakes_late(v))
+        pv_begin_sleep(v);
     soft_wait_for_attention(v);
     pv_end_sleep(v);
     v->poll = 0;

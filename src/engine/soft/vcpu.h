@@ -207,6 +207,8 @@ struct soft_vcpu {
     bool unhalted;        /* the next HLT is over at once */
     int schedstat_fd;     /* the host's account of this thread; 0: not opened, -1: there is none */
     u64 steal_seen, steal_looked_at; /* of that account, ns; VM time, ns */
+    _Atomic u64 woken_at; /* VM time of the last wake, ns; 0: it was seen to */
+    u32 wake_ns;          /* what a wake took lately: wait.c */
     u32 spin_yields;
     u64 spin_start, spin_last; /* of PAUSEs, in host TSC ticks */
 

@@ -5,6 +5,10 @@
  * between processors takes. So HLT looks for a while first, while there is a processor for each vCPU that doesn't
  * sleep: for as long as the last waits make it likely that it pays (v->poll_ns).
  *
+ * A guest that knows KVM's steal time takes a vCPU that is said to be preempted for one that can't be had soon, and wakes
+ * its threads elsewhere, where they wait for their turn; others it wakes by an interrupt. So who sleeps isn't
+ * said to be preempted as long as the host, asked to wake it, does so at once.
+ *
  * A guest spins for a lock in the belief that its owner is running. Where there are more vCPUs than processors
  * for them, the owner may be waiting for the very processor. The guest's loops say by PAUSE that they are
  * such: one that goes on for longer than a lock is held gives the processor away. On a busy host it may be long
@@ -24,6 +28,8 @@
 /* Of polling in HLT. */
 #define POLL_MIN_NS 4000
 #define POLL_MAX_NS 64000
+/* A wake that takes longer is a late one. It counts as twice that at most, lest a single one decide. */
+#define LATE_NS 500000
 /* PAUSEs this far apart, in TSC ticks, belong to one loop; how long it may go on; what gives way costs then. */
 #define SPIN_GAP 20000
 #define SPIN_TICKS 50000
@@ -61,7 +67,22 @@ bool soft_sleep(struct soft_vcpu *v, u32 seen, const struct timespec *until)
 
 void soft_wake(struct soft_vcpu *v)
 {
+    atomic_store_explicit(&v->woken_at, now(v), memory_order_relaxed);
     syscall(SYS_futex, &v->attention, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* The sleep is over: how long did the thread wait for a processor, in the mean of the last times? */
+static void note_wake(struct soft_vcpu *v)
+{
+    u64 woken_at = atomic_exchange_explicit(&v->woken_at, 0, memory_order_relaxed), time = now(v);
+
+    if (woken_at && time > woken_at)
+        v->wake_ns = (u32)((3ull * v->wake_ns + MIN(time - woken_at, 2ull * LATE_NS)) / 4);
+}
+
+bool soft_wakes_late(const struct soft_vcpu *v)
+{
+    return v->wake_ns > LATE_NS;
 }
 
 /* --- HLT --- */
@@ -116,6 +137,7 @@ static void sleep_until_attention(struct soft_vcpu *v)
     while (!wakes(seen = atomic_load(&v->attention)) &&
            soft_sleep(v, seen, deadline == UINT64_MAX ? NULL : &until))
         ;
+    note_wake(v);
     atomic_fetch_sub_explicit(&v->engine->sleeping, 1, memory_order_relaxed);
 }
 

@@ -19,6 +19,9 @@ bool soft_sleep(struct soft_vcpu *v, u32 seen, const struct timespec *until);
 /* Ends that. For who has set attention, on any thread. */
 void soft_wake(struct soft_vcpu *v);
 
+/* Whether the host has lately had no processor at once for the vCPU's thread when it was woken. */
+bool soft_wakes_late(const struct soft_vcpu *v);
+
 /* PAUSE: gives way to other threads of the host when the guest has been spinning for a while. */
 void soft_pause(struct soft_vcpu *v);
 
