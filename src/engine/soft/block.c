@@ -27,11 +27,10 @@
 #include "host/pages.h"
 
 #include <errno.h>
-#include <stdlib.h>
 
 #define ARENA_SIZE MIB(64)
-#define LOOKUP_BITS 12
-#define HASH_BITS 16
+#define LOOKUP_BITS 15
+#define HASH_BITS 18
 #define PAGE_HASH_BITS 13
 #define MAX_INSN_BYTES 15
 
@@ -50,11 +49,9 @@ struct block_cache {
     size_t used;
 };
 
-static struct block dropped_block = {.mode = MODE_DROPPED};
-
 struct block_cache *block_cache_create(struct error *err)
 {
-    struct block_cache *c = calloc(1, sizeof(*c));
+    struct block_cache *c = pages_alloc_huge(sizeof(*c));
 
     if (!c) {
         error_host(err, ENOMEM, "can't make the cache of decoded code");
@@ -63,11 +60,9 @@ struct block_cache *block_cache_create(struct error *err)
     c->arena = pages_alloc_huge(ARENA_SIZE);
     if (!c->arena) {
         error_host(err, errno, "can't map the cache of decoded code");
-        free(c);
+        pages_free(c, sizeof(*c));
         return NULL;
     }
-    for (size_t n = 0; n < ARRAY_SIZE(c->lookup); n++)
-        c->lookup[n].block = &dropped_block;
     return c;
 }
 
@@ -76,7 +71,7 @@ void block_cache_destroy(struct block_cache *c)
     if (!c)
         return;
     pages_free(c->arena, ARENA_SIZE);
-    free(c);
+    pages_free(c, sizeof(*c));
 }
 
 u64 block_cache_bytes(const struct block_cache *c)
@@ -234,8 +229,7 @@ static void recycle(struct soft_vcpu *v)
             soft_code_dropped(v, p->page, bt_lines(v, p->page));
         c->pages[n] = NULL;
     }
-    for (size_t n = 0; n < ARRAY_SIZE(c->lookup); n++)
-        c->lookup[n] = (struct block_link){.block = &dropped_block};
+    memset(c->lookup, 0, sizeof(c->lookup));
     memset(c->hash, 0, sizeof(c->hash));
     c->used = 0;
     v->block = NULL;
@@ -293,8 +287,6 @@ static struct block *decode_block(struct soft_vcpu *v, gva_t lin, gpa_t gpa, con
     bool more = true;
 
     *b = (struct block){.mode = v->mode, .gpa = gpa};
-    for (unsigned n = 0; n < BLOCK_LINKS; n++)
-        b->links[n].block = &dropped_block;
     while (more && b->count < max) {
         struct insn *i = &b->insns[b->count];
         u64 page_left = in_page - MIN((u64)offset, in_page);
@@ -405,69 +397,96 @@ static struct block *find_kept(struct soft_vcpu *v, gva_t lin, gpa_t gpa)
     return b;
 }
 
-static __attribute__((noinline)) struct block *find_slow(struct soft_vcpu *v, gva_t lin)
-{
-    struct block_cache *c = v->blocks;
-    struct block_link *l = lookup_slot(c, lin);
-    u8 code[BLOCK_MAX_INSNS * MAX_INSN_BYTES];
-    const u8 *host;
-    struct block *b;
-    gpa_t gpa;
-
-    v->cur = &insn_none;
-    host = soft_fetch(v, lin, &gpa);
-    b = find_kept(v, lin, gpa);
-    if (!b) {
-        if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
-            recycle(v);
-        b = decode_block(v, lin, gpa, host, code);
-        /* Code in MMIO is never kept, nor what somebody writes just now. No link leads to it. */
-        if (!host || !protect_block(v, b, code))
-            return b;
-        block_insert(v, b);
-    }
-    *l = (struct block_link){lin, v->map_generation, b};
-    return b;
-}
-
 static inline bool link_matches(const struct soft_vcpu *v, const struct block_link *l, gva_t lin)
 {
     return l->lin == lin && l->generation == v->map_generation && l->block->mode == v->mode &&
            (soft_code64(v) || fits_limit(v, l->block));
 }
 
-bool block_cache_has(struct soft_vcpu *v)
+/* The block that l tells of follows the last one. */
+static void remember(const struct soft_vcpu *v, const struct block_link *l)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
-    gpa_t gpa;
+    struct block *last = v->block;
 
-    if (link_matches(v, lookup_slot(v->blocks, lin), lin))
-        return true;
-    v->cur = &insn_none;
-    soft_fetch(v, lin, &gpa);
-    return find_kept(v, lin, gpa);
+    if (!last)
+        return;
+    last->links[1] = last->links[0];
+    last->links[0] = *l;
 }
 
 /*
  * First among those that followed the last block, for these are close at hand in the host's caches, then
  * in the lookup table.
  */
-struct block *block_cache_find(struct soft_vcpu *v)
+static inline struct block *find_known(const struct soft_vcpu *v, gva_t lin)
 {
-    gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
-    struct block_link *l = lookup_slot(v->blocks, lin);
-    struct block *last = v->block, *b;
+    const struct block_link *l = lookup_slot(v->blocks, lin);
+    const struct block *last = v->block;
 
     if (likely(last)) {
         for (unsigned n = 0; n < BLOCK_LINKS; n++)
             if (likely(link_matches(v, &last->links[n], lin)))
                 return last->links[n].block;
     }
-    b = likely(link_matches(v, l, lin)) ? l->block : find_slow(v, lin);
-    last = v->block;
-    if (last && l->block == b) {
-        last->links[1] = last->links[0];
-        last->links[0] = *l;
-    }
+    if (!likely(link_matches(v, l, lin)))
+        return NULL;
+    remember(v, l);
+    return l->block;
+}
+
+/* From now on find_known does. */
+static void make_known(const struct soft_vcpu *v, gva_t lin, struct block *b)
+{
+    struct block_link *l = lookup_slot(v->blocks, lin);
+
+    *l = (struct block_link){lin, v->map_generation, b};
+    remember(v, l);
+}
+
+static __attribute__((noinline)) struct block *find_by_gpa(struct soft_vcpu *v, gva_t lin)
+{
+    struct block *b;
+    gpa_t gpa;
+
+    v->cur = &insn_none;
+    soft_fetch(v, lin, &gpa);
+    b = find_kept(v, lin, gpa);
+    if (b)
+        make_known(v, lin, b);
     return b;
+}
+
+static __attribute__((noinline)) struct block *make_block(struct soft_vcpu *v, gva_t lin)
+{
+    struct block_cache *c = v->blocks;
+    u8 code[BLOCK_MAX_INSNS * MAX_INSN_BYTES];
+    const u8 *host;
+    struct block *b;
+    gpa_t gpa;
+
+    host = soft_fetch(v, lin, &gpa);
+    if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
+        recycle(v);
+    b = decode_block(v, lin, gpa, host, code);
+    /* Code in MMIO is never kept, nor what somebody writes just now. No link leads to it. */
+    if (!host || !protect_block(v, b, code))
+        return b;
+    block_insert(v, b);
+    make_known(v, lin, b);
+    return b;
+}
+
+struct block *block_cache_kept(struct soft_vcpu *v)
+{
+    gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
+    struct block *b = find_known(v, lin);
+
+    return likely(b) ? b : find_by_gpa(v, lin);
+}
+
+struct block *block_cache_find(struct soft_vcpu *v)
+{
+    struct block *b = block_cache_kept(v);
+
+    return likely(b) ? b : make_block(v, v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS]);
 }

@@ -13,7 +13,7 @@
 #define BLOCK_MAX_INSNS 48
 #define MODE_DROPPED 0xffffffffu /* the mode of a block that was dropped: matches none */
 
-/* Where a block at a linear address is; true for one map_generation. */
+/* Where a block at a linear address is; true for one map_generation (0: for none). */
 struct block_link {
     gva_t lin;
     u64 generation;
@@ -40,9 +40,8 @@ void block_cache_destroy(struct block_cache *c);
 
 /* The block at the exact RIP in the current mode, decoded if need be. Raises what the fetch raises. */
 struct block *block_cache_find(struct soft_vcpu *v);
-
-/* Whether there is that block already. Raises what the fetch raises. */
-bool block_cache_has(struct soft_vcpu *v);
+/* The same, or NULL if it would have to be decoded. */
+struct block *block_cache_kept(struct soft_vcpu *v);
 
 /*
  * Drops this vCPU's blocks of [gpa, gpa + n), or all, and translations of them. A dropped block that is

@@ -158,7 +158,7 @@ struct soft_vcpu {
     struct tlb tlbs[TLB_KINDS];
     struct tlb tlb_none; /* never filled: #AC checks and data breakpoints see every access */
     struct fetch_entry fetches[FETCH_ENTRIES];
-    u64 map_generation;                           /* changes whenever any translation may have */
+    u64 map_generation; /* changes whenever any translation may have; from 1 on while code runs */
     struct large_range large_data[2], large_code; /* data: by the half of the address space */
     struct block_cache *blocks;
     struct insn_decoder *decoder;

@@ -116,7 +116,7 @@ static bool adopt(struct soft_vcpu *v)
 {
     struct bt_source s;
 
-    if (block_cache_has(v) || !find_source(v, &s) || !bt_adopt(v, &s, v->bt_mode))
+    if (block_cache_kept(v) || !find_source(v, &s) || !bt_adopt(v, &s, v->bt_mode))
         return false;
     v->bt->from = NULL;
     return true;
@@ -134,6 +134,25 @@ static bool translate(struct soft_vcpu *v, struct block *b)
     return false;
 }
 
+static void run_cold(struct soft_vcpu *v, struct block *b)
+{
+    v->bt->interp_next = false;
+    v->bt->from = NULL;
+    v->poll--;
+    soft_run_block(v, b);
+}
+
+/*
+ * The block at the exact RIP, where the interpreter goes on, if it was decoded and isn't hot. It hardly ever has a translation then,
+ * which would be sought in vain.
+ */
+static struct block *cold_block(struct soft_vcpu *v)
+{
+    struct block *b = v->journal || v->vectors_live ? NULL : block_cache_kept(v);
+
+    return b && b->heat < v->bt->choices.hot_runs ? b : NULL;
+}
+
 /* Runs one block by the interpreter, or has it translated. */
 static void interpret(struct soft_vcpu *v)
 {
@@ -148,10 +167,7 @@ static void interpret(struct soft_vcpu *v)
     b = block_cache_find(v);
     if (may_translate && grows_hot(v, b) && bt_has_room(v->bt) && translate(v, b))
         return;
-    v->bt->interp_next = false;
-    v->bt->from = NULL;
-    v->poll--;
-    soft_run_block(v, b);
+    run_cold(v, b);
 }
 
 /* --- Coming back --- */
@@ -264,7 +280,7 @@ static const u8 *on_link(struct soft_vcpu *v)
     if (!e->to) {
         struct bt_block *b = find_block(v);
 
-        bt->from = bt_block_at(bt, bt_run_at(bt, e->at));
+        bt->from = b ? NULL : bt_block_at(bt, bt_run_at(bt, e->at));
         if (!b || b->gpa2 || v->journal || (bt_exit_is_across(e) && !link_across(v, b)))
             return NULL;
         bt_exit_link(bt, e, b);
@@ -452,8 +468,15 @@ static bool verify_block(struct soft_vcpu *v)
 
 static void run_once(struct soft_vcpu *v)
 {
-    const u8 *code = code_here(v);
+    struct block *cold = cold_block(v);
+    const u8 *code;
 
+    if (cold) {
+        cold->heat++;
+        run_cold(v, cold);
+        return;
+    }
+    code = code_here(v);
     if (code)
         run_code(v, code);
     else if (!v->journal || !v->bt_possible || v->bt->interp_next || !verify_block(v))
