@@ -5,9 +5,6 @@
  * of kernel code are placed, and their exits are linked to other pages where the translation of these is global: then
  * no write of CR3 has a part in it. What is left are CR4, INVLPG and the like. When all translations are dropped, the
  * page tables are asked at once whether each page with links is still there; the links to one that isn't are undone.
- *
- * Such an exit stores the page it leads to (v->bt_shared.ip_page) before it jumps, for code that is entered by a link
- * expects it to be right.
  */
 #include "engine/soft/bt/bt.h"
 #include "engine/soft/bt/links.h"

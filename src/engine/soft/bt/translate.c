@@ -25,7 +25,7 @@
  *
  * RIP. Code is shared by all mappings of its page, so it knows its offset in the page and
  * v->bt_shared.ip_page. gpr[RIP] is exact only when the code is left. Direct code and kernel code are made for one
- * address, which they know (placed, cache.h); direct code has ip_page right when it is left, the others always.
+ * address, which they know (placed, cache.h); they have ip_page right when they are left, other code always.
  *
  * Ways out of a block
  *  - a direct branch within the page: a jump that is patched to the target's code, once there is any. No
@@ -97,13 +97,12 @@ static void put_store_page(struct translation *t, gva_t page)
     put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.ip_page) + 4, (u32)(page >> 32));
 }
 
-/* Kernel code has ip_page right all the time, but between an exit to another page and its stub. */
 static void put_leave(struct translation *t, enum bt_reason reason, u32 number)
 {
     put_store_gs_imm32(&t->p, GS_OFFSET(bt_shared.site), number);
     if (reason != BT_JUMP)
         add_reloc(t, t->p, reason == BT_LINK || reason == BT_NARROW ? RELOC_EXIT : RELOC_SITE);
-    if ((t->block->mode & BT_MODE_DIRECT) || (reason == BT_LINK && is_placed(t)))
+    if (is_placed(t))
         put_store_page(t, t->block->page);
     lead(t, put_jmp(&t->p), bt_write_at(t->bt, t->bt->glue[reason]));
 }
@@ -171,20 +170,12 @@ static void put_pending(struct translation *t, s64 target)
         t->pending |= BIT32(r->b);
 }
 
-/* Whether an exit to there moves ip_page on its way. */
-static bool moves_page(const struct translation *t, s64 target)
-{
-    return bt_is_kernel(t->block->mode) && !is_in_page(target);
-}
-
 /* A jump that may be linked. */
 static void put_exit(struct translation *t, s64 target)
 {
     if (!t->flags.memory)
         flags_need(t);
     put_pending(t, target);
-    if (moves_page(t, target))
-        put_store_page(t, (t->block->page + (u64)target) & ~(GUEST_PAGE_SIZE - 1));
     add_exit(t, put_jmp(&t->p), target);
 }
 
@@ -209,7 +200,7 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     flags_settle(t);
     stack_settle(t, i->offset);
     flags_need(t);
-    if (can_link(t, target) && !moves_page(t, target)) {
+    if (can_link(t, target)) {
         put_pending(t, target);
         add_exit(t, put_jcc(&t->p, i->cc), target);
     } else {
@@ -467,18 +458,14 @@ static void find_kept_regs(const struct translation *t, struct bt_block *b)
 /*
  * From the jump cache: RIP is the block's own address. The store of ip_page is branched round when nothing
  * changes: else each call's return address would depend, through memory, on the last return's. Placed blocks
- * know their address; those of BT_MODE_DIRECT store it when they leave for C.
+ * know their address, and store it when they leave for C.
  */
 static void put_jump_prefix(struct translation *t, gpa_t gpa)
 {
     u8 *skip;
 
-    if (t->block->mode & BT_MODE_DIRECT)
+    if (is_placed(t))
         return;
-    if (is_placed(t)) {
-        put_store_page(t, t->block->page);
-        return;
-    }
     put_load_gs(&t->p, S1, GS_GPR(GPR_RIP));
     put_lea(&t->p, S1, S1, -(s32)(gpa & (GUEST_PAGE_SIZE - 1)));
     put_op_gs(&t->p, true, OP_CMP, S1, GS_OFFSET(bt_shared.ip_page));
