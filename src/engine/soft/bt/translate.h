@@ -14,7 +14,7 @@
 #define BT_MAX_RELOCS 2048
 #define BT_GROUP_SPAN 512
 #define BT_DIRECT_GROUPS 8
-#define BT_DIRECT_TICKS 2
+#define BT_DIRECT_TICKS 16
 #define BT_DIRECT_PERIOD 8000000 /* some 3 ms */
 
 /*
