@@ -316,7 +316,7 @@ static void host_address_from_the_tlb(void **state)
 
 static void fields_that_are_not_its_own(void **state)
 {
-    const u32 offsets[] = {GS_OFFSET(bt_shared.host_rsp), GS_OFFSET(bt_shared.jump_code),
+    const u32 offsets[] = {GS_OFFSET(bt_shared.host_rsp), GS_OFFSET(bt_shared.jump[0].code),
                            GS_OFFSET(engine), GS_OFFSET(cpu.cr3), sizeof(struct soft_vcpu)};
 
     for (unsigned n = 0; n < ARRAY_SIZE(offsets); n++) {
@@ -336,12 +336,20 @@ static void store_to_a_field_for_loads(void **state)
     assert_refused(r, "a field that isn't the code's");
 }
 
+static void prefetch_of_any_field(void **state)
+{
+    struct rig *r = *state;
+
+    put_prefetch_gs(&r->p, GS_OFFSET(cpu.cr3));
+    assert_accepted(r);
+}
+
 static void jump_by_any_number(void **state)
 {
     struct rig *r = *state;
 
     put_mov_rr(&r->p, S2, RAX);
-    put_op_gs_index8(&r->p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump_code));
+    put_op_gs_index4(&r->p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump[0].code));
     assert_refused(r, "no look into the jump cache");
 }
 
@@ -860,6 +868,7 @@ int main(void)
         TEST(host_address_from_the_tlb),
         TEST(fields_that_are_not_its_own),
         TEST(store_to_a_field_for_loads),
+        TEST(prefetch_of_any_field),
         TEST(jump_by_any_number),
         TEST(jump_by_a_field),
         TEST(branches_elsewhere),

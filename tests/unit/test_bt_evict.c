@@ -107,11 +107,11 @@ static void check_cache(const struct soft_vcpu *v)
     for (unsigned slot = 0; slot < JUMP_SIZE; slot++) {
         const struct bt_block *b;
 
-        if (v->bt_shared.jump_tag[slot] == slot)
+        if (v->bt_shared.jump[slot].tag == bt_jump_no_tag(slot))
             continue;
-        b = bt_block_at(bt, v->bt_shared.jump_code[slot]);
+        b = bt_block_at(bt, v->bt_shared.jump[slot].code);
         assert_non_null(b);
-        assert_ptr_equal(bt_run_at(bt, b->jump_entry), v->bt_shared.jump_code[slot]);
+        assert_ptr_equal(bt_run_at(bt, b->jump_entry), v->bt_shared.jump[slot].code);
     }
     for (unsigned part = 0; part < 2; part++)
         for (unsigned n = 0; n < ARRAY_SIZE(bt->pages[part]); n++)

@@ -118,8 +118,13 @@ enum fpu_class { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_AVX512, FPU_CLASSES };
  * What translated code reaches through GS (bt/essay in bt/translate.c). The jump cache maps a linear
  * address, mixed with jump_key, to the code of its block.
  */
-#define JUMP_BITS 18
-#define JUMP_SIZE (1u << JUMP_BITS)
+#define JUMP_BITS 20 /* of an address, that tell where in the cache it is */
+#define JUMP_ALIGN 2 /* the lowest, which don't: code has few entries so near each other */
+#define JUMP_SIZE (1u << (JUMP_BITS - JUMP_ALIGN))
+struct jump_entry {
+    u64 tag;
+    const u8 *code;
+};
 #define DIRECT_SHIFT 21
 #define DIRECT_CHUNKS (1u << (47 - DIRECT_SHIFT))
 struct bt_shared {
@@ -133,8 +138,7 @@ struct bt_shared {
     u64 flag_source;     /* an operand of what made the flags: see struct bt_recipe */
     u32 site;            /* which exit or access left the code */
     u32 reason;          /* enum bt_reason */
-    u64 jump_tag[JUMP_SIZE];
-    const u8 *jump_code[JUMP_SIZE];
+    struct jump_entry jump[JUMP_SIZE]; /* a lookup has one of the host's cache lines to fetch */
 };
 
 struct soft_vcpu {
@@ -203,12 +207,12 @@ struct soft_vcpu {
     struct engine_stats stats;
 
     _Atomic bool waiting; /* asleep, in HLT or MWAIT: whoever sets attention wakes it (wait.c) */
+    _Atomic u64 woken_at; /* VM time of the last wake, ns; 0: it was seen to */
+    u32 wake_ns;          /* what a wake took lately: wait.c */
     u32 poll_ns;          /* for how long to look for attention before that: wait.c */
     bool unhalted;        /* the next HLT is over at once */
     int schedstat_fd;     /* the host's account of this thread; 0: not opened, -1: there is none */
     u64 steal_seen, steal_looked_at; /* of that account, ns; VM time, ns */
-    _Atomic u64 woken_at; /* VM time of the last wake, ns; 0: it was seen to */
-    u32 wake_ns;          /* what a wake took lately: wait.c */
     u32 spin_yields;
     u64 spin_start, spin_last; /* of PAUSEs, in host TSC ticks */
 

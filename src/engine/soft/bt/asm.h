@@ -113,6 +113,16 @@ static inline void put_op_gs_imm8(u8 **p, unsigned op, unsigned ext, u32 offset,
     put32(p, offset);
     put8(p, imm);
 }
+/* prefetcht0 gs:[offset] */
+static inline void put_prefetch_gs(u8 **p, u32 offset)
+{
+    put8(p, 0x65);
+    put8(p, 0x0f);
+    put8(p, 0x18);
+    put_modrm(p, 0, 1, 4);
+    put8(p, 0x25);
+    put32(p, offset);
+}
 /* op reg, gs:[base + disp] */
 static inline void put_op_gs_base(u8 **p, unsigned op, unsigned reg, unsigned base, u32 disp)
 {
@@ -122,15 +132,15 @@ static inline void put_op_gs_base(u8 **p, unsigned op, unsigned reg, unsigned ba
     put_modrm(p, 2, reg, base);
     put32(p, disp);
 }
-/* op reg, gs:[index * 8 + disp]; op 0xff with reg 4 is JMP */
-static inline void put_op_gs_index8(u8 **p, bool w, unsigned op, unsigned reg, unsigned index,
+/* op reg, gs:[index * 4 + disp]; op 0xff with reg 4 is JMP */
+static inline void put_op_gs_index4(u8 **p, bool w, unsigned op, unsigned reg, unsigned index,
                                     u32 disp)
 {
     put8(p, 0x65);
     put_rex(p, w, reg, index, 0);
     put8(p, op);
     put_modrm(p, 0, reg, 4);
-    put8(p, 3u << 6 | (index & 7) << 3 | 5);
+    put8(p, 2u << 6 | (index & 7) << 3 | 5);
     put32(p, disp);
 }
 

@@ -4,7 +4,7 @@
  *
  *  1. A memory operand is one of
  *      gs:[disp]           within a field of struct soft_vcpu that code may read, or write;
- *      gs:[S2 * 8 + disp]  an entry of the jump cache, S2 being a masked slot;
+ *      gs:[S2 * 4 + disp]  an entry of the jump cache, S2 being a masked slot;
  *      gs:[S2 + disp]      a tag or host address of the TLB that the block's mode uses, S2 being a
  *                          masked index;
  *      [S1 + n]            behind a check for n and the operand's size, for a write where it writes;
@@ -536,8 +536,8 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
     u64 size = op->size / 8;
     unsigned k;
 
-    if (m->type == ZYDIS_MEMOP_TYPE_AGEN)
-        return true;
+    if (m->type == ZYDIS_MEMOP_TYPE_AGEN || zi->mnemonic == ZYDIS_MNEMONIC_PREFETCHT0)
+        return true; /* it's no access */
     if (m->type != ZYDIS_MEMOP_TYPE_MEM || !size)
         return refuse(a, "an operand without a size");
     if (zi->address_width != 64)
@@ -555,9 +555,9 @@ static bool audit_memory(struct audit *a, const ZydisDecodedInstruction *zi,
             return disp >= 0 && is_field((u64)disp, size, writes(op))
                        ? true
                        : refuse(a, "a field that isn't the code's");
-        if (m->base == ZYDIS_REGISTER_NONE && m->index == ZYDIS_REGISTER_R15 && m->scale == 8) {
+        if (m->base == ZYDIS_REGISTER_NONE && m->index == ZYDIS_REGISTER_R15 && m->scale == 4) {
             bool jump = zi->mnemonic == ZYDIS_MNEMONIC_JMP;
-            u64 want = jump ? GS_OFFSET(bt_shared.jump_code) : GS_OFFSET(bt_shared.jump_tag);
+            u64 want = jump ? GS_OFFSET(bt_shared.jump[0].code) : GS_OFFSET(bt_shared.jump[0].tag);
 
             if (a->known.s2 != S2_SLOT || (u64)disp != want || size != 8 || writes(op) ||
                 (!jump && zi->mnemonic != ZYDIS_MNEMONIC_CMP))
@@ -623,7 +623,7 @@ static bool take_step(struct audit *a, const ZydisDecodedInstruction *zi,
             ops[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || ops[1].imm.value.u > INT32_MAX)
             return false;
         set_s2(k, ops[1].imm.value.u == (TLB_SIZE - 1) << 5 ? S2_INDEX
-                  : ops[1].imm.value.u == JUMP_SIZE - 1     ? S2_SLOT
+                  : ops[1].imm.value.u == JUMP_MASK         ? S2_SLOT
                                                             : S2_ANY);
         k->s2_below = ops[1].imm.value.u + 1;
         return true;

@@ -146,7 +146,7 @@ int bt_cache_create(struct soft_vcpu *v, struct error *err)
         map_code(bt, err);
     if (!bt->writable || !bt->executable)
         goto fail;
-    bt->next_context = 1;
+    bt->next_context = JUMP_CONTEXT_STEP;
     return 0;
 
 fail:
@@ -308,8 +308,8 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
 {
     unsigned slot = bt_jump_slot(lin), bit = filter_bit(lin);
 
-    v->bt_shared.jump_tag[slot] = lin ^ v->bt_shared.jump_key;
-    v->bt_shared.jump_code[slot] = bt_run_at(v->bt, b->jump_entry);
+    v->bt_shared.jump[slot] =
+        (struct jump_entry){lin ^ v->bt_shared.jump_key, bt_run_at(v->bt, b->jump_entry)};
     v->bt->filter[bit / 64] |= BIT(bit % 64);
     if (!(v->bt_mode & BT_MODE_USER) &&
         (!soft_fetch_is_global(v, lin) ||
@@ -317,10 +317,9 @@ void bt_jump_insert(struct soft_vcpu *v, gva_t lin, const struct bt_block *b)
         v->bt->kernel_nonglobal = true;
 }
 
-/* What an empty slot holds: a tag that no address of this slot has in any context, canonical or not. */
 static void jump_empty(struct soft_vcpu *v, unsigned slot)
 {
-    v->bt_shared.jump_tag[slot] = slot;
+    v->bt_shared.jump[slot].tag = bt_jump_no_tag(slot);
 }
 
 void bt_jump_missed(struct soft_vcpu *v, gva_t lin)
@@ -340,7 +339,7 @@ void bt_jump_forget(struct soft_vcpu *v, u32 from, u32 end)
     uintptr_t first = (uintptr_t)bt_run_at(v->bt, from);
 
     for (unsigned slot = 0; slot < JUMP_SIZE; slot++)
-        if ((uintptr_t)v->bt_shared.jump_code[slot] - first < end - from)
+        if ((uintptr_t)v->bt_shared.jump[slot].code - first < end - from)
             jump_empty(v, slot);
 }
 
@@ -382,13 +381,14 @@ void bt_update_key(struct soft_vcpu *v)
         return;
     context = context_of(v);
     if (!*context) {
-        if (bt->next_context == UINT16_MAX) {
+        if (bt->next_context > JUMP_CONTEXT_LAST) {
             memset(bt->contexts, 0, sizeof(bt->contexts));
             forget_user(bt);
             bt_jump_clear(v);
-            bt->next_context = 1;
+            bt->next_context = JUMP_CONTEXT_STEP;
         }
-        *context = (u16)bt->next_context++;
+        *context = (u16)bt->next_context;
+        bt->next_context += JUMP_CONTEXT_STEP;
     }
     v->bt_shared.jump_key = JUMP_KEY(*context);
 }
@@ -512,6 +512,7 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
 {
     gva_t page = lin & ~(GUEST_PAGE_SIZE - 1);
     unsigned bit = filter_bit(lin), first;
+    const unsigned n_slots = GUEST_PAGE_SIZE >> JUMP_ALIGN;
 
     if (!v->bt)
         return;
@@ -522,8 +523,8 @@ void bt_page_dropped(struct soft_vcpu *v, gva_t lin)
     if (!(v->bt->filter[bit / 64] & BIT(bit % 64)))
         return;
     /* The addresses in a page have the slots of one aligned group, in some order. */
-    first = bt_jump_slot(page) & ~(unsigned)(GUEST_PAGE_SIZE - 1);
-    for (unsigned slot = first; slot < first + GUEST_PAGE_SIZE; slot++)
+    first = bt_jump_slot(page) & ~(n_slots - 1);
+    for (unsigned slot = first; slot < first + n_slots; slot++)
         jump_empty(v, slot);
 }
 

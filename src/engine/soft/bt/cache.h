@@ -286,16 +286,28 @@ void bt_cut_links(struct bt *bt, gpa_t gpa, gva_t lin);
 void bt_exit_detach(struct bt *bt, const struct bt_exit *e);
 void bt_exit_attach(struct bt *bt, const struct bt_exit *e);
 
-/* What an address is mixed with to be a tag, by context: 1 to 0xfffe. And what makes none that is there. */
+/*
+ * What an address is mixed with to be a tag, by context: a multiple of 1 << JUMP_ALIGN, up to the last one. And what
+ * makes none that is there.
+ */
 #define JUMP_KEY(context) ((u64)(context) | (u64)(context) << 48)
 #define JUMP_KEY_NONE JUMP_KEY(UINT16_MAX)
+#define JUMP_CONTEXT_STEP (1u << JUMP_ALIGN)
+#define JUMP_CONTEXT_LAST (0x10000u - 2 * JUMP_CONTEXT_STEP)
+/* Of an address that was mixed with its higher bits: what tells the slot of the jump cache. */
+#define JUMP_MASK ((JUMP_SIZE - 1) << JUMP_ALIGN)
 /*
- * The slot of the jump cache for lin. Addresses that differ in the low bits alone have different slots, so that the
- * tag, which has the context there too, tells all of them apart.
+ * The slot of the jump cache for lin. Addresses that differ by two contexts, or by one and the key that makes no tag, have
+ * different slots, so that the tag, which has the context in the address's low bits, tells all of them apart.
  */
 static inline unsigned bt_jump_slot(u64 lin)
 {
-    return (lin ^ lin >> JUMP_BITS) & (JUMP_SIZE - 1);
+    return ((lin ^ lin >> JUMP_BITS) & JUMP_MASK) >> JUMP_ALIGN;
+}
+/* What an empty slot holds: a tag that no address of this slot has in any context, canonical or not. */
+static inline u64 bt_jump_no_tag(unsigned slot)
+{
+    return (u64)slot << JUMP_ALIGN;
 }
 void bt_jump_clear(struct soft_vcpu *v);
 /* Code was left by a jump to lin: what the slot holds for it is of no use, or was dropped. */

@@ -59,10 +59,10 @@ static void undo_exits(struct bt *bt, struct bt_block *b)
             bt_exit_detach(bt, &bt->exits[n]);
 }
 
-/* jmp gs:[S2 * 8 + jump_code], as put_jump emits it */
+/* jmp gs:[S2 * 4 + jump's code], as put_jump emits it */
 static bool is_cached_jump(const u8 *pc)
 {
-    static const u8 jump[] = {0x65, 0x42, 0xff, 0x24, 0xfd};
+    static const u8 jump[] = {0x65, 0x42, 0xff, 0x24, 0xbd};
 
     return memcmp(pc, jump, sizeof(jump)) == 0;
 }

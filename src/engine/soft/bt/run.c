@@ -64,11 +64,11 @@ static const u8 *find_code(struct soft_vcpu *v)
 static const u8 *look_up(struct soft_vcpu *v)
 {
     gva_t lin = v->cpu.gpr[GPR_RIP];
-    unsigned slot = bt_jump_slot(lin);
+    const struct jump_entry *entry = &v->bt_shared.jump[bt_jump_slot(lin)];
 
     v->bt_shared.ip_page = lin & ~(GUEST_PAGE_SIZE - 1);
-    if (v->bt_shared.jump_tag[slot] == (lin ^ v->bt_shared.jump_key))
-        return v->bt_shared.jump_code[slot];
+    if (entry->tag == (lin ^ v->bt_shared.jump_key))
+        return entry->code;
     return find_code(v);
 }
 

@@ -52,12 +52,12 @@
 
 /* --- The ways out --- */
 
-/* S2 = bt_jump_slot(S1) */
+/* S2 = bt_jump_slot(S1), shifted by JUMP_ALIGN */
 static void put_jump_slot(u8 **p)
 {
     put_rorx(p, S2, S1, JUMP_BITS);
     put_op_rr(p, false, OP_XOR, S2, S1);
-    put_op_ri(p, false, EXT_AND, S2, JUMP_SIZE - 1);
+    put_op_ri(p, false, EXT_AND, S2, JUMP_MASK);
 }
 
 /*
@@ -72,11 +72,11 @@ static void put_jump(struct translation *t, enum bt_reason reason, u32 site)
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
     put_jump_slot(p);
     put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
-    put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
+    put_op_gs_index4(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump[0].tag));
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
     s->reason = (u8)reason;
     s->number = site;
-    put_op_gs_index8(p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump_code));
+    put_op_gs_index4(p, false, 0xff, 4, S2, GS_OFFSET(bt_shared.jump[0].code));
 }
 
 /* The displacement at `from` leads to what may be elsewhere, seen from there, when the block is copied. */
@@ -209,6 +209,19 @@ static void put_conditional(struct translation *t, const struct bt_insn *i)
     }
 }
 
+/*
+ * The return that belongs to the call i looks into the jump cache, which is larger than the host's caches. Where the
+ * address to return to is known, its entry is fetched while the callee runs.
+ */
+static void put_return_prefetch(struct translation *t, const struct bt_insn *i)
+{
+    gva_t to = t->block->page + i->offset + i->len;
+
+    if (is_placed(t))
+        put_prefetch_gs(&t->p, GS_OFFSET(bt_shared.jump) +
+                                   bt_jump_slot(to) * (u32)sizeof(struct jump_entry));
+}
+
 /* An indirect call looks its target up before it pushes: what has no code yet is the interpreter's,
  * which finds out if the target is canonical. */
 static void put_indirect_call(struct translation *t, const struct bt_insn *i)
@@ -222,11 +235,12 @@ static void put_indirect_call(struct translation *t, const struct bt_insn *i)
     put_store_gs(p, GS_GPR(GPR_RIP), S1);
     put_jump_slot(p);
     put_op_gs(p, true, OP_XOR, S1, GS_OFFSET(bt_shared.jump_key));
-    put_op_gs_index8(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump_tag));
+    put_op_gs_index4(p, true, OP_CMP, S1, S2, GS_OFFSET(bt_shared.jump[0].tag));
     s = add_stub(t, STUB_SITE, put_jcc(p, CC_NE));
     s->reason = BT_STOP;
     s->number = add_site(t, i);
     emit_push_return(t, i);
+    put_return_prefetch(t, i);
     put_load_gs(p, S1, GS_GPR(GPR_RIP));
     put_jump(t, BT_JUMP, 0);
 }
@@ -245,6 +259,7 @@ static void put_end(struct translation *t, const struct bt_insn *i)
         break;
     case BT_CALL:
         emit_push_return(t, i);
+        put_return_prefetch(t, i);
         put_direct(t, i->offset, target);
         break;
     case BT_JMP_INDIRECT:
