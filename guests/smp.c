@@ -1,6 +1,6 @@
 /*
  * Between processors: every kind of interrupt that one sends another, HLT, one TSC for all, code that another
- * processor writes, and translations that another takes away.
+ * processor writes, translations that another takes away, and registers that spinning must not change.
  *
  * Intel SDM vol. 3, 8.4 (start-up), 10.6 (IPIs), 8.1.3 (cross-modifying code), 4.10.5 (shoot-down).
  */
@@ -42,6 +42,51 @@ static void on_nmi(struct frame *f)
 {
     (void)f;
     nmis[smp_cpu()]++;
+}
+
+/* --- Vector registers --- */
+
+#define APIC_LVT_TIMER 0x320
+#define APIC_INITIAL 0x380
+#define APIC_PERIODIC (1u << 17)
+#define VECTOR_TIMER 0x42
+#define XMM_AT 160 /* in FXSAVE's image */
+#define XMM_BYTES (sizeof(void *) * 32)
+#define SPIN_ROUNDS 200
+#define SPIN_PAUSES 2000
+
+static volatile u32 spoilt;
+
+static void on_timer(struct frame *f)
+{
+    (void)f;
+    end_of_interrupt();
+}
+
+/* Loops of PAUSE that go on for so long that they are noticed, and interrupts meanwhile, leave them alone. */
+static void vectors_job(unsigned cpu)
+{
+    static u8 images[CPUS][2][512] __attribute__((aligned(16)));
+    u8 *before = images[cpu][0], *after = images[cpu][1];
+
+    __asm__ volatile("mov %0, %%cr4" : : "r"(cr4() | (word)CR4_OSFXSR));
+    __asm__ volatile("fxsave (%0)" : : "r"(before) : "memory");
+    for (unsigned n = 0; n < XMM_BYTES; n++)
+        before[XMM_AT + n] = (u8)(n + cpu * 64 + 1);
+    apic_write(APIC_LVT_TIMER, APIC_PERIODIC | VECTOR_TIMER);
+    apic_write(APIC_INITIAL, 100000);
+    __asm__ volatile("fxrstor (%0); sti" : : "r"(before));
+    for (unsigned round = 0; round < SPIN_ROUNDS; round++) {
+        for (unsigned n = 0; n < SPIN_PAUSES; n++)
+            pause();
+        __asm__ volatile("fxsave (%0)" : : "r"(after) : "memory");
+        for (unsigned n = XMM_AT; n < XMM_AT + XMM_BYTES; n++)
+            if (before[n] != after[n])
+                spoilt = 1;
+    }
+    __asm__ volatile("cli");
+    apic_write(APIC_INITIAL, 0);
+    apic_write(APIC_LVT_TIMER, 1u << 16);
 }
 
 /* --- IPIs --- */
@@ -403,6 +448,9 @@ void guest_main(void)
     trap_handlers[VECTOR] = on_ipi;
     trap_handlers[VECTOR_SHOOT] = on_shoot;
     trap_handlers[NMI] = on_nmi;
+    trap_handlers[VECTOR_TIMER] = on_timer;
+    smp_run(CPUS, vectors_job);
+    check_equal("vectors-while-spinning", spoilt, 0);
     run(physical_job);
     run(logical_job);
     run(cluster_job);
