@@ -186,12 +186,12 @@ class Guest:
         self.errors.seek(0)
         return self.errors.read().decode(errors="replace")
 
-    def read_errors_until(self, text, patience=PATIENCE):
-        """Waits until it has said `text` on stderr; whether it has."""
+    def read_errors_until(self, text, times=1, patience=PATIENCE):
+        """Waits until it has said `text` so many times on stderr; whether it has."""
         deadline = time.monotonic() + patience
-        while text not in self.stderr():
+        while self.stderr().count(text) < times:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                return text in self.stderr()
+                return self.stderr().count(text) >= times
             time.sleep(0.05)
         return True
 

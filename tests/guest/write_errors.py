@@ -76,8 +76,9 @@ def pause(cases, directory, bus):
               wrap=namespace(small))
     paused = vm.read_errors_until("the machine is paused")
     cases.check(f"write-pause-{bus}", paused and not told(vm), f"{told(vm)} {vm.stderr()}")
-    # There is still no space: it is paused again.
     vm.process.send_signal(signal.SIGCONT)
+    again = vm.read_errors_until("the machine is paused", times=2)
+    cases.check(f"write-pause-{bus}-again", again and not told(vm), f"{told(vm)} {vm.stderr()}")
     os.unlink(f"/proc/{vm.process.pid}/root{small}/ballast")
     vm.process.send_signal(signal.SIGCONT)
     judge(cases, vm, f"write-pause-{bus}-kept", ["done", "kept", "again", "end"])
