@@ -43,12 +43,19 @@
 #define FAULT_COST 4 /* a host's page fault */
 /* How many ticks in a row the vCPU's own isn't seen before another may take its place. */
 #define IDLE_TICKS 8
+#define CANDIDATES 4
 
 /* A chunk, as the vCPU sees it. */
 struct view {
     bool active;          /* its byte is 1 */
     bool was_active;      /* and would be, had no translations been dropped */
     u16 stale, stale_end; /* pages whose translations were dropped since they were looked at */
+};
+
+/* An address space, by its tables, and how many ticks have seen it. */
+struct candidate {
+    gpa_t tables;
+    unsigned seen;
 };
 
 struct direct {
@@ -60,10 +67,9 @@ struct direct {
     struct view *views;         /* by a chunk's place in the space */
     struct bt_links *links;
     unsigned idle; /* ticks since the space was seen */
-    gpa_t
-        candidate; /* the address space seen last, by its tables; how often in a row; and when (TSC) */
-    unsigned seen;
-    u64 last_tick;
+    struct candidate candidates[CANDIDATES];
+    gpa_t switched_to; /* the tables of the last write of CR3 */
+    u64 last_tick;     /* TSC */
     unsigned budget;
 };
 
@@ -149,6 +155,11 @@ static void rest(struct soft_vcpu *v, gva_t lin)
 
 /* --- What the rest of the processor tells --- */
 
+static gpa_t tables_of(const struct soft_vcpu *v)
+{
+    return v->cpu.cr3 & PTE_ADDR_MASK;
+}
+
 static void flush(struct soft_vcpu *v, struct direct *d)
 {
     lock(v);
@@ -184,11 +195,44 @@ void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin)
     d->stale = true;
 }
 
+/* The candidate with these tables, in the place of the one that was seen least if it is new. */
+static struct candidate *candidate_with(struct direct *d, gpa_t tables)
+{
+    struct candidate *least = d->candidates;
+
+    for (unsigned n = 0; n < CANDIDATES; n++) {
+        struct candidate *c = &d->candidates[n];
+
+        if (c->tables == tables)
+            return c;
+        if (c->seen < least->seen)
+            least = c;
+    }
+    *least = (struct candidate){.tables = tables};
+    return least;
+}
+
+/*
+ * Pages that held tables are tables of others soon. A guest has no translations to keep when it switches to a new
+ * address space, and, with PCIDs, hardly ever when it switches back to one.
+ */
+static void forget_if_new(const struct soft_vcpu *v, struct direct *d, bool keep)
+{
+    gpa_t tables = tables_of(v);
+
+    if (!keep && tables != d->switched_to)
+        candidate_with(d, tables)->seen = 0;
+    d->switched_to = tables;
+}
+
 void bt_direct_switch(struct soft_vcpu *v, unsigned pcid, bool keep)
 {
-    struct direct *d = in_use(v);
+    struct direct *d = v->bt ? v->bt->direct : NULL;
 
     if (!d)
+        return;
+    forget_if_new(v, d, keep);
+    if (!d->space)
         return;
     if (!keep && pcid == d->pcid)
         flush(v, d);
@@ -264,11 +308,6 @@ bool bt_direct_link(struct soft_vcpu *v, const struct bt_block *b)
 
 /* --- Whose turn it is --- */
 
-static gpa_t tables_of(const struct soft_vcpu *v)
-{
-    return v->cpu.cr3 & PTE_ADDR_MASK;
-}
-
 static bool is_eligible(const struct soft_vcpu *v)
 {
     const struct soft_engine *e = v->engine;
@@ -327,10 +366,7 @@ void bt_direct_tick(struct soft_vcpu *v)
         return;
     }
     d->idle++;
-    if (d->candidate != tables_of(v))
-        d->seen = 0;
-    d->candidate = tables_of(v);
-    if (d->seen++ >= choices->direct_ticks &&
+    if (candidate_with(d, tables_of(v))->seen++ >= choices->direct_ticks &&
         (!d->space || d->idle > IDLE_TICKS || space_is_of(v, d->space)))
         take_over(v);
 }
