@@ -15,8 +15,13 @@ void *pages_alloc_huge(size_t size)
     void *p = pages_alloc(size);
 
     if (p)
-        madvise(p, size, MADV_HUGEPAGE);
+        pages_want_huge(p, size);
     return p;
+}
+
+void pages_want_huge(void *pages, size_t size)
+{
+    madvise(pages, size, MADV_HUGEPAGE);
 }
 
 void pages_free(void *pages, size_t size)

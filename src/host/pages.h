@@ -10,6 +10,8 @@
 void *pages_alloc(size_t size);
 /* The same, on huge pages where the host has some: for what is looked up all over, or filled in order. */
 void *pages_alloc_huge(size_t size);
+/* For the first `size` bytes of what pages_alloc returned, where the rest is used here and there only. */
+void pages_want_huge(void *pages, size_t size);
 /* NULL is nothing. */
 void pages_free(void *pages, size_t size);
 

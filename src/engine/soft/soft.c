@@ -220,7 +220,7 @@ static void soft_vcpu_reset(struct vcpu *vcpu)
 static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, struct error *err)
 {
     struct soft_engine *e = engine_of(engine);
-    struct soft_vcpu *v = pages_alloc_huge(sizeof(*v));
+    struct soft_vcpu *v = pages_alloc(sizeof(*v));
     struct lapic_config lapic = {
         .index = index,
         .id = (u8)cpuid_model_apic_id(e->config.cpuid, index),
@@ -236,6 +236,7 @@ static struct vcpu *soft_vcpu_create(struct engine *engine, unsigned index, stru
         error_host(err, ENOMEM, "can't make vCPU %u", index);
         return NULL;
     }
+    pages_want_huge(v, offsetof(struct soft_vcpu, direct_map));
     v->engine = e;
     v->index = index;
     v->cpuid = e->config.cpuid;

@@ -143,8 +143,8 @@ static void run_cold(struct soft_vcpu *v, struct block *b)
 }
 
 /*
- * The block at the exact RIP, where the interpreter goes on, if it was decoded and isn't hot. It hardly ever has a translation then,
- * which would be sought in vain.
+ * The block at the exact RIP, where the interpreter goes on, if it was decoded and isn't hot. It hardly ever has a
+ * translation then, which would be sought in vain.
  */
 static struct block *cold_block(struct soft_vcpu *v)
 {
