@@ -75,7 +75,7 @@ def main():
         grub(directory, served)
         vm = guest.Guest("--firmware", "uefi,vars=none", "--engine", "bt", "--memory", "256M", "--net",
                          network + "grub.efi", "--boot", "network")
-        reached = vm.expect(rb"booted by efi from (\S+)")
+        reached = vm.expect(rb"booted by efi from (\S+)\s")
         vm.process.terminate()
         vm.finish(30)
         if not cases.equal("uefi", reached and reached[1], b"10.0.2.2"):
