@@ -456,14 +456,16 @@ static __attribute__((noinline)) struct block *find_by_gpa(struct soft_vcpu *v, 
     return b;
 }
 
-static __attribute__((noinline)) struct block *make_block(struct soft_vcpu *v, gva_t lin)
+struct block *block_cache_make(struct soft_vcpu *v)
 {
+    gva_t lin = v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS];
     struct block_cache *c = v->blocks;
     u8 code[BLOCK_MAX_INSNS * MAX_INSN_BYTES];
     const u8 *host;
     struct block *b;
     gpa_t gpa;
 
+    v->cur = &insn_none;
     host = soft_fetch(v, lin, &gpa);
     if (c->used + sizeof(*b) + (BLOCK_MAX_INSNS + 1) * sizeof(b->insns[0]) + 4096 > ARENA_SIZE)
         recycle(v);
@@ -488,5 +490,5 @@ struct block *block_cache_find(struct soft_vcpu *v)
 {
     struct block *b = block_cache_kept(v);
 
-    return likely(b) ? b : make_block(v, v->cpu.gpr[GPR_RIP] + v->seg_base[SEG_CS]);
+    return likely(b) ? b : block_cache_make(v);
 }

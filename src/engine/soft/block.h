@@ -42,6 +42,8 @@ void block_cache_destroy(struct block_cache *c);
 struct block *block_cache_find(struct soft_vcpu *v);
 /* The same, or NULL if it would have to be decoded. */
 struct block *block_cache_kept(struct soft_vcpu *v);
+/* Decodes it: block_cache_kept has none. */
+struct block *block_cache_make(struct soft_vcpu *v);
 
 /*
  * Drops this vCPU's blocks of [gpa, gpa + n), or all, and translations of them. A dropped block that is

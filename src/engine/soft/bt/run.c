@@ -116,7 +116,7 @@ static bool adopt(struct soft_vcpu *v)
 {
     struct bt_source s;
 
-    if (block_cache_kept(v) || !find_source(v, &s) || !bt_adopt(v, &s, v->bt_mode))
+    if (!find_source(v, &s) || !bt_adopt(v, &s, v->bt_mode))
         return false;
     v->bt->from = NULL;
     return true;
@@ -162,9 +162,11 @@ static void interpret(struct soft_vcpu *v)
     soft_vectors_sync(v);
     if (unlikely(!bt_has_room(v->bt)))
         bt_evict(v);
-    if (may_translate && v->engine->store && adopt(v))
+    b = block_cache_kept(v);
+    if (!b && may_translate && v->engine->store && adopt(v))
         return;
-    b = block_cache_find(v);
+    if (!b)
+        b = block_cache_make(v);
     if (may_translate && grows_hot(v, b) && bt_has_room(v->bt) && translate(v, b))
         return;
     run_cold(v, b);
