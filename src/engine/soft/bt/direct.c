@@ -195,23 +195,6 @@ void bt_direct_flush_page(struct soft_vcpu *v, gva_t lin)
     d->stale = true;
 }
 
-/* The candidate with these tables, in the place of the one that was seen least if it is new. */
-static struct candidate *candidate_with(struct direct *d, gpa_t tables)
-{
-    struct candidate *least = d->candidates;
-
-    for (unsigned n = 0; n < CANDIDATES; n++) {
-        struct candidate *c = &d->candidates[n];
-
-        if (c->tables == tables)
-            return c;
-        if (c->seen < least->seen)
-            least = c;
-    }
-    *least = (struct candidate){.tables = tables};
-    return least;
-}
-
 /*
  * Pages that held tables are tables of others soon. A guest has no translations to keep when it switches to a new
  * address space, and, with PCIDs, hardly ever when it switches back to one.
@@ -220,8 +203,9 @@ static void forget_if_new(const struct soft_vcpu *v, struct direct *d, bool keep
 {
     gpa_t tables = tables_of(v);
 
-    if (!keep && tables != d->switched_to)
-        candidate_with(d, tables)->seen = 0;
+    for (unsigned n = 0; !keep && tables != d->switched_to && n < CANDIDATES; n++)
+        if (d->candidates[n].tables == tables)
+            d->candidates[n].seen = 0;
     d->switched_to = tables;
 }
 
@@ -349,6 +333,23 @@ static void renew(struct soft_vcpu *v, struct direct *d)
     unlock(v);
 }
 
+/* The candidate with the current tables, in the place of the one that was seen least if it is new. */
+static struct candidate *current_candidate(const struct soft_vcpu *v, struct direct *d)
+{
+    struct candidate *least = d->candidates;
+
+    for (unsigned n = 0; n < CANDIDATES; n++) {
+        struct candidate *c = &d->candidates[n];
+
+        if (c->tables == tables_of(v))
+            return c;
+        if (c->seen < least->seen)
+            least = c;
+    }
+    *least = (struct candidate){.tables = tables_of(v)};
+    return least;
+}
+
 void bt_direct_tick(struct soft_vcpu *v)
 {
     const struct bt_choices *choices = &v->bt->choices;
@@ -366,7 +367,7 @@ void bt_direct_tick(struct soft_vcpu *v)
         return;
     }
     d->idle++;
-    if (candidate_with(d, tables_of(v))->seen++ >= choices->direct_ticks &&
+    if (current_candidate(v, d)->seen++ >= choices->direct_ticks &&
         (!d->space || d->idle > IDLE_TICKS || space_is_of(v, d->space)))
         take_over(v);
 }
