@@ -16,7 +16,6 @@
 #define PORT_UNUSED 0x80 /* POST codes: a port that takes a byte and does nothing with it */
 #define IOAPIC_SELECT 0xfec00000
 
-#define APIC_LVT_TIMER 0x320
 #define APIC_TIMER_TSC_DEADLINE 0x40000
 #define CPUID_TSC_DEADLINE (1u << 24) /* leaf 1, ECX */
 #define MSR_TSC_DEADLINE 0x6e0

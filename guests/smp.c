@@ -46,9 +46,6 @@ static void on_nmi(struct frame *f)
 
 /* --- Vector registers --- */
 
-#define APIC_LVT_TIMER 0x320
-#define APIC_INITIAL 0x380
-#define APIC_PERIODIC (1u << 17)
 #define VECTOR_TIMER 0x42
 #define XMM_AT 160 /* in FXSAVE's image */
 #define XMM_BYTES (sizeof(void *) * 32)
@@ -69,11 +66,11 @@ static void vectors_job(unsigned cpu)
     static u8 images[CPUS][2][512] __attribute__((aligned(16)));
     u8 *before = images[cpu][0], *after = images[cpu][1];
 
-    __asm__ volatile("mov %0, %%cr4" : : "r"(cr4() | (word)CR4_OSFXSR));
+    set_cr4(cr4() | (word)CR4_OSFXSR);
     __asm__ volatile("fxsave (%0)" : : "r"(before) : "memory");
     for (unsigned n = 0; n < XMM_BYTES; n++)
         before[XMM_AT + n] = (u8)(n + cpu * 64 + 1);
-    apic_write(APIC_LVT_TIMER, APIC_PERIODIC | VECTOR_TIMER);
+    apic_write(APIC_LVT_TIMER, APIC_TIMER_PERIODIC | VECTOR_TIMER);
     apic_write(APIC_INITIAL, 100000);
     __asm__ volatile("fxrstor (%0); sti" : : "r"(before));
     for (unsigned round = 0; round < SPIN_ROUNDS; round++) {
@@ -86,7 +83,7 @@ static void vectors_job(unsigned cpu)
     }
     __asm__ volatile("cli");
     apic_write(APIC_INITIAL, 0);
-    apic_write(APIC_LVT_TIMER, 1u << 16);
+    apic_write(APIC_LVT_TIMER, APIC_LVT_MASKED);
 }
 
 /* --- IPIs --- */

@@ -23,6 +23,10 @@ unsigned smp_cpu(void);
 #define APIC_SVR 0xf0
 #define APIC_ICR 0x300
 #define APIC_ICR_HIGH 0x310
+#define APIC_LVT_TIMER 0x320
+#define APIC_INITIAL 0x380 /* count of the timer's */
+#define APIC_LVT_MASKED (1u << 16)
+#define APIC_TIMER_PERIODIC (1u << 17)
 static inline u32 apic_read(u32 reg)
 {
     return *(volatile u32 *)(0xfee00000UL + reg);
