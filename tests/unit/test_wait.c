@@ -1,6 +1,7 @@
 /*
- * Sleeping: no wake is lost, time ends it, and wakes that come late are noticed, unless they are few. Loops of PAUSE: who spins for long gives way, and has the APIC timer
- * looked at each time, for giving way may take long; who spins for a moment, or alone, does neither.
+ * Sleeping: no wake is lost, time ends it, and wakes that come late are noticed, unless they are few. Loops of
+ * PAUSE: who spins for long gives way, and has the APIC timer looked at each time, for giving way may take long; who
+ * spins for a moment, or alone, does neither.
  */
 #include "engine/soft/wait.h"
 

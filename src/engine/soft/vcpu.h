@@ -207,9 +207,9 @@ struct soft_vcpu {
     struct engine_stats stats;
 
     _Atomic bool waiting; /* asleep, in HLT or MWAIT: whoever sets attention wakes it (wait.c) */
-    _Atomic u64 woken_at; /* VM time of the last wake, ns; 0: it was seen to */
-    u32 wake_ns;          /* what a wake took lately: wait.c */
     u32 poll_ns;          /* for how long to look for attention before that: wait.c */
+    _Atomic u64 woken_at; /* VM time of the last wake, ns; 0: it was seen to */
+    u32 wake_ns;          /* how long wakes took lately: wait.c */
     bool unhalted;        /* the next HLT is over at once */
     int schedstat_fd;     /* the host's account of this thread; 0: not opened, -1: there is none */
     u64 steal_seen, steal_looked_at; /* of that account, ns; VM time, ns */
